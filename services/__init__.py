@@ -1,0 +1,1 @@
+"""The three services. Each imports from `shared`; none imports another."""

@@ -1,0 +1,48 @@
+"""Settings of the verifier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from shared.settings import CommonSettings, ModelSettings, Port, Positive, Seconds
+
+
+class VerifierSettings(CommonSettings, ModelSettings):
+    """What a verifier reads from the environment."""
+
+    verifier_name: str = Field(
+        "verifier-0", description="This verifier's name: also its static membership in the consumer group."
+    )
+    verifier_host: str = Field("127.0.0.1", description="Address of health and metrics.")
+    verifier_port: Port = Field(8300, description="Port of health and metrics.")
+    dtype: str = Field(
+        "auto", description="Weights' type; 'auto' is float32 on CPU, the checkpoint's own on CUDA."
+    )
+    exit_layers: str = Field(
+        "auto",
+        description="Layers with an early exit, such as '18,24,27'; 'auto' is 0.6, 0.8 and 0.9 of the depth; "
+        "'none' switches exits off.",
+    )
+    exit_modules: Path | None = Field(
+        None, description="Trained exit modules (safetensors); without, final norm and LM head serve."
+    )
+    exit_outcomes: Positive = Field(4, description="Outcomes a hint names at most.")
+    max_sessions: Positive = Field(16, description="Sessions with live KV at a time; more are refused.")
+    kv_cache_mb: Positive = Field(512, description="Memory of the KV cache on CPU, MiB.")
+    max_batched_tokens: Positive = Field(
+        1024, description="Tokens of one engine step; longer prefills are chunked."
+    )
+    engine_threads: Positive = Field(1, description="CPU threads of the engine.")
+    idle_ttl_s: Seconds = Field(
+        60.0, description="A session without a block for so long loses its KV, not its tokens."
+    )
+    heartbeat_s: Seconds = Field(1.0, description="Time between heartbeats.")
+    member_timeout_s: Annotated[float, Field(ge=1)] = Field(
+        6.0, description="A verifier silent for so long loses its partitions to the others."
+    )
+    session_queue: Positive = Field(
+        32, description="Messages that wait for one session; more are answered as faults."
+    )

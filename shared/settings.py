@@ -1,0 +1,93 @@
+"""Settings that every service has; each service adds its own in `services/*/settings.py`.
+
+All come from the environment with the prefix `OUTRIDER_` (or from a file of secrets, see `secrets_dir` of
+pydantic-settings: `OUTRIDER_SECRETS_DIR`). Names are unique over all services, so that one environment, ConfigMap or
+`.env` can serve them all. `outrider settings` prints every one with its default and meaning.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Seconds = Annotated[float, Field(gt=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Positive = Annotated[int, Field(ge=1)]
+
+SECRETS_DIR = os.environ.get("OUTRIDER_SECRETS_DIR")
+
+
+class KafkaFlavor(StrEnum):
+    """Which broker answers; decides what the bus may use (idempotence, long fetches)."""
+
+    APACHE = "apache"
+    TANSU = "tansu"
+
+
+class LogFormat(StrEnum):
+    """How log lines look."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class CommonSettings(BaseSettings):
+    """Broker, store, topics and logging: the same for every service."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="OUTRIDER_",
+        extra="ignore",
+        frozen=True,
+        secrets_dir=SECRETS_DIR,
+        protected_namespaces=(),
+        env_ignore_empty=True,
+    )
+
+    kafka: str = Field("127.0.0.1:9092", description="Kafka bootstrap servers, host:port[,host:port].")
+    kafka_flavor: KafkaFlavor = Field(
+        KafkaFlavor.APACHE,
+        description="Broker flavour: 'apache', or 'tansu' (no idempotence, short fetches).",
+    )
+    topic_prefix: str = Field(
+        "", description="Put before every topic name and consumer group; separates deployments."
+    )
+    drafts_partitions: Positive = Field(
+        12, description="Partitions of the drafts topic, when it has to be created."
+    )
+    reply_partitions: Positive = Field(
+        16, description="Partitions of the exits and verdicts topics: the most gateways at a time."
+    )
+    sessions_partitions: Positive = Field(4, description="Partitions of sessions, placements and heartbeats.")
+    replication_factor: Positive = Field(
+        1, description="Replication of topics, when they have to be created."
+    )
+    bus_queue: Positive = Field(4096, description="Messages that a reader holds before it stops fetching.")
+    bus_deadline_s: Seconds = Field(20.0, description="How long a send waits for the broker before it fails.")
+    redis_url: SecretStr = Field(
+        SecretStr("redis://127.0.0.1:6379/0"), description="Redis or Valkey (7.0 or newer), as a URL."
+    )
+    redis_prefix: str = Field("outrider:", description="Put before every Redis key; separates deployments.")
+    store_deadline_s: Seconds = Field(
+        20.0, description="How long an operation waits for Redis before it fails."
+    )
+    session_ttl_s: Seconds = Field(3600.0, description="A session untouched for so long expires from Redis.")
+    log_level: str = Field("INFO", description="Least level that is logged.")
+    log_format: LogFormat = Field(LogFormat.TEXT, description="Log lines as 'text' or 'json'.")
+
+
+class ModelSettings(BaseSettings):
+    """The target: gateways need its tokenizer, verifiers all of it."""
+
+    model: str = Field("", description="Directory of the target model (Hugging Face layout, Llama family).")
+    model_name: str = Field("", description="Name under which it is served; by default its directory's name.")
+    max_block: Positive = Field(8, description="The longest block that is verified; longer ones are refused.")
+    max_model_len: Positive = Field(2048, description="Longest prompt plus answer, tokens.")
+
+    @property
+    def served_name(self) -> str:
+        """The model's name towards clients and in heartbeats."""
+        return self.model_name or os.path.basename(self.model.rstrip("/")) or "target"
