@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from functools import cache
-from typing import Annotated, ClassVar, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -91,7 +90,7 @@ class Outcome(_Frozen):
     confidence: Confidence = 1.0
 
 
-# --- outrider.sessions: gateway → kv-session ------------------------------------------------------------------
+# --- outrider.sessions: gateway → kv-session -------------------------------------------------------
 
 
 class OpenSession(Message):
@@ -131,7 +130,7 @@ class TouchSession(Message):
     kind: Literal["touch"] = "touch"
 
 
-# --- outrider.placements: kv-session → gateway, verifier --------------------------------------------------------
+# --- outrider.placements: kv-session → gateway, verifier -------------------------------------------
 
 
 class Placed(Message):
@@ -176,7 +175,7 @@ class Refused(Message):
     retry_after_s: float | None = None
 
 
-# --- outrider.drafts: gateway → verifier ------------------------------------------------------------------------
+# --- outrider.drafts: gateway → verifier -----------------------------------------------------------
 
 
 class Prompt(Message):
@@ -208,7 +207,7 @@ class Cancel(Message):
     reason: str
 
 
-# --- outrider.exits: verifier → gateway -------------------------------------------------------------------------
+# --- outrider.exits: verifier → gateway ------------------------------------------------------------
 
 
 class Hint(Message):
@@ -223,7 +222,7 @@ class Hint(Message):
     elapsed_ms: float = 0.0
 
 
-# --- outrider.verdicts: verifier → gateway ----------------------------------------------------------------------
+# --- outrider.verdicts: verifier → gateway ---------------------------------------------------------
 
 
 class Verdict(Message):
@@ -273,7 +272,7 @@ class Fault(Message):
     retry_after_s: float | None = None
 
 
-# --- outrider.heartbeats: verifier → kv-session -----------------------------------------------------------------
+# --- outrider.heartbeats: verifier → kv-session ----------------------------------------------------
 
 
 class Heartbeat(_Frozen):
@@ -295,7 +294,7 @@ class Heartbeat(_Frozen):
     stopping: bool = False
 
 
-# --- outrider.dead-letters --------------------------------------------------------------------------------------
+# --- outrider.dead-letters -------------------------------------------------------------------------
 
 
 class DeadLetter(_Frozen):
@@ -327,25 +326,25 @@ AnyMessage = (
     | DeadLetter
 )
 
-_TYPES: Final[Mapping[Topic, object]] = {
-    Topic.SESSIONS: Annotated[SessionsMessage, Field(discriminator="kind")],
-    Topic.PLACEMENTS: Annotated[PlacementsMessage, Field(discriminator="kind")],
-    Topic.DRAFTS: Annotated[DraftsMessage, Field(discriminator="kind")],
-    Topic.EXITS: Hint,
-    Topic.VERDICTS: Annotated[VerdictsMessage, Field(discriminator="kind")],
-    Topic.HEARTBEATS: Heartbeat,
-    Topic.DEAD_LETTERS: DeadLetter,
+
+class _Reader(Protocol):
+    def validate_json(self, data: bytes, /) -> AnyMessage: ...
+
+
+_READERS: Final[Mapping[Topic, _Reader]] = {
+    Topic.SESSIONS: TypeAdapter(Annotated[SessionsMessage, Field(discriminator="kind")]),
+    Topic.PLACEMENTS: TypeAdapter(Annotated[PlacementsMessage, Field(discriminator="kind")]),
+    Topic.DRAFTS: TypeAdapter(Annotated[DraftsMessage, Field(discriminator="kind")]),
+    Topic.EXITS: TypeAdapter(Hint),
+    Topic.VERDICTS: TypeAdapter(Annotated[VerdictsMessage, Field(discriminator="kind")]),
+    Topic.HEARTBEATS: TypeAdapter(Heartbeat),
+    Topic.DEAD_LETTERS: TypeAdapter(DeadLetter),
 }
-
-
-@cache
-def _adapter(topic: Topic) -> TypeAdapter[AnyMessage]:
-    return TypeAdapter(_TYPES[topic])
 
 
 def encode(message: AnyMessage) -> bytes:
     """The message as JSON bytes (its schema version travels beside it, in a header)."""
-    return message.__pydantic_serializer__.to_json(message)
+    return message.model_dump_json().encode()
 
 
 def decode(topic: Topic, payload: bytes, *, version: str = SCHEMA_VERSION) -> AnyMessage:
@@ -364,7 +363,7 @@ def decode(topic: Topic, payload: bytes, *, version: str = SCHEMA_VERSION) -> An
             f"schema version {version} is not readable here; this reader speaks {SCHEMA_MAJOR}.x"
         )
     try:
-        return _adapter(topic).validate_json(payload)
+        return _READERS[topic].validate_json(payload)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "message"
