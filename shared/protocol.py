@@ -276,7 +276,7 @@ class Fault(Message):
 
 
 class Heartbeat(_Frozen):
-    """A verifier's load. `incarnation` is new with every process; `partitions` are those it holds of the drafts topic."""
+    """A verifier's load. `incarnation` is new with every process, `partitions` are those of drafts that it holds."""
 
     topic: ClassVar[Topic] = Topic.HEARTBEATS
     kind: Literal["heartbeat"] = "heartbeat"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, SecretStr
@@ -90,4 +91,4 @@ class ModelSettings(BaseSettings):
     @property
     def served_name(self) -> str:
         """The model's name towards clients and in heartbeats."""
-        return self.model_name or os.path.basename(self.model.rstrip("/")) or "target"
+        return self.model_name or Path(self.model).name or "target"

@@ -532,7 +532,7 @@ class EdgeSession:
         return [*following, *delivered]  # what goes up is not kept waiting by what is shown
 
     def _sources(self, first: int, tokens: Tokens) -> tuple[Source, ...]:
-        """Tokens that agree with the open block, up to the first that doesn't, were drafted; the target wrote the rest."""
+        """Tokens that agree with the open block were drafted, up to the first that does not; the rest was not."""
         if self._round is None:
             return (Source.CORRECTED,) * len(tokens)
         drafted = Source.PREEMPTIVE if self._round.preemptive else Source.ACCEPTED
