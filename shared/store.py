@@ -135,11 +135,15 @@ class SessionPage:
 
 
 class StaleState(StaleEpoch):
-    """A claim or placement in an epoch that is not the session's; `state` is the session as it stands."""
+    """The step was meant for another epoch than the session's; `state` is the session as it stands."""
 
     def __init__(self, message: str, *, state: SessionState) -> None:
         super().__init__(message)
         self.state = state
+
+
+class StaleClaim(StaleState):
+    """The claim's epoch is older than the session's."""
 
 
 class CommitConflict(StaleEpoch):
@@ -310,13 +314,13 @@ class Store:
         """Take the session's KV upon the verifier process `owner`: what it needs to restore it.
 
         The epoch grows by one if another process owned it, which fences that one off. A session that has ended is
-        shown but not owned: restore nothing. Raises `StaleState` when `epoch` is older than the session's.
+        shown but not owned: restore nothing. Raises `StaleClaim` when `epoch` is older than the session's.
         """
         reply = _list(await self._run(self._scripts.claim, session, epoch, owner))
         verdict = _bytes(reply[0])
         state = _found(session, verdict, reply[1])
         if verdict == b"stale":
-            raise StaleState(
+            raise StaleClaim(
                 f"session {session} is in epoch {state.epoch}; a claim in epoch {epoch} is too old",
                 state=state,
             )
