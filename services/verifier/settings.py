@@ -39,6 +39,10 @@ class VerifierSettings(CommonSettings, ModelSettings):
     idle_ttl_s: Seconds = Field(
         60.0, description="A session without a block for so long loses its KV, not its tokens."
     )
+    room_after_s: Seconds = Field(
+        5.0,
+        description="When all places are taken, a session idle for so long gives its place up to a new one.",
+    )
     heartbeat_s: Seconds = Field(1.0, description="Time between heartbeats.")
     member_timeout_s: Annotated[float, Field(ge=1)] = Field(
         6.0, description="A verifier silent for so long loses its partitions to the others."

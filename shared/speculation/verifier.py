@@ -244,6 +244,11 @@ class VerifierSession:
         """Parked, with nothing to do."""
         return self._phase is Phase.PARKED
 
+    @property
+    def settled(self) -> bool:
+        """Nobody waits for an answer."""
+        return self._open is None and self._waiting is None
+
     def handle(self, event: VerifierEvent) -> list[VerifierAction]:
         """The actions that `event` calls for. Events of no use give none."""
         if self._phase is Phase.ENDED:
