@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
+from inspect import isawaitable
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -135,9 +136,12 @@ class Readiness:
         return not self.missing
 
 
+ReadinessCheck = Callable[[], Readiness | Awaitable[Readiness]]
+
+
 def create_app(
     title: str,
-    readiness: Callable[[], Awaitable[Readiness]],
+    readiness: ReadinessCheck,
     *,
     description: str = "",
     healthy: Callable[[], bool] = lambda: True,
@@ -149,9 +153,7 @@ def create_app(
     return app
 
 
-def operations_router(
-    readiness: Callable[[], Awaitable[Readiness]], healthy: Callable[[], bool] = lambda: True
-) -> APIRouter:
+def operations_router(readiness: ReadinessCheck, healthy: Callable[[], bool] = lambda: True) -> APIRouter:
     """`/healthz` (200 while `healthy`), `/readyz` (503 with its reasons until ready) and `/metrics`."""
     router = APIRouter(tags=["operations"])
 
@@ -163,7 +165,8 @@ def operations_router(
 
     @router.get("/readyz", summary="Whether it can serve, and why not")
     async def readyz() -> JSONResponse:
-        state = await readiness()
+        answer = readiness()
+        state = await answer if isawaitable(answer) else answer
         body = {"ready": state.ready, "reasons": list(state.missing), "notes": list(state.notes)}
         status = HTTPStatus.OK if state.ready else HTTPStatus.SERVICE_UNAVAILABLE
         return JSONResponse(body, status_code=status)
