@@ -517,6 +517,21 @@ class Store:
         await self._forget(gone)
         return expired
 
+    # --- moves under way: what was placed anew but perhaps not announced yet ---------------------------------
+
+    async def begin_move(self, session: str) -> None:
+        """Note that the session is about to be moved, so that a move is announced even if its mover dies."""
+        await self._redis.command("SADD", f"{self._prefix}index:moving", session)
+
+    async def end_move(self, session: str) -> None:
+        """The move has been announced, or has not come about."""
+        await self._redis.command("SREM", f"{self._prefix}index:moving", session)
+
+    async def open_moves(self) -> list[str]:
+        """The sessions whose move was begun and not ended."""
+        names = _list(await self._redis.command("SMEMBERS", f"{self._prefix}index:moving"))
+        return [_bytes(name).decode() for name in names]
+
     # --- leases and drained verifiers -------------------------------------------------------------------------
 
     async def acquire(self, name: str, holder: str, ttl_s: float) -> bool:
