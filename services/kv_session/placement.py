@@ -76,9 +76,9 @@ class PrefixIndex:
 class Placer:
     """Chooses verifiers.
 
-    Of those with room that have at most `affinity_slack` sessions more than the least loaded, the one wins that shares
-    the longest prefix; of several such, the least loaded, then the one with the emptier KV cache, then the first by name.
-    Within a verifier, sessions spread over its partitions.
+    Of those with room that have at most `affinity_slack` sessions more than the least loaded, the one wins that
+    shares the longest prefix; of several such, the least loaded, then the one with the emptier KV cache, then the first
+    by name. Within a verifier, sessions spread over its partitions.
     """
 
     def __init__(self, fleet: Fleet, *, prefix_block: int, affinity_slack: int, retry_after_s: float) -> None:

@@ -1,0 +1,29 @@
+"""Runs one kv-session: `python -m services.kv_session`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from services.kv_session.service import KvSessionService
+from services.kv_session.settings import KvSessionSettings
+from shared.http import load_settings, run_service
+from shared.telemetry import configure_logging
+
+
+def main() -> int:
+    """Run until SIGTERM or SIGINT; exit code 1 when it can't start or loses what it can't do without."""
+    settings = load_settings(KvSessionSettings)
+    configure_logging(settings.log_level, settings.log_format, settings.kv_session_name)
+    return asyncio.run(_serve(settings))
+
+
+async def _serve(settings: KvSessionSettings) -> int:
+    service = KvSessionService(settings)
+    return await run_service(
+        service.run, service.app, host=settings.kv_session_host, port=settings.kv_session_port
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
