@@ -80,8 +80,8 @@ class CommonSettings(BaseSettings):
     log_format: LogFormat = Field(LogFormat.TEXT, description="Log lines as 'text' or 'json'.")
 
 
-class ModelSettings(BaseSettings):
-    """The target: gateways need its tokenizer, verifiers all of it."""
+class ModelSettings(CommonSettings):
+    """The target as well: gateways need its tokenizer, verifiers all of it."""
 
     model: str = Field("", description="Directory of the target model (Hugging Face layout, Llama family).")
     model_name: str = Field("", description="Name under which it is served; by default its directory's name.")

@@ -6,10 +6,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from shared.settings import CommonSettings, ModelSettings, Port, Positive, Seconds
+from shared.settings import ModelSettings, Port, Positive, Seconds
 
 
-class GatewaySettings(CommonSettings, ModelSettings):
+class GatewaySettings(ModelSettings):
     """What a draft-gateway reads from the environment."""
 
     gateway_name: str = Field("gateway-0", description="This gateway's name in logs, leases and metrics.")

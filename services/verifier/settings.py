@@ -7,10 +7,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from shared.settings import CommonSettings, ModelSettings, Port, Positive, Seconds
+from shared.settings import ModelSettings, Port, Positive, Seconds
 
 
-class VerifierSettings(CommonSettings, ModelSettings):
+class VerifierSettings(ModelSettings):
     """What a verifier reads from the environment."""
 
     verifier_name: str = Field(
