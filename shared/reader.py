@@ -264,7 +264,7 @@ class Reader(Generic[M]):
     async def _fetch(self) -> None:
         try:
             batches = await self._require_consumer().getmany(
-                timeout_ms=int(POLL_S * 1000), max_records=self._plan.queue
+                timeout_ms=int(POLL_S * 1000), max_records=await self._room()
             )
         except ConsumerStoppedError:
             if not self._stopping and self._failure is None:
@@ -290,6 +290,10 @@ class Reader(Generic[M]):
                 _log.error("%s; trying on", unavailable.message)
         if self._stopping:
             await self._close()
+
+    async def _room(self) -> int:
+        """How many messages may be taken now."""
+        return self._plan.queue
 
     def _delivered(self, records: Sequence[ConsumerRecord]) -> None:
         self._positions[records[-1].partition] = records[-1].offset + 1
@@ -350,7 +354,7 @@ class GroupReader(Reader[M]):
         self._on_revoked = on_revoked
         self._watermarks: dict[int, Watermark] = {}
         self._member_id = ""
-        self._room = asyncio.Event()
+        self._room_made = asyncio.Event()
         self._committer: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -364,7 +368,7 @@ class GroupReader(Reader[M]):
         So a restart under the same name finds its partitions as it left them; for good, others get them by then.
         """
         self._stopping = True
-        self._room.set()
+        self._room_made.set()
         if self._committer is not None:
             self._committer.cancel()
             await asyncio.wait([self._committer])
@@ -377,7 +381,7 @@ class GroupReader(Reader[M]):
         watermark = self._watermarks.get(received.partition)
         if watermark is not None:
             watermark.done(received.offset)
-            self._room.set()
+            self._room_made.set()
 
     # --- the inside -------------------------------------------------------------------------------------------
 
@@ -394,13 +398,14 @@ class GroupReader(Reader[M]):
     async def _take_up(self, consumer: AIOKafkaConsumer) -> None:
         """Nothing to do: `consumer.start` returned when the group had given us our partitions."""
 
-    async def _fetch(self) -> None:
-        while sum(each.open for each in self._watermarks.values()) >= self._plan.queue and not self._stopping:
-            self._room.clear()
+    async def _room(self) -> int:
+        while (room := self._plan.queue - sum(each.open for each in self._watermarks.values())) < 1:
+            if self._stopping:
+                raise ConsumerStoppedError
+            self._room_made.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._room.wait(), POLL_S)
-        if not self._stopping:
-            await super()._fetch()
+                await asyncio.wait_for(self._room_made.wait(), POLL_S)
+        return room
 
     def _delivered(self, records: Sequence[ConsumerRecord]) -> None:
         watermark = self._watermarks.setdefault(records[0].partition, Watermark())
@@ -485,7 +490,7 @@ class GroupReader(Reader[M]):
         for partition in lost | won:
             self._watermarks.pop(partition, None)
         self._ready = deque(record for record in self._ready if record.partition in now - won)
-        self._room.set()
+        self._room_made.set()
         for callback, partitions in ((self._on_revoked, lost), (self._on_assigned, won)):
             if callback is not None and partitions:
                 outcome = callback(partitions)
