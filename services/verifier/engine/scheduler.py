@@ -1,0 +1,354 @@
+"""The scheduler: a session is one long request that parks between blocks and keeps its KV.
+
+A parked session stays in vLLM's `running` queue, with `next_decode_eligible_step` put off for ever: it is never
+scheduled, keeps its KV blocks and stays preemptible. A client's block becomes the request's `spec_token_ids`; the next
+step then computes exactly 1 + K tokens for it, vLLM's rejection sampler judges them and rolls the rest back.
+
+    open ──▶ prefill ──one token──▶ parked ◀─────────────── outcome ──────────────┐
+                                    │    ▲ block: arm                             │
+                                    │    └──────────▶ armed ──next step──▶ verifying
+                    preempted       ▼                   │ preempted
+                                 resting ──block──▶ resuming (prefill up to the last token, then the block in one pass)
+
+Every block that is not stale is answered by exactly one output, whatever happens on the way. What vLLM would do
+otherwise, and why it is overridden:
+
+- it would compute a preempted session again at once, and have it say a token that nobody asked for: a preempted
+  session *rests* outside the queues until its next block;
+- it never preempts for a request that waits, so sessions that park would lock others out: when a waiting request
+  finds no room, parked sessions give way, the one longest parked first;
+- it would pad a one-token prefill with placeholder drafts (`num_spec_tokens` is 0 here for that);
+- it would keep stepping while every session is parked: those do not count as unfinished.
+
+It does not decide what a block's outcome is, and it knows nothing of epochs or commits.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from services.verifier.engine.options import session_key
+from services.verifier.engine.types import BlockStatus
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+    from vllm.v1.request import Request
+
+NEVER: Final = 1 << 62
+STEP_MS_WEIGHT: Final = 0.1
+
+Block = tuple[int, list[int]]
+"""(base, draft tokens); the base counts the request's own output tokens."""
+
+
+@dataclass(slots=True)
+class Session:
+    """What the scheduler knows of a session beyond vLLM's request."""
+
+    key: str
+    request: Request
+    parked_at: int | None = None
+    """The step in which it parked; None while it has something to compute."""
+    resting: bool = False
+    """Preempted while it had nothing to compute: in no queue, without KV."""
+    armed: Block | None = None
+    """To be verified in the next step."""
+    pending: Block | None = None
+    """To be looked at when what runs now has ended."""
+    reached: int = 0
+    """Prompt tokens whose KV was computed, or found in the prefix cache, at some time."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """See `EngineStats`."""
+
+    steps: int = 0
+    scheduled_tokens: int = 0
+    prefill_tokens: int = 0
+    recomputed_tokens: int = 0
+    plain_tokens: int = 0
+    blocks: int = 0
+    block_tokens: int = 0
+    accepted_tokens: int = 0
+    stale_blocks: int = 0
+    preemptions: int = 0
+    prefix_cache_hit_tokens: int = 0
+    step_ms: float = 0.0
+
+
+@dataclass(slots=True)
+class _Step:
+    """The step under way: when it began, and the draft tokens of each session (by request) that it verifies."""
+
+    began: float = 0.0
+    verified: dict[str, int] = field(default_factory=dict)
+
+
+class SessionScheduler(Scheduler):  # type: ignore[misc]
+    """vLLM's scheduler, with sessions."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.num_spec_tokens = 0
+        self.max_block: int = self.vllm_config.num_speculative_tokens
+        self.counters = Counters()
+        self._by_key: dict[str, Session] = {}
+        self._by_request: dict[str, Session] = {}
+        self._starved = False
+        self._step = _Step()
+
+    # --- blocks -------------------------------------------------------------------------------------------------
+
+    def submit_block(self, key: str, base: int, tokens: list[int]) -> BlockStatus:
+        """Take a block that continues the session's first `base` output tokens.
+
+        A newer block takes the place of one that has not been looked at yet.
+        """
+        session = self._by_key.get(key)
+        if session is None:
+            return BlockStatus.GONE
+        block = (base, tokens)
+        if session.parked_at is None and not session.resting:
+            session.pending = block
+            return BlockStatus.QUEUED
+        if self._trim(session, block) is None:
+            self.counters.stale_blocks += 1
+            return BlockStatus.STALE
+        if session.resting:
+            session.pending = block
+            session.resting = False
+            self._enqueue_waiting_request(session.request)
+            return BlockStatus.QUEUED
+        self._arm(session, block)
+        return BlockStatus.ARMED
+
+    def _trim(self, session: Session, block: Block) -> list[int] | None:
+        """What of a block is still to be verified: all of it but what was generated since. None when it is stale."""
+        base, tokens = block
+        request = session.request
+        since = request.output_token_ids[base:] if base <= request.num_output_tokens else None
+        if since is None or len(tokens) < len(since) or tokens[: len(since)] != list(since):
+            return None
+        return tokens[len(since) :][: self.max_block]
+
+    def _arm(self, session: Session, block: Block) -> bool:
+        """Make the next step verify a block; False when it is stale, and the session is left as it was."""
+        drafts = self._trim(session, block)
+        if drafts is None:
+            self.counters.stale_blocks += 1
+            return False
+        session.request.spec_token_ids = drafts
+        session.request.next_decode_eligible_step = 0
+        session.parked_at = None
+        session.armed = block
+        return True
+
+    def _park(self, session: Session) -> None:
+        session.request.next_decode_eligible_step = NEVER
+        session.parked_at = self.current_step
+        if session.pending is not None:
+            pending, session.pending = session.pending, None
+            self._arm(session, pending)
+
+    # --- a step -------------------------------------------------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """One step's work: blocks first, then prefills. Parked sessions come last, and so are preempted first."""
+        self._step = _Step(began=time.monotonic())
+        if self._starved and self.waiting:
+            self._make_room()
+        self.running.sort(key=self._rank)
+        preemptions = self.counters.preemptions
+        output = super().schedule(throttle_prefills)
+        self._starved = (
+            bool(self.waiting)
+            and self.counters.preemptions == preemptions
+            and output.total_num_scheduled_tokens < self.max_num_scheduled_tokens
+        )
+        return output
+
+    def _rank(self, request: Request) -> tuple[int, int]:
+        session = self._by_request.get(request.request_id)
+        if session is not None and session.parked_at is not None:
+            return (2, -session.parked_at)
+        return (1 if request.is_prefill_chunk else 0, 0)
+
+    def _make_room(self) -> None:
+        """Preempt parked sessions, the longest parked first, until the first waiting request should fit."""
+        parked = sorted(
+            (session for session in self._by_request.values() if session.parked_at is not None),
+            key=lambda session: session.parked_at or 0,
+        )
+        blocks = self.kv_cache_manager.block_pool
+        for session in parked:
+            self.running.remove(session.request)
+            self._preempt_request(session.request, self._step.began)
+            needed = -(-(self.waiting.peek_request().num_tokens + 1 + self.max_block) // self.block_size)
+            if len(self.running) < self.max_num_active_reqs and blocks.get_num_free_blocks() > needed:
+                return
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
+            drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
+            self._count(self.requests[request_id], scheduled, drafts)
+        self.counters.steps += bool(scheduler_output.num_scheduled_tokens)
+        self.counters.prefix_cache_hit_tokens += _cached_tokens(scheduler_output)
+        super()._update_after_schedule(scheduler_output)
+        for request_id in scheduler_output.num_scheduled_tokens:
+            session = self._by_request.get(request_id)
+            if session is not None and session.request.is_prefill_chunk:
+                self._prepare_resumed(session)
+
+    def _count(self, request: Request, scheduled: int, drafts: int) -> None:
+        """Book a request's share of the step as first prefill, recomputation, block or plain decoding."""
+        counters = self.counters
+        counters.scheduled_tokens += scheduled
+        session = self._by_request.get(request.request_id)
+        if session is None:
+            counters.plain_tokens += scheduled
+            return
+        start, end = request.num_computed_tokens, request.num_computed_tokens + scheduled - drafts
+        if request.num_output_tokens and end == request.num_tokens:
+            counters.blocks += 1
+            counters.block_tokens += drafts
+            self._step.verified[request.request_id] = drafts
+            session.armed = None
+            end -= 1
+        known = request.num_tokens if request.num_output_tokens else session.reached
+        recomputed = max(0, min(end, known) - start)
+        counters.recomputed_tokens += recomputed
+        counters.prefill_tokens += end - start - recomputed
+        session.reached = max(session.reached, end)
+
+    def _prepare_resumed(self, session: Session) -> None:
+        """Arm a resumed session whose prefill has come up to its last token, for the next step."""
+        request = session.request
+        if not request.num_output_tokens or request.num_computed_tokens < request.num_tokens - 1:
+            return
+        pending, session.pending = session.pending, None
+        if pending is None or not self._arm(session, pending):
+            request.next_decode_eligible_step = NEVER
+            session.parked_at = self.current_step
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, Any]:
+        """Take the step's results in; sessions that have spoken park."""
+        counters, step = self.counters, self._step
+        spoken = []
+        for request_id in scheduler_output.num_scheduled_tokens:
+            session = self._by_request.get(request_id)
+            if session is None or session.request.is_prefill_chunk:
+                continue
+            spoken.append(session)
+            if step.verified.get(request_id):
+                row = model_runner_output.req_id_to_index[request_id]
+                counters.accepted_tokens += max(0, len(model_runner_output.sampled_token_ids[row]) - 1)
+        outputs: dict[int, Any] = super().update_from_output(scheduler_output, model_runner_output)
+        for session in spoken:
+            if self._by_key.get(session.key) is session:
+                self._park(session)
+        if scheduler_output.num_scheduled_tokens:
+            elapsed_ms = (time.monotonic() - step.began) * 1000
+            weight = STEP_MS_WEIGHT if counters.step_ms else 1.0
+            counters.step_ms += weight * (elapsed_ms - counters.step_ms)
+        return outputs
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Nothing drafts but the clients: what a step's drafter says must not overwrite a block."""
+
+    # --- room ---------------------------------------------------------------------------------------------------
+
+    def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
+        session = self._by_request.get(request.request_id)
+        if session is None:
+            super()._preempt_request(request, timestamp, drop_stale_output)
+            return
+        self.counters.preemptions += 1
+        if session.armed is not None:
+            session.pending = session.pending or session.armed
+            session.armed = None
+        session.parked_at = None
+        request.next_decode_eligible_step = 0
+        super()._preempt_request(request, timestamp, drop_stale_output)
+        if session.pending is None and request.num_output_tokens:
+            self.waiting.remove_request(request)
+            session.resting = True
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """End the prefill of a resumed session before its last token, which belongs to the block's own pass."""
+        tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        if request.request_id not in self._by_request or not request.num_output_tokens:
+            return tokens
+        missing = request.num_tokens - num_computed_tokens
+        return missing - 1 if missing > 1 and tokens >= missing else tokens
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        """The cached prefix; for a resumed session cut so that something is left to prefill before the last token."""
+        blocks, cached, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        session = self._by_request.get(request.request_id)
+        if session is not None and request.num_output_tokens and cached and cached >= request.num_tokens - 1:
+            cached = (cached - 1) // self.block_size * self.block_size
+            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, cached)
+        return blocks, cached, boundary, diverged
+
+    def get_num_unfinished_requests(self) -> int:
+        """Requests with something to compute; none is left when all sessions park, and the engine sleeps."""
+        parked = sum(session.parked_at is not None for session in self._by_request.values())
+        return int(super().get_num_unfinished_requests()) - parked
+
+    # --- life ---------------------------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        """Take a request in; one that is marked as a session becomes one."""
+        key = session_key(request.sampling_params.extra_args) if request.sampling_params else None
+        if key is not None:
+            session = Session(key=key, request=request)
+            self._by_key[key] = self._by_request[request.request_id] = session
+        super().add_request(request)
+
+    def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
+        session = self._by_request.pop(request.request_id, None)
+        if session is not None:
+            self._by_key.pop(session.key, None)
+        return super()._free_request(request, delay_free_blocks)
+
+    # --- what others ask ----------------------------------------------------------------------------------------
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens that the KV cache holds; one block is vLLM's own."""
+        return int((self.cache_config.num_gpu_blocks - 1) * self.block_size)
+
+    def session_stats(self) -> dict[str, int | float]:
+        """The fields of `EngineStats` that the scheduler knows."""
+        sessions = self._by_request.values()
+        parked = sum(session.parked_at is not None for session in sessions)
+        counters = {name: getattr(self.counters, name) for name in Counters.__dataclass_fields__}
+        return {
+            **counters,
+            "parked": parked,
+            "running": len(self.running) - parked,
+            "waiting": len(self.waiting),
+            "kv_usage": float(self.get_kv_cache_usage()),
+        }
+
+
+def _cached_tokens(scheduler_output: SchedulerOutput) -> int:
+    """Tokens that the step's new and resumed requests found in the prefix cache."""
+    cached = scheduler_output.scheduled_cached_reqs
+    resumed = sum(
+        computed
+        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+        if request_id in cached.resumed_req_ids
+    )
+    return int(resumed + sum(new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs))
