@@ -20,13 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from services.verifier.engine import launch
 from services.verifier.engine.channel import ChannelMessage, ExitMessage, FailureMessage, Receiver
 from services.verifier.engine.checkpoint import Checkpoint, exit_layers, read_checkpoint
-from services.verifier.engine.options import (
-    DESCRIBE_CALL,
-    SESSION_KEY,
-    STATS_CALL,
-    SUBMIT_CALL,
-    EngineOptions,
-)
+from services.verifier.engine.options import SESSION_KEY, EngineOptions
 from services.verifier.engine.types import (
     BlockStatus,
     EngineInfo,
@@ -41,7 +35,8 @@ from shared.protocol import FinishReason, GenerationParams, Outcome, Tokens
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
-    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from services.verifier.engine.client import EngineClient
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -69,7 +64,7 @@ class VllmEngine:
         self._by_key: dict[str, _Open] = {}
         self._numbers = count()
         self._calls: set[asyncio.Future[Any]] = set()
-        self._llm: AsyncLLM | None = None
+        self._llm: EngineClient | None = None
         self._info: EngineInfo | None = None
         self._checkpoint: Checkpoint | None = None
         self._receiver: Receiver | None = None
@@ -112,14 +107,14 @@ class VllmEngine:
             raise
         return self._info
 
-    def _build(self, checkpoint: Checkpoint, options: EngineOptions) -> AsyncLLM:
+    def _build(self, checkpoint: Checkpoint, options: EngineOptions) -> EngineClient:
         from services.verifier.engine.compat import check_compatible
 
         check_compatible()
         return launch.build(self._settings, checkpoint, options)
 
-    async def _describe(self, llm: AsyncLLM, checkpoint: Checkpoint) -> EngineInfo:
-        found: dict[str, Any] = await self._call(llm.engine_core.call_utility_async(DESCRIBE_CALL))
+    async def _describe(self, llm: EngineClient, checkpoint: Checkpoint) -> EngineInfo:
+        found: dict[str, Any] = await self._call(llm.describe())
         notes = list(found["notes"])
         max_model_len = int(llm.model_config.max_model_len)
         if max_model_len < self._settings.max_model_len:
@@ -141,11 +136,10 @@ class VllmEngine:
             notes=tuple(notes),
         )
 
-    def _watch(self, llm: AsyncLLM) -> None:
+    def _watch(self, llm: EngineClient) -> None:
         """Notice the engine process' end in the moment it happens."""
-        (process,) = llm.engine_core.resources.engine_manager.processes
         loop = asyncio.get_running_loop()
-        sentinel = process.sentinel
+        sentinel = llm.process.sentinel
 
         def ended() -> None:
             loop.remove_reader(sentinel)
@@ -172,7 +166,7 @@ class VllmEngine:
             call.cancel()
         if self._llm is not None:
             llm, self._llm = self._llm, None
-            await asyncio.to_thread(llm.shutdown, 5.0)
+            await llm.stop()
         if self._receiver is not None:
             receiver, self._receiver = self._receiver, None
             await receiver.close()
@@ -228,8 +222,7 @@ class VllmEngine:
         own_base = base - opened.offset
         if own_base < 0:
             return BlockStatus.STALE
-        call = llm.engine_core.call_utility_async(SUBMIT_CALL, opened.key, own_base, list(tokens))
-        return BlockStatus(await self._call(call))
+        return BlockStatus(await self._call(llm.submit_block(opened.key, own_base, list(tokens))))
 
     async def close(self, session: str) -> None:
         """See `Engine.close`."""
@@ -256,7 +249,7 @@ class VllmEngine:
     async def stats(self) -> EngineStats:
         """See `Engine.stats`."""
         llm = self._alive()
-        return EngineStats(**await self._call(llm.engine_core.call_utility_async(STATS_CALL)))
+        return EngineStats(**await self._call(llm.session_stats()))
 
     # --- the engine process -------------------------------------------------------------------------------------
 
@@ -339,7 +332,7 @@ class VllmEngine:
             return EngineError("the engine process has died; the verifier has to be started again")
         return EngineError(f"the engine has failed: {type(error).__name__}: {error}")
 
-    def _alive(self) -> AsyncLLM:
+    def _alive(self) -> EngineClient:
         if self._llm is None or self._dead:
             state = "has died" if self._dead and self._info is not None else "is not started"
             raise EngineError(f"the engine {state}")

@@ -26,7 +26,7 @@ from services.verifier.engine.options import EngineOptions
 from services.verifier.settings import VerifierSettings
 
 if TYPE_CHECKING:
-    from vllm.v1.engine.async_llm import AsyncLLM
+    from services.verifier.engine.client import EngineClient
 
 PRELOADED: Final = [
     "vllm.v1.engine.core",
@@ -46,7 +46,12 @@ REQUIRED_ENVIRONMENT: Final[Mapping[str, str]] = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 REFUSED_ENVIRONMENT: Final = ("VLLM_CPU_KVCACHE_SPACE",)  # would win over kv_cache_mb
-DEFAULT_ENVIRONMENT: Final[Mapping[str, str]] = {"VLLM_LOGGING_LEVEL": "WARNING"}
+DEFAULT_ENVIRONMENT: Final[Mapping[str, str]] = {  # what vLLM warns of here is what was chosen here
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TORCH_LOGS": "-all",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+}
 
 
 @contextmanager
@@ -72,20 +77,21 @@ def warm_up() -> None:
     multiprocessing.forkserver.ensure_running()
 
 
-def build(settings: VerifierSettings, checkpoint: Checkpoint, options: EngineOptions) -> AsyncLLM:
-    """An AsyncLLM with our scheduler, worker and models, its engine process started and loaded.
+def build(settings: VerifierSettings, checkpoint: Checkpoint, options: EngineOptions) -> EngineClient:
+    """A client with our scheduler, worker and models, its engine process started and loaded.
 
     Blocks for seconds, so call it in a thread, within `engine_environment`. Raises what vLLM raises.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine import utils
-    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.executor import Executor
+
+    from services.verifier.engine.client import EngineClient
 
     _register_models()
     config = AsyncEngineArgs(**_arguments(settings, checkpoint, options)).create_engine_config()
     with mock.patch.object(utils, "get_mp_context", lambda: multiprocessing.get_context("forkserver")):
-        return AsyncLLM(
+        return EngineClient(
             vllm_config=config,
             executor_class=Executor.get_class(config),
             log_stats=False,
@@ -118,6 +124,7 @@ def _arguments(settings: VerifierSettings, checkpoint: Checkpoint, options: Engi
         "async_scheduling": False,
         "enforce_eager": True,
         "skip_tokenizer_init": True,
+        "use_tqdm_on_load": False,
         "generation_config": "vllm",
         "distributed_executor_backend": "uni",
         "scheduler_cls": f"{package}.scheduler.SessionScheduler",
