@@ -224,7 +224,17 @@ class OutriderOptions(BaseModel):
     draft: Literal["engine", "none"] = Field("engine", description="'none' sends empty blocks.")
 
 
+def _document_unserved(schema: JsonObject) -> None:
+    """Say of each unserved parameter which values are taken, so that OpenAPI's readers need not try."""
+    for name, neutral in _UNSERVED.items():
+        taken = {"enum": [*neutral.values, None], "description": f"No effect: {neutral.served}."}
+        schema["properties"].setdefault(name, taken)
+    schema["properties"]["temperature"]["default"] = 0
+
+
 class _GenerationBody(_Request):
+    model_config = ConfigDict(json_schema_extra=_document_unserved)
+
     model: Annotated[str, Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None

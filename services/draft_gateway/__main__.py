@@ -1,0 +1,30 @@
+"""`python -m services.draft_gateway`: run a gateway until SIGTERM or Ctrl-C. Settings come from the environment."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from services.draft_gateway.service import DraftGateway
+from services.draft_gateway.settings import GatewaySettings
+from shared.errors import OutriderError
+from shared.http import load_settings, run_service
+from shared.telemetry import configure_logging
+
+
+def main() -> int:
+    """Run the gateway; the exit status."""
+    settings = load_settings(GatewaySettings)
+    configure_logging(settings.log_level, settings.log_format, "draft-gateway")
+    try:
+        gateway = DraftGateway(settings)
+    except OutriderError as error:
+        print(f"draft-gateway: {error.message}", file=sys.stderr)
+        return 1
+    return asyncio.run(
+        run_service(gateway.serve, gateway.app, host=settings.gateway_host, port=settings.gateway_port)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

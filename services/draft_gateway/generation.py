@@ -1,0 +1,473 @@
+"""One generation: the shell around the speculation core, which turns messages, drafts and time into its events and its
+actions into messages, drafts and timers.
+
+Messages are handed over by a plain call, so that a hint waits for nothing and a verdict for no hint; what the core
+wants sent goes out before its tokens are handed to the reader. It knows neither HTTP nor text
+nor how a session was opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from statistics import median
+from typing import Final, Protocol
+
+from services.draft_gateway.drafting import Drafter, DraftRequest
+from services.draft_gateway.metrics import Watch
+from services.draft_gateway.openai_api import JsonObject
+from services.draft_gateway.uplink import SessionMessage, Uplink
+from shared.errors import OutriderError, SessionNotFound, SessionTaken, Unavailable, error_for
+from shared.protocol import (
+    Block,
+    Cancel,
+    Closed,
+    CloseSession,
+    Evicted,
+    Fault,
+    FinishReason,
+    Hint,
+    Placed,
+    Prompt,
+    Stale,
+    Tokens,
+    Verdict,
+)
+from shared.speculation.edge import (
+    Abandoned,
+    Deliver,
+    Drafted,
+    DropDraft,
+    EdgeAction,
+    EdgeConfig,
+    EdgeEvent,
+    EdgeSession,
+    Fail,
+    FaultArrived,
+    Finish,
+    HintArrived,
+    Opened,
+    Relocated,
+    SendBlock,
+    SendPrompt,
+    SetTimer,
+    StaleArrived,
+    StartDraft,
+    TimerFired,
+    VerdictArrived,
+)
+from shared.store import SessionState, SessionStats
+from shared.telemetry import TraceContext
+
+logger = logging.getLogger(__name__)
+
+REPLAYED: Final = "replayed"
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """Committed tokens for the client, the first at position `base`; `finish_reason` when nothing follows them."""
+
+    base: int
+    tokens: Tokens
+    sources: tuple[str, ...]
+    round: int
+    finish_reason: FinishReason | None = None
+
+
+class TokenStream(Protocol):
+    """What a client reads: deliveries in order, then an end or an error."""
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Committed tokens so far."""
+        ...
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why it ended; only after `next` gave None."""
+        ...
+
+    async def started(self, patience_s: float) -> None:
+        """Wait for the first delivery, at most `patience_s`. Raises what the generation failed with before it."""
+        ...
+
+    async def next(self) -> Delivery | None:
+        """The next delivery, or None at the end. Raises what the generation failed with."""
+        ...
+
+    def report(self) -> JsonObject:
+        """What speculation did, for `usage`."""
+        ...
+
+    def leave(self, reason: str, *, detach: bool) -> None:
+        """The client has gone: stop at once. With `detach` the session may be resumed."""
+        ...
+
+
+class Replay:
+    """A finished session, read again from a position on."""
+
+    def __init__(self, state: SessionState, tokens: Tokens, position: int) -> None:
+        if state.finish_reason is None or state.finish_reason is FinishReason.CANCELLED:
+            raise SessionNotFound(f"the session {state.session} was cancelled before it was complete")
+        self._state = state
+        self._finish_reason: Final = state.finish_reason
+        self._pending = [
+            Delivery(
+                position,
+                tokens[position:],
+                (REPLAYED,) * (len(tokens) - position),
+                max(0, state.last_round),
+                state.finish_reason,
+            )
+        ]
+        if position == len(tokens):
+            self._pending.clear()
+        self.prompt_length: Final = state.prompt_length
+        self.length: Final = len(tokens)
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the session ended."""
+        return self._finish_reason
+
+    async def started(self, patience_s: float) -> None:
+        """There is nothing to wait for."""
+
+    async def next(self) -> Delivery | None:
+        """All tokens at once, then None."""
+        return self._pending.pop() if self._pending else None
+
+    def report(self) -> JsonObject:
+        """What Redis knows of the session's rounds; hits and leads were the business of who drove it."""
+        return _report(self._state.session, self._state.stats, self.length)
+
+    def leave(self, reason: str, *, detach: bool) -> None:
+        """Nothing runs that would have to stop."""
+
+
+class Generation:
+    """A session that this gateway drives. `on_end` is called once, when it has ended in whatever way."""
+
+    def __init__(
+        self,
+        session: str,
+        prompt: Tokens,
+        config: EdgeConfig,
+        *,
+        uplink: Uplink,
+        drafter: Drafter,
+        trace: TraceContext,
+        resumable: bool,
+        on_end: Callable[[Generation], None],
+        earlier: SessionStats | None = None,
+    ) -> None:
+        self.session: Final = session
+        self.prompt_length: Final = len(prompt)
+        self._prompt = prompt
+        self._core = EdgeSession(config)
+        self._uplink = uplink
+        self._drafter = drafter
+        self._trace = trace
+        self._resumable = resumable
+        self._on_end = on_end
+        self._earlier = earlier or SessionStats()
+        self._hints_received = 0
+        self._placed: Placed | None = None
+        self._sending: asyncio.Task[None] | None = None
+        self._sent: Prompt | Block | None = None
+        self._drafts: dict[int, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._outbox: deque[Delivery] = deque()  # bounded by max_tokens
+        self._news = asyncio.Event()
+        self._ended = False
+        self._error: OutriderError | None = None
+        self._finish_reason: FinishReason | None = None
+        self._watch = Watch(self._core.statistics)
+
+    # --- the reader's side -------------------------------------------------------------------------
+
+    @property
+    def length(self) -> int:
+        """Committed tokens so far."""
+        return self._core.base
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why it ended."""
+        assert self._finish_reason is not None, "read before the end"
+        return self._finish_reason
+
+    @property
+    def _epoch(self) -> int:
+        return max(self._core.epoch, self._placed.epoch if self._placed is not None else 0)
+
+    async def started(self, patience_s: float) -> None:
+        """Wait for the first delivery, at most `patience_s`; raises the `OutriderError` that came instead."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await self._something()
+
+    async def next(self) -> Delivery | None:
+        """The next delivery, or None at the end; raises the `OutriderError` that the generation failed with."""
+        await self._something()
+        return self._outbox.popleft() if self._outbox else None
+
+    async def _something(self) -> None:
+        while not self._outbox:
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                return
+            self._news.clear()
+            await self._news.wait()
+
+    def report(self) -> JsonObject:
+        """What speculation did; rounds, drafted and accepted include those before this gateway took over."""
+        seen = self._core.statistics
+        stats = SessionStats(
+            rounds=self._earlier.rounds + seen.rounds,
+            drafted=self._earlier.drafted + seen.drafted,
+            accepted=self._earlier.accepted + seen.accepted,
+        )
+        return _report(self.session, stats, self.length) | {
+            "hits": seen.hits,
+            "misses": seen.misses,
+            "late": seen.late,
+            "lanes": seen.lanes,
+            "hints": self._hints_received,
+            "hints_before_verdict": seen.hints,
+            "hinted_rounds": seen.hinted_rounds,
+            "resent": seen.resent,
+            "tokens_per_round": round(seen.tokens_per_round, 3),
+            "exit_lead_ms": {
+                str(layer): {
+                    "count": len(leads),
+                    "p50": round(median(leads), 3),
+                    "min": round(min(leads), 3),
+                }
+                for layer, leads in sorted(seen.exit_lead_ms.items())
+            },
+        }
+
+    # --- its life ----------------------------------------------------------------------------------
+
+    def place(self, placed: Placed) -> None:
+        """The session has been placed; messages of its epoch will come."""
+        if placed.epoch > self._epoch:
+            self._placed = placed
+
+    def begin(self, *, committed: Tokens = (), read: int = 0, next_round: int = 0) -> None:
+        """Start driving from `committed`, of which the client has read the first `read` tokens."""
+        if self._ended:
+            return
+        if unread := committed[read:]:
+            replayed = (REPLAYED,) * len(unread)
+            self._outbox.append(Delivery(read, unread, replayed, max(0, next_round - 1)))
+        self._handle(Opened(self._epoch, committed, next_round))
+
+    def receive(self, message: SessionMessage) -> None:
+        """A message for this session has arrived."""
+        match message:
+            case Verdict():
+                self._handle(VerdictArrived(message))
+            case Hint():
+                self._hints_received += 1
+                self._handle(HintArrived(message))
+            case Stale():
+                self._handle(StaleArrived(message))
+            case Fault():
+                self._handle(FaultArrived(message))
+            case Placed():
+                self._relocated(message)
+            case Closed():
+                self.fail(SessionNotFound(f"the session {self.session} was closed: {message.reason}"))
+            case Evicted():
+                logger.debug("KV evicted; the next block restores it", extra={"session": self.session})
+
+    def leave(self, reason: str, *, detach: bool) -> None:
+        """The client has gone, or the gateway stops: free the session's KV now, and keep its tokens if `detach`."""
+        if not self._ended:
+            self._stop(reason, detach=detach)
+
+    def fail(self, error: OutriderError) -> None:
+        """End with an error that the client sees."""
+        if self._ended or self._error is not None:
+            return
+        self._error = error
+        if isinstance(error, SessionTaken | SessionNotFound):
+            self._end(error.code)
+        else:
+            self._stop(error.code, detach=error.status >= 429)
+
+    def _stop(self, reason: str, *, detach: bool) -> None:
+        self._handle(Abandoned())
+        if self._placed is not None:
+            cancel = Cancel(session=self.session, epoch=self._epoch, reason=reason)
+            self._spawn(self._uplink.send(cancel, partition=self._placed.partition, trace=self._trace))
+            self._close(reason, detach=detach and self._resumable)
+        self._end(reason)
+
+    def _close(self, reason: str, *, detach: bool) -> None:
+        close = CloseSession(session=self.session, epoch=self._epoch, reason=reason, detach=detach)
+        self._spawn(self._uplink.close(close))
+
+    def _end(self, how: str) -> None:
+        self._ended = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._drafts.values():
+            task.cancel()
+        self._drafter.forget(self.session)
+        self._watch.end(how)
+        self._news.set()
+        self._on_end(self)
+
+    async def settled(self) -> None:
+        """Wait for what was on its way when it ended."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # --- the core's side ---------------------------------------------------------------------------
+
+    def _relocated(self, placed: Placed) -> None:
+        if placed.reply.gateway != self._uplink.reply.gateway:
+            self.fail(SessionTaken(f"the session was taken over by {placed.reply.gateway}"))
+            return
+        if placed.epoch > self._epoch:
+            self._placed = placed
+            self._handle(Relocated(placed.epoch))
+
+    def _handle(self, event: EdgeEvent) -> None:
+        if self._ended:
+            return
+        try:
+            self._carry_out_all(self._core.handle(event, time.monotonic() * 1000))
+        except Exception:  # whatever it is, this session ends clearly and the others go on
+            logger.exception("the session failed on %s", event, extra={"session": self.session})
+            self.fail(OutriderError("the gateway failed on this session; its log says why"))
+
+    def _carry_out_all(self, actions: Sequence[EdgeAction]) -> None:
+        delivery: Delivery | None = None
+        for action in actions:
+            if isinstance(action, Deliver):
+                delivery = Delivery(action.base, action.tokens, action.sources, action.round)
+            elif isinstance(action, Finish):
+                self._finished(action.reason, delivery)
+                delivery = None
+            else:
+                self._carry_out(action)
+        if delivery is not None:
+            self._put(delivery)
+
+    def _carry_out(self, action: EdgeAction) -> None:
+        match action:
+            case SendBlock(epoch, number, base, tokens):
+                self._send(
+                    Block(
+                        session=self.session,
+                        epoch=epoch,
+                        reply=self._uplink.reply,
+                        round=number,
+                        base=base,
+                        tokens=tokens,
+                    )
+                )
+            case SendPrompt(epoch, number, base):
+                self._send(
+                    Prompt(
+                        session=self.session, epoch=epoch, reply=self._uplink.reply, round=number, base=base
+                    )
+                )
+            case StartDraft(lane, base, assumed, length):
+                context = (*self._prompt, *self._core.committed[:base], *assumed)
+                request = DraftRequest(session=self.session, lane=lane, context=context, length=length)
+                self._drafts[lane] = self._spawn(self._draft(request))
+            case DropDraft(lane):
+                if (task := self._drafts.pop(lane, None)) is not None:
+                    task.cancel()
+            case SetTimer(timer, delay_ms):
+                if self._timer is not None:
+                    self._timer.cancel()
+                self._timer = asyncio.get_running_loop().call_later(
+                    delay_ms / 1000, lambda: self._handle(TimerFired(timer))
+                )
+            case Fail(code, message, retry_after_s):
+                self.fail(error_for(code, message, retry_after_s=retry_after_s))
+
+    def _send(self, message: Prompt | Block) -> None:
+        """Send without waiting. A message that the broker has yet to take is not sent a second time beside itself."""
+        if self._sending is not None and not self._sending.done() and message == self._sent:
+            return
+        self._sent = message
+        self._sending = self._spawn(self._transmit(message))
+
+    async def _transmit(self, message: Prompt | Block) -> None:
+        assert self._placed is not None
+        try:
+            await self._uplink.send(message, partition=self._placed.partition, trace=self._trace)
+        except (
+            Unavailable
+        ) as error:  # the round's timer sends it again, until the generation counts as stalled
+            logger.warning("a block could not be sent: %s", error, extra={"session": self.session})
+
+    async def _draft(self, request: DraftRequest) -> None:
+        try:
+            tokens = (await self._drafter.draft(request)).tokens
+        except asyncio.CancelledError:
+            raise
+        except Exception:  # a draft engine may fail in any way; without a draft the target goes on alone
+            logger.exception("drafting failed; an empty block goes up", extra={"session": self.session})
+            tokens = ()
+        self._drafts.pop(request.lane, None)
+        self._handle(Drafted(request.lane, tokens))
+
+    def _finished(self, reason: FinishReason, last: Delivery | None) -> None:
+        if last is not None:
+            self._put(Delivery(last.base, last.tokens, last.sources, last.round, reason))
+        if reason is FinishReason.CANCELLED:
+            self.fail(SessionNotFound(f"the session {self.session} was cancelled"))
+            return
+        self._finish_reason = reason
+        self._close("finished", detach=False)
+        self._end(reason.value)
+
+    def _put(self, delivery: Delivery) -> None:
+        self._outbox.append(delivery)
+        self._watch.delivered(delivery.sources)
+        self._news.set()
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(logged(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+async def logged(work: Coroutine[object, object, None]) -> None:
+    """Do work that nobody waits for; an error of ours ends in the log."""
+    try:
+        await work
+    except OutriderError as error:
+        logger.warning("%s", error)
+
+
+def _report(session: str, stats: SessionStats, tokens: int) -> JsonObject:
+    return {
+        "session": session,
+        "rounds": stats.rounds,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "tokens_per_round": round(tokens / stats.rounds, 3) if stats.rounds else 0.0,
+    }
