@@ -5,171 +5,44 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
 
-import psutil
 import pytest
 import pytest_asyncio
 
 from services.verifier.engine.engine import VllmEngine
-from services.verifier.engine.types import BlockStatus, EngineInfo, EngineOutput, EngineStats, ExitReport
-from services.verifier.settings import VerifierSettings
+from services.verifier.engine.types import BlockStatus, EngineOutput
 from shared.errors import ContextLengthExceeded, EngineError, InvalidRequest, Overloaded
 from shared.protocol import FinishReason, GenerationParams, Tokens
-from tests.integration.tiny_target import VOCABULARY, TinyTarget, make_tiny_target, random_prompt
+from tests.integration.engine_bench import (
+    DEADLINE_S,
+    DRAFTERS,
+    MAX_BATCHED,
+    MAX_BLOCK,
+    MAX_MODEL_LEN,
+    MAX_SESSIONS,
+    Bench,
+    always_right,
+    change,
+    endless,
+    engine_process,
+    flush_prefix_cache,
+    next_output,
+    nothing,
+    partly_right,
+    read_until,
+    settings_for,
+    until_idle,
+)
+from tests.integration.tiny_target import VOCABULARY, TinyTarget, random_prompt
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
 
-MAX_MODEL_LEN = 256
-MAX_BATCHED = 96
-MAX_SESSIONS = 16
-MAX_BLOCK = 8
-DEADLINE_S = 20.0
-
-Drafter = Callable[[Tokens, Tokens, random.Random], Tokens]
-"""(the true answer, what is out, randomness) → a block."""
-
-
-@dataclass
-class Bench:
-    """An engine, its exits' reports with their arrival times, and the way a client uses it."""
-
-    engine: VllmEngine
-    info: EngineInfo
-    reports: list[tuple[float, ExitReport]] = field(default_factory=list)
-
-    async def answer(self, prompt: Tokens, params: GenerationParams) -> EngineOutput:
-        return await asyncio.wait_for(self.engine.greedy(prompt, params), DEADLINE_S)
-
-    async def speculate(
-        self,
-        session: str,
-        prompt: Tokens,
-        truth: Tokens,
-        params: GenerationParams,
-        drafter: Drafter,
-        seed: int = 0,
-    ) -> EngineOutput:
-        """A whole session: blocks from `drafter` until it finishes; every block is answered by exactly one output."""
-        rng = random.Random(seed)
-        stream = self.engine.open(session, prompt, (), params)
-        output = await next_output(stream)
-        tokens = output.tokens
-        while output.finish_reason is None:
-            block = drafter(truth, tokens, rng)
-            status = await self.engine.submit(session, len(tokens), block)
-            assert status in (BlockStatus.ARMED, BlockStatus.QUEUED)
-            output = await next_output(stream)
-            accepted = common_prefix(block, truth[len(tokens) :])
-            if output.finish_reason is None:
-                assert len(output.tokens) == accepted + 1
-            tokens += output.tokens
-        await assert_ended(stream)
-        return EngineOutput(tokens, output.finish_reason)
-
-
-async def next_output(stream: AsyncIterator[EngineOutput]) -> EngineOutput:
-    return await asyncio.wait_for(anext(stream), DEADLINE_S)
-
-
-async def assert_ended(stream: AsyncIterator[EngineOutput]) -> None:
-    with pytest.raises(StopAsyncIteration):
-        await next_output(stream)
-
-
-def common_prefix(left: Tokens, right: Tokens) -> int:
-    return next(
-        (n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
-    )
-
-
-def change(since: EngineStats, until: EngineStats) -> dict[str, int]:
-    names = (
-        "steps",
-        "scheduled_tokens",
-        "prefill_tokens",
-        "recomputed_tokens",
-        "plain_tokens",
-        "blocks",
-        "block_tokens",
-    )
-    return {
-        name: getattr(until, name) - getattr(since, name)
-        for name in (*names, "preemptions", "accepted_tokens")
-    }
-
-
-def always_right(truth: Tokens, out: Tokens, rng: random.Random) -> Tokens:
-    return truth[len(out) :][:MAX_BLOCK]
-
-
-def always_wrong(truth: Tokens, out: Tokens, rng: random.Random) -> Tokens:
-    return tuple((token + 1) % VOCABULARY for token in always_right(truth, out, rng))
-
-
-def random_tokens(truth: Tokens, out: Tokens, rng: random.Random) -> Tokens:
-    return tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(0, MAX_BLOCK)))
-
-
-def nothing(truth: Tokens, out: Tokens, rng: random.Random) -> Tokens:
-    return ()
-
-
-def partly_right(truth: Tokens, out: Tokens, rng: random.Random) -> Tokens:
-    block = list(always_right(truth, out, rng)[: rng.randint(0, MAX_BLOCK)])
-    if block and rng.random() < 0.7:
-        spot = rng.randrange(len(block))
-        block[spot] = (block[spot] + 1) % VOCABULARY
-    return tuple(block)
-
-
-DRAFTERS: dict[str, Drafter] = {
-    "always right": always_right,
-    "always wrong": always_wrong,
-    "random": random_tokens,
-    "empty": nothing,
-    "partly right": partly_right,
-}
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> TinyTarget:
-    return make_tiny_target(tmp_path_factory.mktemp("target") / "tiny-target")
-
-
-def settings_for(target: TinyTarget, **changes: object) -> VerifierSettings:
-    return VerifierSettings.model_validate(
-        {
-            "model": str(target.directory),
-            "max_model_len": MAX_MODEL_LEN,
-            "max_batched_tokens": MAX_BATCHED,
-            "max_sessions": MAX_SESSIONS,
-            "max_block": MAX_BLOCK,
-            "kv_cache_mb": 32,
-            "exit_layers": "4,6,7",
-            **changes,
-        }
-    )
-
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def bench(target: TinyTarget) -> AsyncIterator[Bench]:
-    engine = VllmEngine(settings_for(target))
-    reports: list[tuple[float, ExitReport]] = []
-    info = await engine.start(lambda report: reports.append((time.monotonic(), report)))
-    yield Bench(engine, info, reports)
-    await engine.stop()
-
-
-@pytest.fixture
-def names() -> Iterator[Callable[[], str]]:
-    numbers = iter(range(1000))
-    yield lambda: f"session-{next(numbers)}"
-
-
-def endless(max_tokens: int = 40) -> GenerationParams:
-    return GenerationParams(max_tokens=max_tokens, ignore_eos=True)
+async def bench(tiny_target: TinyTarget) -> AsyncIterator[Bench]:
+    async with Bench.over(VllmEngine(settings_for(tiny_target))) as bench:
+        yield bench
 
 
 async def test_engine_says_what_it_runs(bench: Bench) -> None:
@@ -181,9 +54,9 @@ async def test_engine_says_what_it_runs(bench: Bench) -> None:
     assert bench.engine.healthy()
 
 
-async def test_plain_answer_is_that_of_transformers(bench: Bench, target: TinyTarget) -> None:
-    found = await bench.answer(target.prompt, GenerationParams(max_tokens=64))
-    assert found == EngineOutput(target.answer, FinishReason.STOP)
+async def test_plain_answer_is_that_of_transformers(bench: Bench, tiny_target: TinyTarget) -> None:
+    found = await bench.answer(tiny_target.prompt, GenerationParams(max_tokens=64))
+    assert found == EngineOutput(tiny_target.answer, FinishReason.STOP)
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
@@ -275,19 +148,21 @@ async def test_later_exits_report_later_in_the_pass(bench: Bench) -> None:
     assert elapsed[4] < elapsed[6] < elapsed[7]
 
 
-async def test_eos_inside_an_accepted_block_ends_the_answer(bench: Bench, target: TinyTarget) -> None:
-    truth = (await bench.answer(target.prompt, endless(64))).tokens
-    assert truth[: len(target.answer)] == target.answer
-    found = await bench.speculate("eos", target.prompt, truth, GenerationParams(max_tokens=64), always_right)
-    assert found == EngineOutput(target.answer, FinishReason.STOP)
-
-
-async def test_ignore_eos_goes_past_it(bench: Bench, target: TinyTarget) -> None:
+async def test_eos_inside_an_accepted_block_ends_the_answer(bench: Bench, tiny_target: TinyTarget) -> None:
+    truth = (await bench.answer(tiny_target.prompt, endless(64))).tokens
+    assert truth[: len(tiny_target.answer)] == tiny_target.answer
     found = await bench.speculate(
-        "past", target.prompt, target.answer, endless(len(target.answer) + 9), nothing
+        "eos", tiny_target.prompt, truth, GenerationParams(max_tokens=64), always_right
     )
-    assert len(found.tokens) == len(target.answer) + 9
-    assert found.tokens[: len(target.answer)] == target.answer
+    assert found == EngineOutput(tiny_target.answer, FinishReason.STOP)
+
+
+async def test_ignore_eos_goes_past_it(bench: Bench, tiny_target: TinyTarget) -> None:
+    found = await bench.speculate(
+        "past", tiny_target.prompt, tiny_target.answer, endless(len(tiny_target.answer) + 9), nothing
+    )
+    assert len(found.tokens) == len(tiny_target.answer) + 9
+    assert found.tokens[: len(tiny_target.answer)] == tiny_target.answer
     assert found.finish_reason is FinishReason.LENGTH
 
 
@@ -469,11 +344,11 @@ async def test_restored_session_reports_exits_with_the_sessions_base(bench: Benc
     await bench.engine.close("bases")
 
 
-async def test_finished_session_cannot_be_opened(bench: Bench, target: TinyTarget) -> None:
+async def test_finished_session_cannot_be_opened(bench: Bench, tiny_target: TinyTarget) -> None:
     with pytest.raises(InvalidRequest, match="finished: 5 tokens are committed, max_tokens is 5"):
-        bench.engine.open("done", target.prompt, target.answer[:5], GenerationParams(max_tokens=5))
+        bench.engine.open("done", tiny_target.prompt, tiny_target.answer[:5], GenerationParams(max_tokens=5))
     with pytest.raises(InvalidRequest, match="finished: its last committed token"):
-        bench.engine.open("done", target.prompt, target.answer, GenerationParams(max_tokens=50))
+        bench.engine.open("done", tiny_target.prompt, tiny_target.answer, GenerationParams(max_tokens=50))
 
 
 async def test_shared_prefix_is_found_in_the_cache_and_exact(bench: Bench) -> None:
@@ -549,32 +424,3 @@ async def test_bad_input_is_refused_with_its_reason(bench: Bench) -> None:
         await bench.engine.submit("bad", 1, (600,))
     assert await bench.engine.submit("unknown", 0, ()) is BlockStatus.GONE
     await bench.engine.close("bad")
-
-
-async def read_until(stream: AsyncIterator[EngineOutput], length: int) -> Tokens:
-    out: Tokens = ()
-    while len(out) < length:
-        out += (await next_output(stream)).tokens
-    return out
-
-
-async def until_idle(bench: Bench) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while (stats := await bench.engine.stats()).parked or stats.running or stats.kv_usage:
-        assert time.monotonic() < deadline, f"KV is still held: {stats}"
-
-
-async def flush_prefix_cache(bench: Bench) -> None:
-    """Make the next prefill a real one: fill the cache with other prompts."""
-    blocks = bench.info.kv_capacity_tokens // 128
-    for n in range(blocks + 1):
-        await bench.answer(random_prompt(1000 + n, 129), endless(1))
-
-
-def engine_process() -> psutil.Process:
-    (found,) = (
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "EngineCore" in " ".join(process.cmdline()) or "EngineCore" in process.name()
-    )
-    return found

@@ -1,0 +1,196 @@
+"""How the engine's tests use it: a bench around an engine, clients with all sorts of drafts, small questions."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import psutil
+import pytest
+
+from services.verifier.engine.engine import VllmEngine
+from services.verifier.engine.types import BlockStatus, EngineInfo, EngineOutput, EngineStats, ExitReport
+from services.verifier.settings import VerifierSettings
+from shared.protocol import GenerationParams, Tokens
+from tests.integration.tiny_target import VOCABULARY, TinyTarget, random_prompt
+
+MAX_MODEL_LEN = 256
+MAX_BATCHED = 96
+MAX_SESSIONS = 16
+MAX_BLOCK = 8
+DEADLINE_S = 20.0
+
+Drafter = Callable[[Tokens, Tokens, random.Random], Tokens]
+"""(the true answer, what is out, randomness) → a block."""
+
+
+@dataclass
+class Bench:
+    """An engine, its exits' reports with their arrival times, and the way a client uses it."""
+
+    engine: VllmEngine
+    info: EngineInfo
+    reports: list[tuple[float, ExitReport]] = field(default_factory=list)
+
+    @classmethod
+    @asynccontextmanager
+    async def over(cls, engine: VllmEngine) -> AsyncIterator[Bench]:
+        """Start the engine, and stop it in the end."""
+        reports: list[tuple[float, ExitReport]] = []
+        info = await engine.start(lambda report: reports.append((time.monotonic(), report)))
+        try:
+            yield cls(engine, info, reports)
+        finally:
+            await engine.stop()
+
+    async def answer(self, prompt: Tokens, params: GenerationParams) -> EngineOutput:
+        return await asyncio.wait_for(self.engine.greedy(prompt, params), DEADLINE_S)
+
+    async def speculate(
+        self,
+        session: str,
+        prompt: Tokens,
+        truth: Tokens,
+        params: GenerationParams,
+        drafter: Drafter,
+        seed: int = 0,
+    ) -> EngineOutput:
+        """A whole session: blocks from `drafter` until it finishes; every block is answered by exactly one output."""
+        rng = random.Random(seed)
+        stream = self.engine.open(session, prompt, (), params)
+        output = await next_output(stream)
+        tokens = output.tokens
+        while output.finish_reason is None:
+            block = drafter(truth, tokens, rng)
+            status = await self.engine.submit(session, len(tokens), block)
+            assert status in (BlockStatus.ARMED, BlockStatus.QUEUED)
+            output = await next_output(stream)
+            accepted = common_prefix(block, truth[len(tokens) :])
+            if output.finish_reason is None:
+                assert len(output.tokens) == accepted + 1
+            tokens += output.tokens
+        await assert_ended(stream)
+        return EngineOutput(tokens, output.finish_reason)
+
+
+async def next_output(stream: AsyncIterator[EngineOutput]) -> EngineOutput:
+    return await asyncio.wait_for(anext(stream), DEADLINE_S)
+
+
+async def assert_ended(stream: AsyncIterator[EngineOutput]) -> None:
+    with pytest.raises(StopAsyncIteration):
+        await next_output(stream)
+
+
+def common_prefix(left: Tokens, right: Tokens) -> int:
+    return next(
+        (n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
+    )
+
+
+def change(since: EngineStats, until: EngineStats) -> dict[str, int]:
+    names = (
+        "steps",
+        "scheduled_tokens",
+        "prefill_tokens",
+        "recomputed_tokens",
+        "plain_tokens",
+        "blocks",
+        "block_tokens",
+    )
+    return {
+        name: getattr(until, name) - getattr(since, name)
+        for name in (*names, "preemptions", "accepted_tokens")
+    }
+
+
+def always_right(truth: Tokens, out: Tokens, rng: random.Random) -> Tokens:
+    return truth[len(out) :][:MAX_BLOCK]
+
+
+def always_wrong(truth: Tokens, out: Tokens, rng: random.Random) -> Tokens:
+    return tuple((token + 1) % VOCABULARY for token in always_right(truth, out, rng))
+
+
+def random_tokens(truth: Tokens, out: Tokens, rng: random.Random) -> Tokens:
+    return tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(0, MAX_BLOCK)))
+
+
+def nothing(truth: Tokens, out: Tokens, rng: random.Random) -> Tokens:
+    return ()
+
+
+def partly_right(truth: Tokens, out: Tokens, rng: random.Random) -> Tokens:
+    block = list(always_right(truth, out, rng)[: rng.randint(0, MAX_BLOCK)])
+    if block and rng.random() < 0.7:
+        spot = rng.randrange(len(block))
+        block[spot] = (block[spot] + 1) % VOCABULARY
+    return tuple(block)
+
+
+DRAFTERS: dict[str, Drafter] = {
+    "always right": always_right,
+    "always wrong": always_wrong,
+    "random": random_tokens,
+    "empty": nothing,
+    "partly right": partly_right,
+}
+
+
+def settings_for(target: TinyTarget, **changes: object) -> VerifierSettings:
+    return VerifierSettings.model_validate(
+        {
+            "model": str(target.directory),
+            "max_model_len": MAX_MODEL_LEN,
+            "max_batched_tokens": MAX_BATCHED,
+            "max_sessions": MAX_SESSIONS,
+            "max_block": MAX_BLOCK,
+            "kv_cache_mb": 32,
+            "exit_layers": "4,6,7",
+            **changes,
+        }
+    )
+
+
+def endless(max_tokens: int = 40) -> GenerationParams:
+    return GenerationParams(max_tokens=max_tokens, ignore_eos=True)
+
+
+def assert_accounted(since: EngineStats, until: EngineStats) -> None:
+    """Every token scheduled is a first prefill, a recomputation, a block's or a plain request's."""
+    spent = change(since, until)
+    parts = ("prefill_tokens", "recomputed_tokens", "plain_tokens", "blocks", "block_tokens")
+    assert spent["scheduled_tokens"] == sum(spent[part] for part in parts)
+
+
+async def read_until(stream: AsyncIterator[EngineOutput], length: int) -> Tokens:
+    out: Tokens = ()
+    while len(out) < length:
+        out += (await next_output(stream)).tokens
+    return out
+
+
+async def until_idle(bench: Bench) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while (stats := await bench.engine.stats()).parked or stats.running or stats.kv_usage:
+        assert time.monotonic() < deadline, f"KV is still held: {stats}"
+
+
+async def flush_prefix_cache(bench: Bench) -> None:
+    """Make the next prefill a real one: fill the cache with other prompts."""
+    blocks = bench.info.kv_capacity_tokens // 128
+    for n in range(blocks + 1):
+        await bench.answer(random_prompt(1000 + n, 129), endless(1))
+
+
+def engine_process() -> psutil.Process:
+    (found,) = (
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "EngineCore" in " ".join(process.cmdline()) or "EngineCore" in process.name()
+    )
+    return found
