@@ -1,0 +1,122 @@
+"""What tests share: an embedded Kafka and Redis, names of their own, the target model.
+
+The brokers of the session serve many tests at once and must not be killed; who wants to kill one takes `own_kafka` or
+`own_redis`. Nothing here looks at the environment's own OUTRIDER_* settings but at where Kafka's libraries and the
+caches are.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shared.stack.kafka import Broker, find_kafka
+from shared.stack.redis import RedisServer, find_redis
+
+KEPT_FROM_ENVIRONMENT = ("OUTRIDER_KAFKA_LIBS", "OUTRIDER_CACHE_DIR", "OUTRIDER_VENV")
+
+_sources = pytest.StashKey[dict[str, str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_sources] = {}
+    for name in [name for name in os.environ if name.startswith("OUTRIDER_")]:
+        if name not in KEPT_FROM_ENVIRONMENT:
+            del os.environ[name]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for name, source in config.stash[_sources].items():
+        terminalreporter.write_line(f"{name}: {source}")
+
+
+def _say(request: pytest.FixtureRequest, name: str, text: str) -> None:
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print(f"\n{name}: {text}", flush=True)
+
+
+@pytest.fixture(scope="session")
+def kafka_broker(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Broker]:
+    """The session's Kafka, in BROKERS' order; the run prints which it took."""
+    directory = tmp_path_factory.mktemp("kafka")
+    broker = find_kafka(directory, die_with_parent=True, say=lambda text: _say(request, "Kafka", text))
+    request.config.stash[_sources]["Kafka"] = broker.source
+    _say(request, "Kafka", broker.source)
+    broker.start()
+    yield broker
+    broker.stop()
+
+
+@pytest.fixture(scope="session")
+def kafka(kafka_broker: Broker) -> str:
+    """The bootstrap address of the session's Kafka."""
+    return kafka_broker.bootstrap
+
+
+@pytest.fixture
+def own_kafka(tmp_path: Path) -> Iterator[Broker]:
+    """A Kafka for one test, which may kill() and start() it."""
+    broker = find_kafka(tmp_path / "kafka", die_with_parent=True)
+    broker.start()
+    yield broker
+    broker.stop()
+
+
+@pytest.fixture(scope="session")
+def redis_server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RedisServer]:
+    """The session's Redis."""
+    server = find_redis(tmp_path_factory.mktemp("redis"), die_with_parent=True)
+    request.config.stash[_sources]["Redis"] = server.source
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def redis_url(redis_server: RedisServer) -> str:
+    """The URL of the session's Redis."""
+    return redis_server.url
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis for one test, which may kill() and start() it."""
+    server = find_redis(tmp_path / "redis", die_with_parent=True)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def topic_prefix() -> str:
+    """Topics and groups of this test only."""
+    return f"test-{secrets.token_hex(4)}-"
+
+
+@pytest.fixture
+def redis_prefix() -> str:
+    """Redis keys of this test only."""
+    return f"test-{secrets.token_hex(4)}:"
+
+
+@pytest.fixture
+def settings_env(
+    kafka_broker: Broker, redis_url: str, topic_prefix: str, redis_prefix: str
+) -> dict[str, str]:
+    """The environment of a service that shares the session's brokers with others but no topic and no key."""
+    return {
+        "OUTRIDER_KAFKA": kafka_broker.bootstrap,
+        "OUTRIDER_KAFKA_FLAVOR": kafka_broker.flavor.value,
+        "OUTRIDER_REDIS_URL": redis_url,
+        "OUTRIDER_TOPIC_PREFIX": topic_prefix,
+        "OUTRIDER_REDIS_PREFIX": redis_prefix,
+    }
