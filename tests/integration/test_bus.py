@@ -35,6 +35,7 @@ from shared.protocol import (
 )
 from shared.settings import CommonSettings
 from shared.stack.kafka import Broker
+from shared.stack.ports import free_port
 from shared.telemetry import TraceContext
 
 pytestmark = pytest.mark.kafka
