@@ -33,13 +33,13 @@ class DraftGateway:
                 "tokenizer"
             )
         self._tokenizer = Tokenizer.load(settings.model)
-        self._engine = load_draft_engine(settings)
-        self._drafter = Drafter(self._engine)
+        loaded = load_draft_engine(settings)
+        self._drafter = Drafter(loaded.engine)
         self._uplink = uplink or KafkaUplink(settings, name=settings.gateway_name, lease_s=settings.lease_s)
         self._sessions = Sessions(
             settings, uplink=self._uplink, drafter=self._drafter, tokenizer=self._tokenizer
         )
-        self._notes: tuple[str, ...] = ()
+        self._notes = loaded.notes
         self.app: Final[FastAPI] = create_app(settings, self._sessions, self.readiness)
 
     async def readiness(self) -> Readiness:

@@ -220,14 +220,16 @@ class Sessions:
     def _edge_config(self, form: ResponseForm, params: GenerationParams) -> EdgeConfig:
         settings, options = self._settings, form.options
         length = settings.block_length if options.block_length is None else options.block_length
-        drafts = options.draft == "engine" and settings.draft != "none"
+        if options.draft == "none" or settings.draft == "none":
+            length = 0
+        hints = settings.hints if options.hints is None else options.hints
         stops = frozenset() if params.ignore_eos else self._tokenizer.stop_tokens
         return EdgeConfig(
             gateway=self._uplink.reply.gateway,
             max_tokens=params.max_tokens,
-            block_length=min(length, settings.max_block) if drafts else 0,
+            block_length=min(length, settings.max_block),
             stop_tokens=stops | frozenset(params.stop_token_ids),
-            hints=settings.hints if options.hints is None else options.hints,
+            hints=hints and length > 0,  # without drafts a lane would hold nothing
             hint_threshold=settings.hint_threshold,
             max_lanes=settings.max_lanes,
             round_timeout_ms=settings.round_timeout_s * 1000,

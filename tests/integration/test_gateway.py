@@ -25,6 +25,7 @@ from services.kv_session.service import KvSessionService
 from services.kv_session.settings import KvSessionSettings
 from shared.http import HttpServer
 from shared.protocol import Block, Cancel, Fault, FinishReason, Prompt, Tokens, Verdict
+from shared.stack.kafka import Broker
 from shared.store import SessionState, SessionStatus, Store
 from tests.integration.byte_model import END, MODEL, write_byte_model
 from tests.integration.scripted_verifier import ScriptedVerifier
@@ -162,17 +163,21 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def topic_prefix() -> str:
-    return f"gw-{secrets.token_hex(3)}-"
+def shared_topics() -> str:
+    """Topics of this module, made once; its tests are told apart by their sessions."""
+    return f"gateway-{secrets.token_hex(3)}-"
 
 
 @pytest.fixture
-def settings(kafka: str, redis_url: str, byte_model: Path, topic_prefix: str) -> dict[str, Any]:
+def settings(
+    kafka_broker: Broker, redis_url: str, redis_prefix: str, byte_model: Path, shared_topics: str
+) -> dict[str, Any]:
     return {
-        "kafka": kafka,
+        "kafka": kafka_broker.bootstrap,
+        "kafka_flavor": kafka_broker.flavor.value,
         "redis_url": redis_url,
-        "redis_prefix": f"gw-{secrets.token_hex(3)}:",
-        "topic_prefix": topic_prefix,
+        "redis_prefix": redis_prefix,
+        "topic_prefix": shared_topics,
         "model": str(byte_model),
         "round_timeout_s": 1.0,
         "sweep_s": 0.2,
