@@ -17,7 +17,7 @@ import pytest
 from shared.stack.kafka import Broker, find_kafka
 from shared.stack.redis import RedisServer, find_redis
 
-KEPT_FROM_ENVIRONMENT = ("OUTRIDER_KAFKA_LIBS", "OUTRIDER_CACHE_DIR", "OUTRIDER_VENV")
+KEPT_FROM_ENVIRONMENT = ("OUTRIDER_KAFKA_LIBS", "OUTRIDER_CACHE", "OUTRIDER_VENV")
 
 _sources = pytest.StashKey[dict[str, str]]()
 

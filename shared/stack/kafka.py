@@ -144,8 +144,8 @@ class ApacheKafka(Broker):
             grace_s=STOP_S,
         )
 
-    def start(self) -> None:
-        """Format the storage at the first start; return when the broker answers. Raises `StackError`."""
+    def prepare(self) -> None:
+        """Write the configuration; format the storage at the first start. Raises `StackError`."""
         self._directory.mkdir(parents=True, exist_ok=True)
         host, port = _host_and_port(self.address)
         data = self._directory / "data"
@@ -154,7 +154,6 @@ class ApacheKafka(Broker):
         )
         if not (data / "meta.properties").exists():
             self._format()
-        super().start()
 
     def _format(self) -> None:
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode()
@@ -239,7 +238,7 @@ def find_libs(settings: StackSettings, say: Say = lambda text: None) -> Path | N
                 f"Apache Kafka {KAFKA_VERSION}, or leave it out"
             )
         return settings.kafka_libs
-    cached = settings.cache_dir / f"kafka-{KAFKA_VERSION}"
+    cached = settings.cache / f"kafka-{KAFKA_VERSION}"
     for folder in (PROJECT_ROOT / LIBS_BESIDE_PROJECT, cached):
         if holds_kafka(folder):
             return folder.resolve()

@@ -174,19 +174,22 @@ class ManagedProcess:
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         """Send a signal to it and to all that it started; after SIGKILL, return when they have ended."""
-        if self._popen is None or self.identity is None:
+        # Whoever watches over it may start it again as soon as it has ended.
+        popen, identity = self._popen, self.identity
+        if popen is None or identity is None:
             raise StackError(f"{self.name} has not been started")
         if number is signal.SIGKILL:
-            self.identity.kill()
-            self._popen.wait()
+            identity.kill()
+            popen.wait()
         else:
-            self.identity.signal(number, group=True)
+            identity.signal(number, group=True)
 
     def stop(self) -> None:
         """SIGTERM, SIGKILL after `grace_s`; does nothing when it has ended."""
-        if self._popen is not None and self.identity is not None:
-            self.identity.stop(self.grace_s)
-            self._popen.wait()
+        popen, identity = self._popen, self.identity
+        if popen is not None and identity is not None:
+            identity.stop(self.grace_s)
+            popen.wait()
 
     def fail(self, reason: str) -> StackError:
         """The error that says why it doesn't do, with the last lines of its log."""

@@ -32,9 +32,13 @@ class Server(ABC):
     def answers(self) -> bool:
         """It serves clients now; returns within a few seconds."""
 
+    def prepare(self) -> None:  # noqa: B027 - most need nothing
+        """What has to be done on disk before its process starts; `start` does it by itself."""
+
     def start(self) -> None:
         """Start it and return when it answers. Raises `StackError` with the end of its log when it doesn't."""
         process = self._own_process()
+        self.prepare()
         process.start()
         process.wait_until(self.answers, START_S)
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from shared.models import cache_directory
+
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
-
-
-def _default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outrider"
 
 
 class StackSettings(BaseSettings):
@@ -27,9 +24,9 @@ class StackSettings(BaseSettings):
         description="Folder of the local stack: stack.json, logs, data of the embedded Kafka and Redis. "
         "By default .outrider/run in the working directory.",
     )
-    cache_dir: Path = Field(
-        default_factory=_default_cache_dir,
-        description="Folder of what is fetched once: Kafka's libraries. By default outrider in the user's cache.",
+    cache: Path = Field(
+        default_factory=cache_directory,
+        description="Folder of what is fetched once: models, Kafka's libraries. By default ~/.cache/outrider.",
     )
     kafka_libs: Path | None = Field(
         None, description="Folder of the jars of Apache Kafka 4.3.1, for the embedded broker."

@@ -81,20 +81,20 @@ def test_an_address_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def test_the_folder_named_in_the_settings_comes_first(tmp_path: Path) -> None:
     (tmp_path / CORE_JAR).touch()
-    settings = StackSettings(kafka_libs=tmp_path, cache_dir=tmp_path / "cache")
+    settings = StackSettings(kafka_libs=tmp_path, cache=tmp_path / "cache")
     assert find_libs(settings) == tmp_path
 
 
 def test_a_folder_without_kafka_is_refused_rather_than_passed_over(tmp_path: Path) -> None:
     with pytest.raises(StackError, match=f"holds no {CORE_JAR}"):
-        find_libs(StackSettings(kafka_libs=tmp_path, cache_dir=tmp_path / "cache"))
+        find_libs(StackSettings(kafka_libs=tmp_path, cache=tmp_path / "cache"))
 
 
 def test_a_broker_that_cannot_start_says_why_and_leaves_nothing_running(tmp_path: Path) -> None:
     libs = tmp_path / "libs"
     libs.mkdir()
     (libs / CORE_JAR).touch()
-    broker = find_kafka(tmp_path / "data", settings=StackSettings(kafka_libs=libs, cache_dir=tmp_path))
+    broker = find_kafka(tmp_path / "data", settings=StackSettings(kafka_libs=libs, cache=tmp_path))
     with pytest.raises(StackError, match="can't be formatted"):
         broker.start()
     assert broker.process is not None
