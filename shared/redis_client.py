@@ -105,8 +105,9 @@ class RedisClient:
                 url,
                 protocol=2,
                 retry=Retry(NoBackoff(), 0),
-                socket_timeout=min(ANSWER_TIMEOUT_S, deadline_s),
-                socket_connect_timeout=min(ANSWER_TIMEOUT_S, deadline_s),
+                # redis-py's own timeouts cost a task a command, and swallow a cancellation now and then.
+                socket_timeout=None,
+                socket_connect_timeout=None,
                 driver_info=None,
             )
         except (ValueError, TypeError) as error:
@@ -230,9 +231,10 @@ class RedisClient:
             self._busy.add(connection)
             healthy = False
             try:
-                if not connection.is_connected:
-                    await connection.connect()  # type: ignore[no-untyped-call]
-                result = await run(connection)
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    if not connection.is_connected:
+                        await connection.connect()  # type: ignore[no-untyped-call]
+                    result = await run(connection)
                 healthy = True
                 return result
             except ResponseError as error:
