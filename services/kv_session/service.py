@@ -72,6 +72,7 @@ class KvSessionService:
     async def _work(
         self, stop: asyncio.Event, sessions: Reader[SessionsMessage], heartbeats: Reader[Heartbeat]
     ) -> None:
+        self._serving = True
         tasks = [
             asyncio.create_task(stop.wait(), name="stop"),
             asyncio.create_task(self._read_heartbeats(heartbeats), name="heartbeats"),
@@ -79,7 +80,6 @@ class KvSessionService:
             asyncio.create_task(self._sweep_regularly(), name="sweep"),
             *(asyncio.create_task(self._handle_lane(lane, sessions), name="lane") for lane in self._lanes),
         ]
-        self._serving = True
         try:
             ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in ended:
@@ -127,7 +127,7 @@ class KvSessionService:
             await self._lanes[zlib.crc32(received.message.session.encode()) % LANES].put(received)
 
     async def _handle_lane(self, lane: asyncio.Queue[Request], sessions: Reader[SessionsMessage]) -> None:
-        while True:
+        while self._serving:
             received = await lane.get()
             current_trace.set(received.trace.child() if received.trace else None)
             await self._handle(received)
@@ -166,7 +166,7 @@ class KvSessionService:
 
     async def _sweep_regularly(self) -> None:
         count = 0
-        while True:
+        while self._serving:
             self._due.clear()
             try:
                 await self._sweep(thorough=count % THOROUGH_EVERY == 0)
