@@ -19,7 +19,7 @@ FORGOTTEN_AFTER_S: Final = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """A verifier's last heartbeat and when it came."""
+    """A verifier's last heartbeat, without partitions that another has named since, and when it came."""
 
     heartbeat: Heartbeat
     heard_s: float
@@ -36,7 +36,12 @@ class Fleet:
         self._placed_s: defaultdict[str, deque[float]] = defaultdict(deque)
 
     def hear(self, heartbeat: Heartbeat, now_s: float) -> None:
-        """A heartbeat has come."""
+        """A heartbeat has come. The partitions it names are no one else's any more."""
+        for name, sighting in self._seen.items():
+            kept = tuple(each for each in sighting.heartbeat.partitions if each not in heartbeat.partitions)
+            if name != heartbeat.verifier and kept != sighting.heartbeat.partitions:
+                lessened = sighting.heartbeat.model_copy(update={"partitions": kept})
+                self._seen[name] = Sighting(lessened, sighting.heard_s)
         self._seen[heartbeat.verifier] = Sighting(heartbeat, now_s)
         placed_s = self._placed_s[heartbeat.verifier]
         while placed_s and placed_s[0] < now_s - COUNTED_AFTER_S:
@@ -72,15 +77,9 @@ class Fleet:
         ]
 
     def holder(self, partition: int, now_s: float) -> Heartbeat | None:
-        """Who reads this partition of the drafts topic; where two claim it, the one heard last."""
-        alive = {heartbeat.verifier for heartbeat in self.alive(now_s)}
-        claims = [
-            sighting
-            for sighting in self._seen.values()
-            if sighting.heartbeat.verifier in alive and partition in sighting.heartbeat.partitions
-        ]
-        latest = max(claims, key=lambda sighting: sighting.heard_s, default=None)
-        return latest.heartbeat if latest else None
+        """Who reads this partition of the drafts topic."""
+        holders = (heartbeat for heartbeat in self.alive(now_s) if partition in heartbeat.partitions)
+        return next(holders, None)
 
     def settled(self, now_s: float) -> bool:
         """Whether it has listened long enough for silence to mean absence."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -18,12 +19,13 @@ TIMEOUT_S = 5.0
 
 
 def a_heartbeat(name: str = "v", **changes: object) -> Heartbeat:
+    first = 3 * ord(name)
     values: dict[str, object] = {
         "verifier": name,
         "incarnation": f"{name}-1",
         "model": "m",
         "ready": True,
-        "partitions": (0, 1, 2),
+        "partitions": (first, first + 1, first + 2),
         "sessions": 0,
         "max_sessions": 16,
         "kv_usage": 0.0,
@@ -52,6 +54,15 @@ def refusal(
     return caught.value
 
 
+def dealt(heartbeats: list[Heartbeat], counts: list[int]) -> list[Heartbeat]:
+    """The heartbeats with so many partitions each, none of them twice."""
+    ends = list(itertools.accumulate(counts))
+    return [
+        heartbeat.model_copy(update={"partitions": tuple(range(end - count, end))})
+        for heartbeat, count, end in zip(heartbeats, counts, ends, strict=True)
+    ]
+
+
 HEARTBEATS = st.lists(
     st.builds(
         a_heartbeat,
@@ -59,7 +70,7 @@ HEARTBEATS = st.lists(
         model=st.sampled_from(["m", "n"]),
         ready=st.booleans(),
         stopping=st.booleans(),
-        partitions=st.lists(st.integers(0, 9), max_size=3, unique=True).map(tuple),
+        partitions=st.just(()),
         sessions=st.integers(0, 6),
         max_sessions=st.integers(1, 6),
         max_model_len=st.sampled_from([8, 100]),
@@ -67,6 +78,10 @@ HEARTBEATS = st.lists(
     ),
     max_size=6,
     unique_by=lambda heartbeat: heartbeat.verifier,
+).flatmap(
+    lambda heartbeats: st.lists(st.integers(0, 3), min_size=len(heartbeats), max_size=len(heartbeats)).map(
+        lambda counts: dealt(heartbeats, counts)
+    )
 )
 PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=12).map(tuple)
 
@@ -256,11 +271,12 @@ def test_a_verifier_is_gone_when_silent_or_stopping() -> None:
 
 
 def test_a_partition_that_two_claim_belongs_to_the_one_heard_last() -> None:
-    fleet = a_fleet([a_heartbeat("a", partitions=(1,))])
+    fleet = a_fleet([a_heartbeat("a", partitions=(1, 2)), a_heartbeat("b", partitions=())])
     fleet.hear(a_heartbeat("b", partitions=(1,)), 1.0)
-    holder = fleet.holder(1, 1.0)
-    assert holder is not None
-    assert holder.verifier == "b"
+    holders = [fleet.holder(partition, 1.0) for partition in (1, 2, 3)]
+    assert [holder and holder.verifier for holder in holders] == ["b", "a", None]
+    fleet.hear(a_heartbeat("b", partitions=(1, 2)), 1.0)
+    assert [heartbeat.verifier for heartbeat in fleet.ready(1.0)] == ["b"]
 
 
 def test_sessions_just_placed_count_until_a_heartbeat_counts_them() -> None:
