@@ -7,10 +7,10 @@ import itertools
 import statistics
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,19 +22,12 @@ from redis.crc import key_slot
 from shared.errors import InvalidRequest, SessionNotFound, SessionTaken, StoreUnavailable
 from shared.protocol import FinishReason, GenerationParams, OpenSession, Outcome, ReplyRoute
 from shared.settings import CommonSettings
+from shared.stack.ports import free_port
+from shared.stack.redis import RedisServer
 from shared.store import CommitConflict, CommitResult, SessionStatus, StaleClaim, StaleState, Store
-from tests.valkey import Valkey, free_port
 
 HERE = ReplyRoute(gateway="gateway-0", partition=0)
 THERE = ReplyRoute(gateway="gateway-1", partition=1)
-
-
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    server = Valkey(tmp_path_factory.mktemp("valkey"))
-    server.start()
-    yield server
-    server.stop()
 
 
 def settings_for(url: str, **changes: object) -> CommonSettings:
@@ -49,14 +42,14 @@ async def a_store(url: str, **changes: object) -> AsyncIterator[Store]:
 
 
 @pytest.fixture
-async def store(valkey: Valkey) -> AsyncIterator[Store]:
-    async with a_store(valkey.url) as store:
+async def store(redis_url: str) -> AsyncIterator[Store]:
+    async with a_store(redis_url) as store:
         yield store
 
 
 @pytest.fixture
-async def redis(valkey: Valkey) -> AsyncIterator[Redis]:
-    client = Redis.from_url(valkey.url)
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    client = Redis.from_url(redis_url)
     yield client
     await client.aclose()
 
@@ -520,9 +513,9 @@ _numbers = itertools.count()
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(STEPS, max_size=25))
 async def test_any_sequence_of_steps_does_what_a_plain_model_does(
-    valkey: Valkey, steps: list[tuple[object, ...]]
+    redis_url: str, steps: list[tuple[object, ...]]
 ) -> None:
-    async with a_store(valkey.url, redis_prefix=f"model-{next(_numbers)}:") as store:
+    async with a_store(redis_url, redis_prefix=f"model-{next(_numbers)}:") as store:
         session = await opened(store, partition=0)
         model = Model()
         highest = 1
@@ -543,8 +536,8 @@ async def test_any_sequence_of_steps_does_what_a_plain_model_does(
 class LossyProxy:
     """Passes bytes to a server, and cuts the connection instead of handing on every `every`-th answer."""
 
-    def __init__(self, port: int, *, every: int) -> None:
-        self._port = port
+    def __init__(self, url: str, *, every: int) -> None:
+        self._host, self._port = urlsplit(url).hostname, urlsplit(url).port
         self._every = every
         self._answers = 0
         self.cuts = 0
@@ -561,7 +554,7 @@ class LossyProxy:
         self._server.close()
 
     async def _serve(self, client: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
-        answers, server = await asyncio.open_connection("127.0.0.1", self._port)
+        answers, server = await asyncio.open_connection(self._host, self._port)
         onward = asyncio.create_task(self._onward(client, server))
         while data := await answers.read(65536):
             self._answers += 1
@@ -579,9 +572,9 @@ class LossyProxy:
             server.write(data)
 
 
-async def test_every_step_whose_answer_is_lost_takes_effect_once(valkey: Valkey) -> None:
+async def test_every_step_whose_answer_is_lost_takes_effect_once(redis_url: str) -> None:
     async with (
-        LossyProxy(valkey.port, every=3) as proxy,
+        LossyProxy(redis_url, every=3) as proxy,
         a_store(f"redis://127.0.0.1:{proxy.port}/0") as store,
     ):
         epoch = 1
@@ -602,16 +595,8 @@ async def test_every_step_whose_answer_is_lost_takes_effect_once(valkey: Valkey)
         assert proxy.cuts > 10
 
 
-@pytest.fixture
-def own_valkey(tmp_path: Path) -> Iterator[Valkey]:
-    server = Valkey(tmp_path)
-    server.start()
-    yield server
-    server.stop()
-
-
-async def test_commits_outlast_kill_9_and_restart_and_count_once(own_valkey: Valkey) -> None:
-    async with a_store(own_valkey.url) as store:
+async def test_commits_outlast_kill_9_and_restart_and_count_once(own_redis: RedisServer) -> None:
+    async with a_store(own_redis.url) as store:
         sessions = [await opened(store, f"s{n}") for n in range(4)]
         progress: asyncio.Queue[int] = asyncio.Queue()
 
@@ -627,9 +612,9 @@ async def test_commits_outlast_kill_9_and_restart_and_count_once(own_valkey: Val
         for _ in range(3):
             for _ in range(120):
                 await progress.get()
-            own_valkey.kill()
+            own_redis.kill()
             await asyncio.sleep(0)
-            own_valkey.start()
+            own_redis.start()
         await asyncio.gather(*writers)
         for session in sessions:
             state = await store.state(session)
@@ -638,25 +623,25 @@ async def test_commits_outlast_kill_9_and_restart_and_count_once(own_valkey: Val
             assert (state.base, state.stats.rounds) == (300, 150)
 
 
-async def test_an_operation_waits_for_a_server_that_comes_back(own_valkey: Valkey) -> None:
-    async with a_store(own_valkey.url) as store:
+async def test_an_operation_waits_for_a_server_that_comes_back(own_redis: RedisServer) -> None:
+    async with a_store(own_redis.url) as store:
         session = await opened(store)
-        own_valkey.kill()
+        own_redis.kill()
         waiting = asyncio.create_task(store.commit(session, epoch=1, round=0, base=0, tokens=(5,)))
         done, _ = await asyncio.wait([waiting], timeout=0.3)
         assert not done
-        own_valkey.start()
+        own_redis.start()
         assert (await waiting).base == 1
 
 
-async def test_an_operation_gives_up_past_its_deadline(own_valkey: Valkey) -> None:
-    async with a_store(own_valkey.url, store_deadline_s=0.5) as store:
-        own_valkey.kill()
+async def test_an_operation_gives_up_past_its_deadline(own_redis: RedisServer) -> None:
+    async with a_store(own_redis.url, store_deadline_s=0.5) as store:
+        own_redis.kill()
         started_s = time.monotonic()
         with pytest.raises(StoreUnavailable, match=r"within 0\.5 s"):
             await store.state("s")
         assert 0.4 < time.monotonic() - started_s < 3
-        own_valkey.start()
+        own_redis.start()
         assert await store.state("s") is None
 
 
@@ -702,9 +687,9 @@ async def test_a_commit_takes_well_under_a_millisecond(store: Store) -> None:
 
 
 async def test_every_change_puts_the_expiry_of_all_of_a_sessions_keys_off(
-    valkey: Valkey, redis: Redis
+    redis_url: str, redis: Redis
 ) -> None:
-    settings = settings_for(valkey.url, session_ttl_s=1000.0)
+    settings = settings_for(redis_url, session_ttl_s=1000.0)
     async with Store(settings) as store:
         session = await opened(store)
         await store.commit(session, epoch=1, round=0, base=0, tokens=(5,))
@@ -732,8 +717,8 @@ async def test_every_change_puts_the_expiry_of_all_of_a_sessions_keys_off(
         assert await refreshed()
 
 
-async def test_all_keys_of_a_session_share_a_hash_slot(valkey: Valkey, redis: Redis) -> None:
-    settings = settings_for(valkey.url)
+async def test_all_keys_of_a_session_share_a_hash_slot(redis_url: str, redis: Redis) -> None:
+    settings = settings_for(redis_url)
     async with Store(settings) as store:
         for name in ("one", "two", "three"):
             await opened(store, name)
@@ -745,8 +730,8 @@ async def test_all_keys_of_a_session_share_a_hash_slot(valkey: Valkey, redis: Re
             assert len({key_slot(key) for key in keys}) == 1
 
 
-async def test_sessions_nobody_uses_expire_once_and_those_in_use_stay(valkey: Valkey) -> None:
-    async with a_store(valkey.url, session_ttl_s=0.4) as store:
+async def test_sessions_nobody_uses_expire_once_and_those_in_use_stay(redis_url: str) -> None:
+    async with a_store(redis_url, session_ttl_s=0.4) as store:
         await opened(store, "idle")
         await opened(store, "busy")
         seen: list[str] = []
@@ -765,9 +750,9 @@ async def test_sessions_nobody_uses_expire_once_and_those_in_use_stay(valkey: Va
 
 
 async def test_a_session_that_redis_dropped_by_itself_leaves_the_indexes(
-    valkey: Valkey, redis: Redis
+    redis_url: str, redis: Redis
 ) -> None:
-    settings = settings_for(valkey.url, session_ttl_s=0.1)
+    settings = settings_for(redis_url, session_ttl_s=0.1)
     async with Store(settings) as store:
         await opened(store)
         await until(lambda: _is(store.state("s"), None))
@@ -780,8 +765,8 @@ async def _is(value: object, expected: object) -> bool:
     return await value is expected  # type: ignore[misc]
 
 
-async def test_erasing_a_session_leaves_nothing_of_it(valkey: Valkey, redis: Redis) -> None:
-    settings = settings_for(valkey.url)
+async def test_erasing_a_session_leaves_nothing_of_it(redis_url: str, redis: Redis) -> None:
+    settings = settings_for(redis_url)
     async with Store(settings) as store:
         await opened(store)
         assert (await store.erase("s")).session == "s"
@@ -905,18 +890,16 @@ async def test_an_address_that_is_none_is_named() -> None:
         Store(settings_for("nonsense"))
 
 
-async def test_a_wrong_password_is_said_at_once(tmp_path: Path) -> None:
-    server = Valkey(tmp_path, "--requirepass", "right")
-    server.start()
-    try:
-        for user in (":wrong@", ""):
-            store = Store(settings_for(f"redis://{user}127.0.0.1:{server.port}/0"))
-            with pytest.raises(StoreUnavailable, match="password"):
-                await asyncio.wait_for(store.start(), 5)
-        async with a_store(f"redis://:right@127.0.0.1:{server.port}/0"):
-            pass
-    finally:
-        server.stop()
+async def test_a_wrong_password_is_said_at_once(own_redis: RedisServer) -> None:
+    async with Redis.from_url(own_redis.url) as redis:
+        await redis.config_set("requirepass", "right")
+    place = own_redis.url.removeprefix("redis://")
+    for user in (":wrong@", ""):
+        store = Store(settings_for(f"redis://{user}{place}"))
+        with pytest.raises(StoreUnavailable, match="password"):
+            await asyncio.wait_for(store.start(), 5)
+    async with a_store(f"redis://:right@{place}") as store:
+        assert await store.state("s") is None
 
 
 @asynccontextmanager
@@ -949,30 +932,27 @@ async def test_an_old_redis_is_refused_with_its_version(version: str) -> None:
             await asyncio.wait_for(Store(settings_for(f"redis://127.0.0.1:{port}/0")).start(), 5)
 
 
-async def test_a_redis_cluster_node_is_refused(tmp_path: Path) -> None:
-    server = Valkey(tmp_path, "--cluster-enabled", "yes")
-    server.start()
-    try:
+async def test_a_redis_cluster_node_is_refused() -> None:
+    info = b"redis_version:7.2.4\r\ncluster_enabled:1\r\n"
+    async with answering(b"$%d\r\n%s\r\n" % (len(info), info)) as port:
         with pytest.raises(StoreUnavailable, match="Cluster"):
-            await asyncio.wait_for(Store(settings_for(server.url)).start(), 5)
-    finally:
-        server.stop()
+            await asyncio.wait_for(Store(settings_for(f"redis://127.0.0.1:{port}/0")).start(), 5)
 
 
-async def test_a_server_that_may_lose_sessions_is_warned_of(tmp_path: Path) -> None:
-    options = ("--appendonly", "no", "--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")
-    server = Valkey(tmp_path, *options)
-    server.start()
-    try:
-        async with a_store(server.url) as store:
-            assert any("appendonly" in warning for warning in store.info.warnings)
-            assert any("noeviction" in warning for warning in store.info.warnings)
-    finally:
-        server.stop()
+async def test_a_server_that_may_lose_sessions_is_warned_of(own_redis: RedisServer) -> None:
+    async with a_store(own_redis.url) as store:
+        assert store.info.warnings == ()
+    async with Redis.from_url(own_redis.url) as redis:
+        await redis.config_set("appendonly", "no")
+        await redis.config_set("maxmemory", "100mb")
+        await redis.config_set("maxmemory-policy", "allkeys-lru")
+    async with a_store(own_redis.url) as store:
+        assert any("appendonly" in warning for warning in store.info.warnings)
+        assert any("noeviction" in warning for warning in store.info.warnings)
 
 
-async def test_lost_tokens_are_noticed_not_built_upon(valkey: Valkey, redis: Redis) -> None:
-    settings = settings_for(valkey.url)
+async def test_lost_tokens_are_noticed_not_built_upon(redis_url: str, redis: Redis) -> None:
+    settings = settings_for(redis_url)
     async with Store(settings) as store:
         session = await opened(store)
         await store.commit(session, epoch=1, round=0, base=0, tokens=(5, 6))
