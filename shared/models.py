@@ -309,7 +309,8 @@ def _write_tokenizer(fields: Mapping[str, Any], directory: Path) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
 
     def token(name: str) -> str:
-        return tokens[fields[f"tokenizer.ggml.{name}_token_id"].contents()]
+        number: int = fields[f"tokenizer.ggml.{name}_token_id"].contents()
+        return tokens[number]
 
     _write_json(
         directory / "tokenizer_config.json",

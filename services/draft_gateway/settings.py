@@ -24,6 +24,9 @@ class GatewaySettings(ModelSettings):
         "Llama-family model with the target's tokenizer.",
     )
     draft_threads: Positive = Field(1, description="CPU threads of the draft model.")
+    draft_cache_tokens: Positive = Field(
+        65536, description="Tokens whose keys and values the draft model keeps, over all sessions."
+    )
     block_length: Annotated[int, Field(ge=0)] = Field(
         5, description="Draft tokens a block (the paper's gamma)."
     )

@@ -1,0 +1,136 @@
+"""The asyncio face of a draft engine: one worker thread, everything that waits drafted as one batch.
+
+An engine that is immediate is called in place: handing a 10 µs draft to a thread and back would take ten times as long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+from services.draft_gateway.drafting.engine import Draft, DraftEngine, DraftRequest
+from shared.errors import Overloaded
+
+QUEUE: Final = 1024
+BATCH: Final = 32
+CLOSE_DEADLINE_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    request: DraftRequest
+    result: asyncio.Future[Draft]
+
+
+class Drafter:
+    """Drafts beside the event loop. Cancelling a draft drops it: not begun, or stopped at its next token."""
+
+    def __init__(self, engine: DraftEngine) -> None:
+        self._engine = engine
+        self._waiting: deque[_Job | str] = deque()  # a string is a session to forget
+        self._wake = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def name(self) -> str:
+        """The engine's name."""
+        return self._engine.name
+
+    async def draft(self, request: DraftRequest) -> Draft:
+        """A draft for one lane. `Overloaded` when too many wait already."""
+        if self._engine.immediate:
+            return self._engine.draft([request])[0]
+        job = _Job(request, asyncio.get_running_loop().create_future())
+        self._put(job)
+        return await job.result
+
+    def forget(self, session: str) -> None:
+        """Free what the engine keeps for a session."""
+        if self._engine.immediate:
+            self._engine.forget(session)
+        elif not self._closed:
+            self._put(session)
+
+    def _put(self, job: _Job | str) -> None:
+        with self._wake:
+            if isinstance(job, _Job) and (self._closed or len(self._waiting) >= QUEUE):
+                raise Overloaded(f"{len(self._waiting)} drafts wait already")
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="drafter", daemon=True)
+                self._thread.start()
+            self._waiting.append(job)
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Stop the worker; drafts that wait are dropped."""
+        with self._wake:
+            self._closed = True
+            for job in self._waiting:
+                if isinstance(job, _Job):
+                    job.result.cancel()
+            self._waiting.clear()
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join(CLOSE_DEADLINE_S)
+
+    # --- the worker's side ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while (jobs := self._take()) is not None:
+            wanted = [job for job in jobs if not job.result.cancelled()]
+            if wanted:
+                self._draft(wanted)
+
+    def _take(self) -> list[_Job] | None:
+        """What waits, at most `BATCH`; None when closed."""
+        with self._wake:
+            while not self._waiting and not self._closed:
+                self._wake.wait()
+            if self._closed:
+                return None
+            jobs: list[_Job] = []
+            while self._waiting and len(jobs) < BATCH:
+                job = self._waiting.popleft()
+                if isinstance(job, _Job):
+                    jobs.append(job)
+                elif jobs:  # forgetting comes after the drafts that were asked for before it
+                    self._waiting.appendleft(job)
+                    break
+                else:
+                    self._engine.forget(job)
+            return jobs
+
+    def _draft(self, jobs: list[_Job]) -> None:
+        by_lane = {(job.request.session, job.request.lane): job.result for job in jobs}
+
+        def dropped(request: DraftRequest) -> bool:
+            return self._closed or by_lane[request.session, request.lane].cancelled()
+
+        try:
+            drafts = self._engine.draft([job.request for job in jobs], dropped)
+        except Exception as error:
+            for job in jobs:
+                _in_loop(job.result, error)
+            return
+        for job, draft in zip(jobs, drafts, strict=True):
+            _in_loop(job.result, draft)
+
+
+def _in_loop(future: asyncio.Future[Draft], outcome: Draft | Exception) -> None:
+    """Settle a future from the worker's thread; a loop that has closed wants no answer."""
+
+    def settle() -> None:
+        if future.done():
+            return
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+    loop = future.get_loop()
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(settle)

@@ -1,0 +1,73 @@
+"""What a draft engine is: something that continues contexts, several at a time, and never has to be right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from shared.protocol import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRequest:
+    """Continue `context` (prompt, committed and assumed tokens) by at most `length` tokens, for one lane of a session."""
+
+    session: str
+    lane: int
+    context: Tokens
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Drafted tokens, perhaps fewer than asked for or none, each with the engine's own probability that it is right."""
+
+    tokens: Tokens
+    confidences: tuple[float, ...]
+
+
+EMPTY = Draft((), ())
+
+Dropped = Callable[[DraftRequest], bool]
+
+
+def none_dropped(request: DraftRequest) -> bool:
+    """Every request is still wanted."""
+    return False
+
+
+class DraftEngine(Protocol):
+    """Drafts for many sessions. Called by one thread at a time."""
+
+    @property
+    def name(self) -> str:
+        """What it is, for logs and `/readyz`."""
+        ...
+
+    @property
+    def immediate(self) -> bool:
+        """Whether a draft takes so little time (some 10 µs) that no thread is worth its while."""
+        ...
+
+    def draft(self, requests: Sequence[DraftRequest], dropped: Dropped = none_dropped) -> list[Draft]:
+        """A draft for each request, in order. Those that `dropped` says are of no more use may come back short."""
+        ...
+
+    def forget(self, session: str) -> None:
+        """Free what is kept for a session."""
+        ...
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences of the same type have in common at their start."""
+    low, high = 0, min(len(one), len(other))
+    if one[:high] == other[:high]:
+        return high
+    while low < high - 1:  # one[:low] agrees, one[:high] does not
+        middle = (low + high) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,138 @@
+"""The asyncio face: batches, cancellation, failures and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from services.draft_gateway.drafting.drafter import QUEUE, Drafter
+from services.draft_gateway.drafting.engine import Draft, DraftRequest, Dropped, none_dropped
+from shared.errors import Overloaded
+
+
+class GatedEngine:
+    """Drafts the lane's number, once the gate is open; remembers its batches."""
+
+    name = "gated"
+    immediate = False
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+        self.batches: list[list[int]] = []
+        self.forgotten: list[str] = []
+        self.dropped: list[bool] = []
+
+    def draft(self, requests: Sequence[DraftRequest], dropped: Dropped = none_dropped) -> list[Draft]:
+        self.entered.set()
+        assert self.gate.wait(10)
+        self.batches.append([request.lane for request in requests])
+        self.dropped = [dropped(request) for request in requests]
+        if any(request.lane == 13 for request in requests):
+            raise ValueError("an unlucky lane")
+        return [Draft((request.lane,), (1.0,)) for request in requests]
+
+    def forget(self, session: str) -> None:
+        self.forgotten.append(session)
+
+
+def request(lane: int) -> DraftRequest:
+    return DraftRequest("s", lane, (1,), 1)
+
+
+async def started(engine: GatedEngine, drafter: Drafter) -> asyncio.Task[Draft]:
+    """A first draft that the worker is busy with."""
+    first = asyncio.create_task(drafter.draft(request(0)))
+    assert await asyncio.to_thread(engine.entered.wait, 10)
+    return first
+
+
+async def test_what_waits_is_drafted_as_one_batch() -> None:
+    engine = GatedEngine()
+    drafter = Drafter(engine)
+    first = await started(engine, drafter)
+    waiting = [asyncio.create_task(drafter.draft(request(lane))) for lane in (1, 2, 3)]
+    await asyncio.sleep(0)
+    engine.gate.set()
+    drafts = await asyncio.gather(first, *waiting)
+    assert [draft.tokens for draft in drafts] == [(0,), (1,), (2,), (3,)]
+    assert engine.batches == [[0], [1, 2, 3]]
+    drafter.close()
+
+
+async def test_a_cancelled_draft_is_never_begun() -> None:
+    engine = GatedEngine()
+    drafter = Drafter(engine)
+    first = await started(engine, drafter)
+    second, third = (asyncio.create_task(drafter.draft(request(lane))) for lane in (1, 2))
+    await asyncio.sleep(0)
+    second.cancel()
+    await asyncio.gather(second, return_exceptions=True)
+    engine.gate.set()
+    await asyncio.gather(first, third)
+    assert engine.batches == [[0], [2]]
+    drafter.close()
+
+
+async def test_a_draft_that_is_cancelled_while_it_is_made_is_reported_as_dropped() -> None:
+    engine = GatedEngine()
+    drafter = Drafter(engine)
+    first = await started(engine, drafter)
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    engine.gate.set()
+    await drafter.draft(request(1))
+    drafter.close()
+    assert engine.batches == [[0], [1]]
+
+
+async def test_an_engine_that_fails_fails_its_batch_and_goes_on() -> None:
+    engine = GatedEngine()
+    engine.gate.set()
+    drafter = Drafter(engine)
+    with pytest.raises(ValueError, match="unlucky"):
+        await drafter.draft(request(13))
+    assert (await drafter.draft(request(1))).tokens == (1,)
+    drafter.close()
+
+
+async def test_forgetting_comes_after_the_drafts_before_it() -> None:
+    engine = GatedEngine()
+    drafter = Drafter(engine)
+    first = await started(engine, drafter)
+    drafter.forget("s")
+    engine.gate.set()
+    await first
+    await drafter.draft(request(1))
+    assert engine.forgotten == ["s"]
+    drafter.close()
+
+
+async def test_a_full_queue_refuses() -> None:
+    engine = GatedEngine()
+    drafter = Drafter(engine)
+    first = await started(engine, drafter)
+    waiting = [asyncio.create_task(drafter.draft(request(lane))) for lane in range(1, QUEUE + 1)]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await drafter.draft(request(QUEUE + 1))
+    drafter_closed = asyncio.to_thread(drafter.close)
+    engine.gate.set()
+    await drafter_closed
+    await asyncio.gather(first, *waiting, return_exceptions=True)
+
+
+async def test_closing_drops_what_waits_and_refuses_more() -> None:
+    engine = GatedEngine()
+    drafter = Drafter(engine)
+    first = await started(engine, drafter)
+    second = asyncio.create_task(drafter.draft(request(1)))
+    await asyncio.sleep(0)
+    engine.gate.set()
+    await asyncio.to_thread(drafter.close)
+    assert (await asyncio.gather(first, second, return_exceptions=True))[0] is not None
+    with pytest.raises(Overloaded):
+        await drafter.draft(request(2))

@@ -1,0 +1,198 @@
+"""The torch draft against transformers: same weights, same greedy tokens, whatever the caches have been through."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from services.draft_gateway.drafting import load_draft_engine
+from services.draft_gateway.drafting.engine import DraftRequest
+from services.draft_gateway.drafting.llama import LlamaDraft, LlamaShape
+from services.draft_gateway.settings import GatewaySettings
+from shared.errors import ModelFilesError
+from shared.protocol import Tokens
+
+VOCABULARY = 61
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def model(**overrides: Any) -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    torch.set_num_threads(1)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.4,
+        "tie_word_embeddings": True,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(settings | overrides))).eval()
+
+
+def saved(directory: Path, llama: LlamaForCausalLM) -> Path:
+    llama.save_pretrained(directory)
+    tokenizer = {"model": {"vocab": {str(i): i for i in range(VOCABULARY)}, "merges": []}, "added_tokens": []}
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return directory
+
+
+def engine(directory: Path, *, cache_tokens: int = 1 << 16) -> LlamaDraft:
+    return LlamaDraft.load(directory, target=directory, threads=1, cache_tokens=cache_tokens)
+
+
+def reference(llama: LlamaForCausalLM, context: Tokens, length: int) -> Tokens:
+    tokens = list(context)
+    with torch.inference_mode():
+        for _ in range(length):
+            tokens.append(int(llama(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tuple(tokens[len(context) :])
+
+
+def context(seed: int, length: int) -> Tokens:
+    return tuple(Random(seed).choices(range(VOCABULARY), k=length))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"attention_bias": True, "mlp_bias": True},
+        {"rope_parameters": LLAMA3},
+    ],
+    ids=["tied", "untied", "biases", "llama3 rope"],
+)
+def test_drafts_are_the_models_own_greedy_tokens(tmp_path: Path, overrides: dict[str, Any]) -> None:
+    llama = model(**overrides)
+    drafting = engine(saved(tmp_path, llama))
+    for seed in range(4):
+        prompt = context(seed, 150)
+        (draft,) = drafting.draft([DraftRequest(f"s{seed}", 0, prompt, 6)])
+        assert draft.tokens == reference(llama, prompt, 6)
+        assert all(0 < confidence <= 1 for confidence in draft.confidences)
+
+
+def test_a_cache_that_is_rolled_back_and_extended_drafts_like_a_new_one(tmp_path: Path) -> None:
+    llama = model()
+    drafting = engine(saved(tmp_path, llama))
+    random = Random(5)
+    prompt = context(1, 40)
+    for turn in range(12):
+        (draft,) = drafting.draft([DraftRequest("s", 0, prompt, 4)])
+        assert draft.tokens == reference(llama, prompt, 4), turn
+        accepted = random.randrange(5)
+        prompt = (*prompt, *draft.tokens[:accepted], random.randrange(VOCABULARY))
+
+
+def test_lanes_over_a_shared_prefix_draft_as_each_would_alone(tmp_path: Path) -> None:
+    llama = model()
+    drafting = engine(saved(tmp_path, llama))
+    shared = context(2, 300)
+    lanes = [(*shared, *context(lane + 10, size)) for lane, size in enumerate((1, 4, 2, 6))]
+    lengths = [5, 2, 4, 3]
+    requests = [
+        DraftRequest("s", lane, lane_context, length)
+        for lane, (lane_context, length) in enumerate(zip(lanes, lengths, strict=True))
+    ]
+    for _ in range(2):
+        for request, draft in zip(requests, drafting.draft(requests), strict=True):
+            assert draft.tokens == reference(llama, request.context, request.length)
+
+
+def test_lanes_that_are_prefixes_of_one_another_keep_apart(tmp_path: Path) -> None:
+    llama = model()
+    drafting = engine(saved(tmp_path, llama))
+    prompt = context(3, 20)
+    requests = [DraftRequest("s", lane, prompt[: 20 - lane], 3) for lane in range(3)]
+    for request, draft in zip(requests, drafting.draft(requests), strict=True):
+        assert draft.tokens == reference(llama, request.context, 3)
+
+
+def test_sessions_in_one_batch_do_not_mix_and_old_caches_are_dropped(tmp_path: Path) -> None:
+    llama = model()
+    drafting = engine(saved(tmp_path, llama), cache_tokens=600)
+    requests = [DraftRequest(f"s{seed}", 0, context(seed, 100), 3) for seed in range(5)]
+    for _ in range(2):
+        for request, draft in zip(requests, drafting.draft(requests), strict=True):
+            assert draft.tokens == reference(llama, request.context, 3)
+    assert len(drafting._sessions) == 2
+
+
+def test_a_dropped_lane_stops_at_its_next_token(tmp_path: Path) -> None:
+    drafting = engine(saved(tmp_path, model()))
+    calls = 0
+
+    def dropped(_: DraftRequest) -> bool:
+        nonlocal calls
+        calls += 1
+        return calls > 2
+
+    (draft,) = drafting.draft([DraftRequest("s", 0, context(1, 10), 8)], dropped)
+    assert len(draft.tokens) == 2
+
+
+def test_at_the_end_of_the_context_window_a_draft_is_short(tmp_path: Path) -> None:
+    drafting = engine(saved(tmp_path, model(max_position_embeddings=16)))
+    (draft,) = drafting.draft([DraftRequest("s", 0, context(1, 14), 8)])
+    assert len(draft.tokens) == 2
+    (none,) = drafting.draft([DraftRequest("s", 0, context(1, 16), 8)])
+    assert none.tokens == ()
+
+
+def test_a_reduced_output_vocabulary_is_mapped_to_the_targets_ids(tmp_path: Path) -> None:
+    llama = model(tie_word_embeddings=False)
+    directory = saved(tmp_path, llama)
+    kept = torch.tensor(sorted({*range(0, VOCABULARY, 2)}))
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    weights["lm_head.weight"] = weights["lm_head.weight"][kept].contiguous()
+    save_file(weights | {"draft_vocab": kept.int()}, path, metadata={"format": "pt"})
+    prompt = context(4, 30)
+    (draft,) = engine(directory).draft([DraftRequest("s", 0, prompt, 1)])
+    with torch.inference_mode():
+        logits = llama(torch.tensor([prompt])).logits[0, -1]
+    assert draft.tokens == (int(kept[logits[kept].argmax()]),)
+
+
+def test_another_architecture_is_refused_by_name() -> None:
+    with pytest.raises(ModelFilesError, match="gpt2"):
+        LlamaShape.of({"model_type": "gpt2"})
+
+
+@pytest.mark.parametrize("fault", ["missing", "cut short", "garbage", "other tokenizer", "no config"])
+def test_files_that_can_not_be_used_leave_prompt_lookup_and_a_note(tmp_path: Path, fault: str) -> None:
+    target, directory = saved(tmp_path / "target", model()), saved(tmp_path / "draft", model())
+    weights = directory / "model.safetensors"
+    match fault:
+        case "missing":
+            weights.unlink()
+        case "cut short":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "garbage":
+            weights.write_bytes(b"\xff" * 4096)
+        case "other tokenizer":
+            (directory / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}, "merges": []}}')
+        case _:
+            (directory / "config.json").unlink()
+    loaded = load_draft_engine(GatewaySettings(draft=str(directory), model=str(target)))
+    assert loaded.engine.name == "prompt lookup"
+    (note,) = loaded.notes
+    assert "prompt lookup drafts instead" in note
