@@ -26,6 +26,7 @@ from services.kv_session.settings import KvSessionSettings
 from shared.http import HttpServer
 from shared.protocol import Block, Cancel, Fault, FinishReason, Prompt, Tokens, Verdict
 from shared.stack.kafka import Broker
+from shared.stack.redis import RedisServer
 from shared.store import SessionState, SessionStatus, Store
 from tests.integration.byte_model import END, MODEL, write_byte_model
 from tests.integration.scripted_verifier import ScriptedVerifier
@@ -692,6 +693,54 @@ async def test_without_broker_or_store_the_gateway_says_so_at_once(
     response = await client.post("/v1/chat/completions", json=chat())
     assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
     assert names in response.json()["error"]["message"]
+
+
+async def test_a_broker_that_goes_away_is_told_at_the_door_and_costs_a_stream_no_token(
+    settings: dict[str, Any], stack: AsyncExitStack, own_kafka: Broker
+) -> None:
+    cloud = Cloud(settings | {"kafka": own_kafka.bootstrap}, stack)
+    await cloud.start()
+    gateway = await cloud.gateway(open_timeout_s=1.0, lease_s=1.0)
+    cloud.verifier.pass_s = 0.05
+    asking = asyncio.create_task(stream(gateway, "/v1/completions", completion(max_tokens=200)))
+    await eventually(lambda: len(cloud.verifier.blocks) > 3, "blocks go up")
+    await asyncio.to_thread(own_kafka.kill)
+
+    async def told() -> bool:
+        response = await gateway.get("/readyz")
+        return response.status_code == 503 and "Kafka" in response.text
+
+    await eventually(told, "/readyz names Kafka")
+    refused = await gateway.post("/v1/completions", json=completion())
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+    assert "Kafka" in refused.json()["error"]["message"]
+    await asyncio.to_thread(own_kafka.start)
+    events = await asking
+    assert said(events) == text_of(recite(tuple(b"Sing!"), 200))
+    assert events[-1].data == "[DONE]"
+    await eventually(lambda: _ready(gateway), "the gateway is ready again")
+
+
+async def test_a_store_that_goes_away_is_told_at_the_door(
+    settings: dict[str, Any], stack: AsyncExitStack, own_redis: RedisServer
+) -> None:
+    cloud = Cloud(settings | {"redis_url": own_redis.url, "store_deadline_s": 1.0}, stack)
+    await cloud.start()
+    gateway = await cloud.gateway(lease_s=1.0)
+    await asyncio.to_thread(own_redis.kill)
+
+    async def told() -> bool:
+        response = await gateway.get("/readyz")
+        return response.status_code == 503 and "Redis" in response.text
+
+    await eventually(told, "/readyz names Redis")
+    refused = await gateway.post("/v1/completions", json=completion())
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+    assert "Redis" in refused.json()["error"]["message"]
+    read = await gateway.get("/v1/streams/cmpl-1")
+    assert (read.status_code, read.json()["error"]["code"]) == (503, "store_unavailable")
+    await asyncio.to_thread(own_redis.start)
+    await eventually(lambda: _ready(gateway), "the gateway is ready again")
 
 
 async def test_a_lost_lease_moves_replies_and_keeps_streams_alive(cloud: Cloud) -> None:

@@ -18,6 +18,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
+from services.kv_session.placement import Placer
 from services.kv_session.service import KvSessionService
 from services.kv_session.settings import KvSessionSettings
 from shared.bus import Bus
@@ -284,6 +285,16 @@ async def test_an_open_sent_twice_is_one_session(world: World, http: httpx.Async
     await world.send(an_open("s"))
     again = await world.hears(Placed, "s", 2)
     assert again == world.of(Placed, "s")[0]
+
+
+async def test_an_open_that_trips_a_defect_is_refused_and_stops_nothing(
+    world: World, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.beat(a_heartbeat())
+    with monkeypatch.context() as patch:
+        patch.setattr(Placer, "place", lambda *_, **__: 1 // 0)
+        assert (await world.refused("a")).code == "internal_error"
+    assert (await world.opened("b")).epoch == 1
 
 
 # --- resume and close ---------------------------------------------------------------------------------------------

@@ -21,6 +21,17 @@ ARCHITECTURES: Final[Mapping[str, str]] = {
 }
 """Checkpoint's architecture → the class of ours that serves it."""
 
+LAYER_TENSORS: Final = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "post_attention_layernorm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 AUTO_DEPTHS: Final = (0.6, 0.8, 0.9)
 MEND: Final = (
     "name a Hugging Face directory of a Llama-family model in OUTRIDER_MODEL, or run `outrider models fetch`"
@@ -50,7 +61,7 @@ def read_checkpoint(directory: str) -> Checkpoint:
     if not root.is_dir():
         raise ModelFilesError(f"the target model's directory {root} does not exist: {MEND}")
     config = _json(root / "config.json")
-    _check_weights(root)
+    tensors = _tensors(root)
     try:
         architecture = config["architectures"][0]
         shape = (
@@ -62,6 +73,10 @@ def read_checkpoint(directory: str) -> Checkpoint:
         raise ModelFilesError(f"{root / 'config.json'} lacks a usable {error}: {MEND}") from error
     if architecture not in ARCHITECTURES:
         raise EngineError(f"{root} is a {architecture}; served are {', '.join(ARCHITECTURES)}: {MEND}")
+    if "quantization_config" not in config:
+        _check_complete(
+            root, tensors, num_layers=shape[0], tied=bool(config.get("tie_word_embeddings", False))
+        )
     generation_file = root / "generation_config.json"
     generation = _json(generation_file) if generation_file.exists() else {}
     stop_ids = sorted({*_ids(config.get("eos_token_id")), *_ids(generation.get("eos_token_id"))})
@@ -105,16 +120,16 @@ def _ids(value: object) -> list[int]:
     return [token for token in listed if isinstance(token, int)]
 
 
-def _check_weights(root: Path) -> None:
+def _tensors(root: Path) -> set[str]:
+    """Names of the tensors in a checkpoint's safetensors files, each of which is checked for damage."""
     files = sorted(root.glob("*.safetensors"))
     if not files:
         raise ModelFilesError(f"{root} holds no *.safetensors: {MEND}")
-    for file in files:
-        _check_safetensors(file)
+    return {name for file in files for name in _header(file)}
 
 
-def _check_safetensors(file: Path) -> None:
-    """The header must be JSON and the file as long as it says: finds what a broken download or a full disk left."""
+def _header(file: Path) -> dict[str, Any]:
+    """A safetensors header: must be JSON, and the file as long as it says (not what a broken download leaves)."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         prefix = opened.read(8)
@@ -129,3 +144,16 @@ def _check_safetensors(file: Path) -> None:
         ) from None
     if size != expected:
         raise ModelFilesError(f"{file} is damaged: {size} bytes instead of {expected}: fetch it again")
+    return tensors
+
+
+def _check_complete(root: Path, tensors: set[str], *, num_layers: int, tied: bool) -> None:
+    """vLLM serves random numbers where a matrix is missing, so look for all of a Llama's."""
+    expected = ["model.embed_tokens.weight", "model.norm.weight", *([] if tied else ["lm_head.weight"])]
+    expected += [
+        f"model.layers.{layer}.{name}.weight" for layer in range(num_layers) for name in LAYER_TENSORS
+    ]
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelFilesError(f"{root} lacks the weights {', '.join(missing[:3])}{more}: fetch it again")

@@ -7,6 +7,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Final
 
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from services.verifier.engine.options import DESCRIBE_CALL, STATS_CALL, SUBMIT_CALL
 
@@ -27,6 +28,7 @@ class EngineClient(AsyncLLM):  # type: ignore[misc]
 
     async def describe(self) -> dict[str, Any]:
         """What `EngineInfo` says of exits and KV."""
+        await self.get_supported_tasks()  # asked for and kept with the first request otherwise
         found: dict[str, Any] = await self.engine_core.call_utility_async(DESCRIBE_CALL)
         return found
 
@@ -36,6 +38,10 @@ class EngineClient(AsyncLLM):  # type: ignore[misc]
         (process,) = self.engine_core.resources.engine_manager.processes
         found: BaseProcess = process
         return found
+
+    def fail_streams(self) -> None:
+        """Raise `EngineDeadError` in every stream that is being read."""
+        self.output_processor.propagate_error(EngineDeadError())
 
     async def stop(self) -> None:
         """End the engine process within `STOP_TIMEOUT_S`; what is still under way gets no answer."""

@@ -10,9 +10,10 @@ import asyncio
 import logging
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -30,7 +31,7 @@ from services.verifier.engine.types import (
     OnExit,
 )
 from services.verifier.settings import VerifierSettings
-from shared.errors import ContextLengthExceeded, EngineError, InvalidRequest, Overloaded
+from shared.errors import ContextLengthExceeded, EngineError, InvalidRequest, OutriderError, Overloaded
 from shared.protocol import FinishReason, GenerationParams, Outcome, Tokens
 
 if TYPE_CHECKING:
@@ -44,6 +45,15 @@ _log = logging.getLogger(__name__)
 FAILURE_GRACE_S: Final = 0.5
 """How long a dead engine's last words are waited for."""
 _FINISH_REASONS: Final = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+
+
+class _State(StrEnum):
+    """An engine's life; the value completes "the engine …"."""
+
+    NEW = "is not started"
+    RUNNING = "is running"
+    DIED = "has died; the verifier has to be started again"
+    STOPPED = "has been stopped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,8 @@ class VllmEngine:
         self._by_key: dict[str, _Open] = {}
         self._numbers = count()
         self._calls: set[asyncio.Future[Any]] = set()
+        self._state = _State.NEW
+        self._unwatch: Callable[[], object] = lambda: None
         self._llm: EngineClient | None = None
         self._info: EngineInfo | None = None
         self._checkpoint: Checkpoint | None = None
@@ -72,17 +84,32 @@ class VllmEngine:
         self._on_exit: OnExit = lambda _: None
         self._failure: FailureMessage | None = None
         self._failed = asyncio.Event()
-        self._dead = False
 
     # --- life ---------------------------------------------------------------------------------------------------
 
     async def start(self, on_exit: OnExit) -> EngineInfo:
         """See `Engine.start`. Takes about 15 s the first time in a process, of which most is importing."""
-        if self._llm is not None:
-            raise EngineError("the engine is started already")
+        if self._state is not _State.NEW:
+            raise EngineError(f"the engine {self._state} and can't be started; make a new one")
         self._on_exit = on_exit
         checkpoint = self._checkpoint = read_checkpoint(self._settings.model)
         layers = exit_layers(self._settings.exit_layers, checkpoint.num_layers)
+        self._state = _State.RUNNING
+        try:
+            self._llm = await self._build(checkpoint, layers)
+            self._watch(self._llm)
+            self._info = await self._describe(self._llm, checkpoint)
+        except Exception as error:
+            reason = await self._reason(error)
+            await self.stop()
+            raise reason from error
+        except asyncio.CancelledError:
+            await self.stop()
+            raise
+        return self._info
+
+    async def _build(self, checkpoint: Checkpoint, layers: tuple[int, ...]) -> EngineClient:
+        """Start the engine process, in a thread; a cancelled start waits for it, so that it can be stopped."""
         self._folder = Path(tempfile.mkdtemp(prefix="outrider-engine-"))
         address = f"ipc://{self._folder / 'exits'}"
         self._receiver = Receiver(address, self._received)
@@ -93,25 +120,17 @@ class VllmEngine:
             exit_outcomes=self._settings.exit_outcomes,
             threads=self._settings.engine_threads,
         )
-        try:
-            with launch.engine_environment(self._settings.engine_threads):
-                launch.warm_up()
-                self._llm = await asyncio.to_thread(self._build, checkpoint, options)
-            self._watch(self._llm)
-            self._info = await self._describe(self._llm, checkpoint)
-        except BaseException as error:
-            reason = await self._reason(error)
-            await self.stop()
-            if isinstance(error, Exception):
-                raise reason from error
-            raise
-        return self._info
-
-    def _build(self, checkpoint: Checkpoint, options: EngineOptions) -> EngineClient:
-        from services.verifier.engine.compat import check_compatible
-
-        check_compatible()
-        return launch.build(self._settings, checkpoint, options)
+        with launch.engine_environment(self._settings.engine_threads):
+            launch.warm_up()
+            building = asyncio.ensure_future(
+                asyncio.to_thread(launch.build, self._settings, checkpoint, options)
+            )
+            try:
+                return await asyncio.shield(building)
+            except asyncio.CancelledError:
+                with suppress(Exception):
+                    self._llm = await building
+                raise
 
     async def _describe(self, llm: EngineClient, checkpoint: Checkpoint) -> EngineInfo:
         found: dict[str, Any] = await self._call(llm.describe())
@@ -140,30 +159,27 @@ class VllmEngine:
         """Notice the engine process' end in the moment it happens."""
         loop = asyncio.get_running_loop()
         sentinel = llm.process.sentinel
-
-        def ended() -> None:
-            loop.remove_reader(sentinel)
-            self._died()
-
-        loop.add_reader(sentinel, ended)
+        loop.add_reader(sentinel, self._died)
         self._unwatch = lambda: loop.remove_reader(sentinel)
 
-    _unwatch: Any = staticmethod(lambda: None)
-
     def _died(self) -> None:
-        if self._dead:
-            return
-        self._dead = True
         _log.error("the engine process has died%s", f": {self._failure.text}" if self._failure else "")
+        self._end(_State.DIED)
+
+    def _end(self, state: _State) -> None:
+        """Nothing will be answered any more: fail what waits."""
+        self._unwatch()
+        self._unwatch = lambda: None
+        self._state = state
         for call in tuple(self._calls):
             call.cancel()
+        if self._llm is not None:
+            self._llm.fail_streams()
 
     async def stop(self) -> None:
         """See `Engine.stop`."""
-        self._unwatch()
-        self._dead = True
-        for call in tuple(self._calls):
-            call.cancel()
+        if self._state is not _State.DIED:
+            self._end(_State.STOPPED)
         if self._llm is not None:
             llm, self._llm = self._llm, None
             await llm.stop()
@@ -176,7 +192,12 @@ class VllmEngine:
 
     def healthy(self) -> bool:
         """See `Engine.healthy`."""
-        return self._info is not None and not self._dead
+        return self._info is not None and self._state is _State.RUNNING
+
+    @property
+    def process_id(self) -> int | None:
+        """The engine process, for operators and tests; None when there is none."""
+        return self._llm.process.pid if self._llm is not None else None
 
     # --- sessions -----------------------------------------------------------------------------------------------
 
@@ -203,6 +224,8 @@ class VllmEngine:
     ) -> AsyncIterator[EngineOutput]:
         try:
             async for output in self._generate(opened.key, tokens, sampling):
+                if opened.key not in self._by_key:
+                    return
                 yield output
         finally:
             self._forget(opened)
@@ -258,20 +281,24 @@ class VllmEngine:
     ) -> AsyncIterator[EngineOutput]:
         """A request's outputs until it finishes or is aborted (then without a finish reason)."""
         from vllm.inputs import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError
 
-        llm = self._alive()
-        queue = await self._call(llm.add_request(key, tokens_input(list(tokens)), sampling))
-        while True:
-            found = queue.get_nowait() or await self._call(queue.get())
-            completion = found.outputs[0]
-            finish_reason = _FINISH_REASONS.get(completion.finish_reason)
-            if completion.token_ids or finish_reason:
-                yield EngineOutput(tuple(completion.token_ids), finish_reason)
-            if found.finished:
-                return
+        try:
+            queue = await self._alive().add_request(key, tokens_input(list(tokens)), sampling)
+            self._alive()
+            while True:
+                found = queue.get_nowait() or await queue.get()
+                completion = found.outputs[0]
+                finish_reason = _FINISH_REASONS.get(completion.finish_reason)
+                if completion.token_ids or finish_reason:
+                    yield EngineOutput(tuple(completion.token_ids), finish_reason)
+                if found.finished:
+                    return
+        except EngineDeadError as error:
+            raise await self._reason(error) from error
 
     async def _call(self, call: Coroutine[Any, Any, T]) -> T:
-        """Await something that the engine process must answer; `EngineError` if it dies over it."""
+        """Await a call that the engine process must answer; `EngineError` if it ends over it."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         task = asyncio.ensure_future(call)
@@ -281,14 +308,15 @@ class VllmEngine:
         except EngineDeadError as error:
             raise await self._reason(error) from error
         except asyncio.CancelledError:
-            if self._dead and task.cancelled() and not _cancelling():
+            if self._state is not _State.RUNNING and not _cancelling():
                 raise await self._reason(None) from None
+            task.cancel()
             raise
         finally:
             self._calls.discard(task)
 
     async def _abort(self, key: str) -> None:
-        if self._llm is None or self._dead:
+        if self._llm is None or self._state is not _State.RUNNING:
             return
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -319,23 +347,23 @@ class VllmEngine:
             if (opened := self._by_key.get(outlook.key)) is not None
         ]
 
-    async def _reason(self, error: BaseException | None) -> Exception:
+    async def _reason(self, error: Exception | None) -> Exception:
         """Our error for one of vLLM's, with the engine process' last words if there are any."""
-        if isinstance(error, EngineError):
+        if isinstance(error, OutriderError):
             return error
-        if self._receiver is not None:
+        if self._state is not _State.STOPPED:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._failed.wait(), FAILURE_GRACE_S)
         if self._failure is not None:
-            return EngineError(f"the engine has failed: {self._failure.kind}: {self._failure.text}")
-        if error is None or self._dead:
-            return EngineError("the engine process has died; the verifier has to be started again")
+            mend = _mend(self._failure.text)
+            return EngineError(f"the engine has failed: {self._failure.kind}: {self._failure.text}{mend}")
+        if self._state is not _State.RUNNING or error is None:
+            return EngineError(f"the engine {self._state}")
         return EngineError(f"the engine has failed: {type(error).__name__}: {error}")
 
     def _alive(self) -> EngineClient:
-        if self._llm is None or self._dead:
-            state = "has died" if self._dead and self._info is not None else "is not started"
-            raise EngineError(f"the engine {state}")
+        if self._llm is None or self._state is not _State.RUNNING:
+            raise EngineError(f"the engine {self._state}")
         return self._llm
 
     def _forget(self, opened: _Open) -> None:
@@ -384,6 +412,13 @@ class VllmEngine:
         if tokens and not 0 <= min(tokens) <= max(tokens) < size:
             wrong = next(token for token in tokens if not 0 <= token < size)
             raise InvalidRequest(f"{what} holds token {wrong}; the target's vocabulary is 0 to {size - 1}")
+
+
+def _mend(failure: str) -> str:
+    """What an operator can do about a failure of vLLM's that speaks of vLLM's own options."""
+    if "KV cache" in failure or "kv cache" in failure:
+        return " (raise OUTRIDER_KV_CACHE_MB or lower OUTRIDER_MAX_MODEL_LEN)"
+    return ""
 
 
 def _cancelling() -> bool:

@@ -31,17 +31,17 @@ OFF: Final = "off"
 
 
 class ExitModule(nn.Module):
-    """An exit after one layer, untrained. Trained ones override `forward`, and `draft_log_probs` if they calibrate."""
+    """An exit after one layer, untrained. Trained ones override `forward`, and `acceptance` if they have a judge."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[rows, hidden size]: the residual stream after the layer → a guess of the one after the last layer."""
         return hidden
 
-    def draft_log_probs(self, log_probs: Tensor, hidden: Tensor, drafts: Tensor) -> Tensor:
-        """[rows]: log-probability that the target says the draft token that stands at a row.
+    def acceptance(self, log_probs: Tensor, hidden: Tensor, drafts: Tensor) -> Tensor:
+        """[rows]: log-probability that the draft token that a row judges is accepted.
 
-        `log_probs` is what the exit's own distribution gives it, `drafts` the tokens; a judge that knows better
-        overrides this.
+        `log_probs` is what the exit's own distribution gives these tokens, and the answer as long as no trained judge
+        knows better; `hidden` is [rows, hidden size], the residual stream after the layer.
         """
         return log_probs
 
@@ -206,25 +206,20 @@ class ExitReader:
         logits = self._head(module(hidden)).float()
         total = logits.logsumexp(dim=-1)
         best, tokens = logits.topk(min(self._outcomes + 1, logits.shape[-1]), dim=-1)
-        drafted = logits.gather(1, current.drafts.unsqueeze(1)).squeeze(1) - total
-        drafted_log_probs = module.draft_log_probs(drafted, hidden, current.drafts).tolist()
+        log_probs = logits.gather(1, current.drafts.unsqueeze(1)).squeeze(1) - total
+        accepted = module.acceptance(log_probs, hidden, current.drafts).tolist()
+        drafted = log_probs.tolist()
         candidates = [
             list(zip(row_tokens, row_log_probs, strict=True))
             for row_tokens, row_log_probs in zip(
                 tokens.tolist(), (best - total.unsqueeze(1)).tolist(), strict=True
             )
         ]
-        outlooks = [
-            Outlook(
-                rows.key,
-                rows.base,
-                rank_outcomes(
-                    drafted_log_probs[rows.start : rows.start + len(rows.drafts)],
-                    rows.drafts,
-                    candidates[rows.start : rows.start + len(rows.drafts) + 1],
-                    self._outcomes,
-                ),
+        outlooks = []
+        for rows in current.sessions:
+            own = slice(rows.start, rows.start + len(rows.drafts) + 1)
+            outcomes = rank_outcomes(
+                drafted[own], accepted[own], rows.drafts, candidates[own], self._outcomes
             )
-            for rows in current.sessions
-        ]
+            outlooks.append(Outlook(rows.key, rows.base, outcomes))
         return ExitMessage(layer, elapsed_ms(), outlooks)

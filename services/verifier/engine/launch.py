@@ -80,14 +80,17 @@ def warm_up() -> None:
 def build(settings: VerifierSettings, checkpoint: Checkpoint, options: EngineOptions) -> EngineClient:
     """A client with our scheduler, worker and models, its engine process started and loaded.
 
-    Blocks for seconds, so call it in a thread, within `engine_environment`. Raises what vLLM raises.
+    Blocks for seconds, so call it in a thread, within `engine_environment`. Raises `EngineError` when vLLM is not the
+    one that we know, and else what vLLM raises.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine import utils
     from vllm.v1.executor import Executor
 
     from services.verifier.engine.client import EngineClient
+    from services.verifier.engine.compat import check_compatible
 
+    check_compatible()
     _register_models()
     config = AsyncEngineArgs(**_arguments(settings, checkpoint, options)).create_engine_config()
     with mock.patch.object(utils, "get_mp_context", lambda: multiprocessing.get_context("forkserver")):
