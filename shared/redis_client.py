@@ -108,7 +108,6 @@ class RedisClient:
                 # redis-py's own timeouts cost a task a command, and swallow a cancellation now and then.
                 socket_timeout=None,
                 socket_connect_timeout=None,
-                driver_info=None,
             )
         except (ValueError, TypeError) as error:
             raise StoreUnavailable(

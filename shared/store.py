@@ -32,6 +32,7 @@ from shared.settings import CommonSettings
 TOKEN_BYTES: Final = 4
 LONGEST_GRACE_S: Final = 30.0
 PAGE: Final = 100
+MOST_EXPIRED: Final = 1000
 
 logger = logging.getLogger(__name__)
 
@@ -492,7 +493,7 @@ class Store:
             await self._redis.command("SREM", key, *gone)
         return here
 
-    async def expire(self, limit: int = PAGE) -> list[SessionState]:
+    async def expire(self, limit: int = MOST_EXPIRED) -> list[SessionState]:
         """Erase sessions untouched for `session_ttl_s`, at most `limit` looked at; gives those erased.
 
         Of several callers only one gets a session.
