@@ -106,7 +106,7 @@ class Placer:
         free = [heartbeat for heartbeat in able if self._has_room(heartbeat)] if need_room else able
         if not free:
             raise Overloaded(
-                f"all {len(able)} verifiers are full ({sum(one.max_sessions for one in able)} sessions in all)",
+                f"every verifier is full ({sum(one.max_sessions for one in able)} sessions in all)",
                 retry_after_s=self._retry_after_s,
             )
         chosen, shared_tokens = self._choose(free, prompt, prefer)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 import zlib
 from typing import Final
 
@@ -52,7 +51,6 @@ class KvSessionService:
             description="The directory of sessions and of where their KV lives: the operator's API.",
         )
         self.app.include_router(operator_router(self.directory, self.sweep_soon))
-        self._incarnation = f"{settings.kv_session_name}:{uuid.uuid4().hex[:12]}"
         self._lanes: list[asyncio.Queue[Request]] = [asyncio.Queue(LANE_QUEUE) for _ in range(LANES)]
         self._due = asyncio.Event()
         self._serving = False
@@ -183,7 +181,7 @@ class KvSessionService:
         """One replica sweeps at a time; should two do so, the epochs keep their moves apart."""
         await self.directory.refresh()
         lease_s = max(5 * self.settings.sweep_s, 5.0)
-        if not await self.store.acquire(SWEEP_LEASE, self._incarnation, lease_s):
+        if not await self.store.acquire(SWEEP_LEASE, self.settings.kv_session_name, lease_s):
             return
         await self.directory.finish_moves()
         await self.directory.expire()
