@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import statistics
 import time
 import uuid
@@ -904,11 +905,11 @@ async def test_a_wrong_password_is_said_at_once(own_redis: RedisServer) -> None:
 
 @asynccontextmanager
 async def answering(answer: bytes) -> AsyncIterator[int]:
-    """A server that says the same to whatever it hears."""
+    """A server that says the same to every command it hears."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while await reader.read(65536):
-            writer.write(answer)
+        while heard := await reader.read(65536):
+            writer.write(answer * len(re.findall(rb"\*\d+\r\n", heard)))
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
