@@ -674,14 +674,15 @@ async def test_a_commit_takes_well_under_a_millisecond(store: Store) -> None:
 
     async def median_ms() -> float:
         times = []
-        for _ in range(300):
+        for _ in range(60):
             number = next(numbers)
             started_s = time.perf_counter()
             await store.commit(session, epoch=1, round=number, base=4 * number, tokens=(1, 2, 3, 4))
             times.append(time.perf_counter() - started_s)
         return statistics.median(times) * 1000
 
-    assert min([await median_ms() for _ in range(5)]) < 0.8  # 0.28 ms where nothing else runs
+    # The quietest of many short spells: other programs on the machine are not what is measured.
+    assert min([await median_ms() for _ in range(25)]) < 0.8
 
 
 # --- expiry -------------------------------------------------------------------------------------------------------
