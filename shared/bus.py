@@ -246,12 +246,21 @@ class Bus:
         wanted = {*topics, Topic.DEAD_LETTERS}
         try:
             async with asyncio.timeout(self._settings.bus_deadline_s):
-                while missing := sorted(wanted - await self._look_up_topics()):
-                    await self._create(missing)
+                await self._ensure(wanted)
         except TimeoutError:
             raise self._unavailable(
                 f"did not create {', '.join(self._name(each) for each in sorted(wanted - self._counts.keys()))}"
             ) from None
+
+    async def _ensure(self, wanted: set[Topic]) -> None:
+        while True:
+            try:
+                while missing := sorted(wanted - await self._look_up_topics()):
+                    await self._create(missing)
+                return
+            except KafkaError as error:
+                _log.debug("topics can't be looked up or created yet: %r", error)
+                await asyncio.sleep(RETRY_S)
 
     def partitions(self, topic: Topic) -> int:
         """How many partitions `topic` has. Raises `BrokerUnavailable` when it does not exist."""
