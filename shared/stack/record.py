@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any, Final
 
 from shared.stack.health import Health, ask
@@ -21,6 +22,7 @@ from shared.stack.processes import ProcessIdentity, StackError
 FORMAT: Final = 1
 SERVICE_GRACE_S: Final = 12.0
 BROKER_GRACE_S: Final = 15.0
+KEEPER_S: Final = 60.0
 KAFKA, REDIS = "kafka", "redis"
 
 
@@ -130,6 +132,24 @@ def read(run_dir: Path) -> StackRecord | None:
 def forget(run_dir: Path) -> None:
     """The stack of the run directory is no more."""
     (run_dir / "stack.json").unlink(missing_ok=True)
+
+
+def stop(run_dir: Path) -> StackRecord | None:
+    """Stop the stack of the run directory and forget it; what it was, or None when there is none.
+
+    A process that watches over it (a demo, `outrider up --foreground`) is asked to stop it instead.
+    """
+    record = read(run_dir)
+    if record is None:
+        return None
+    if record.kept and record.keeper is not None:
+        record.keeper.signal(SIGTERM)
+        if record.keeper.wait(KEEPER_S):
+            return record
+    with locked(run_dir):
+        record.stop()
+        forget(run_dir)
+    return record
 
 
 @contextmanager
