@@ -1,48 +1,47 @@
 """A typed asyncio bus over Kafka: messages of `shared.protocol` in and out, with what the services may rely on.
 
 `send` returns when the broker has the message for good; `post` is for hints, which may be lost and must never be in a
-verdict's way; readers are those of `shared.reader`. What travels beside a message: the schema's version and the trace.
+verdict's way; readers are those of `shared.kafka.reader`. Beside a message travel the schema's version and the trace.
 
-Why the clients are set as they are (aiokafka 0.14 and Apache Kafka on two busy cores; one way, sender to reader):
-- `linger_ms=0`, no compression: a message leaves at once; a block of 8 tokens is 200 bytes.
-- Verdicts and hints have a producer each, with a connection each: aiokafka keeps one produce request in flight per
-  broker, so that behind a hint a verdict would wait for the hint's acknowledgement.
-- Readers have a consumer per topic, for the same reason: one fetch is in flight per consumer and broker.
-- `acks=all` with idempotence costs nothing on a single broker, and a retry after a lost connection repeats nothing.
-- `fetch_max_wait_ms=100`: Apache Kafka answers a waiting fetch the moment a message arrives, so this is only how often
-  an idle reader asks anew, and how long a partition just won may wait behind the fetch before it.
-- `auto_offset_reset="earliest"`: when a position has left the log, what is still there is read, not skipped.
+How it is set, and why:
+- A message leaves at once and uncompressed: a block of 8 tokens is 200 bytes.
+- Hints have a producer and a connection of their own, and every topic a reader and a connection of its own: a broker
+  answers the requests of one connection in their order, so a verdict must not share one with hints.
+- `acks=all` with idempotence: on one broker it costs nothing, and what is sent again after a lost connection arrives
+  once. Hints have `acks=1` and are not sent again.
+- An idle fetch waits 100 ms. Apache Kafka answers it the moment a message arrives, so this is only how often an idle
+  reader asks anew, and how long a partition just won may wait behind the fetch before it. Tansu doesn't wake it: 10 ms.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
 from typing import Any, Final, Literal, NotRequired, Self, TypedDict, Unpack, overload
 
-from aiokafka import AIOKafkaProducer
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import (
-    InvalidProducerEpoch,
-    KafkaError,
-    MessageSizeTooLargeError,
-    NoError,
-    OutOfOrderSequenceNumber,
-    ProducerClosed,
-    ProducerFenced,
-    TopicAlreadyExistsError,
-    UnknownProducerId,
-    for_code,
-)
+from aiokafka.admin import NewTopic
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError
+from aiokafka.partitioner import murmur2
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 
 from shared.errors import BrokerUnavailable, ProtocolError
+from shared.kafka.cluster import RETRY_S, Cluster
+from shared.kafka.producer import Producer
+from shared.kafka.reader import (
+    SCHEMA_HEADER,
+    GroupReader,
+    MemberNameTaken,
+    PartitionsCallback,
+    Reader,
+    ReaderPlan,
+    Received,
+    Watermark,
+)
+from shared.kafka.wire import Header
 from shared.protocol import (
     SCHEMA_VERSION,
     AnyMessage,
@@ -55,16 +54,6 @@ from shared.protocol import (
     Topic,
     VerdictsMessage,
     encode,
-)
-from shared.reader import (
-    SCHEMA_HEADER,
-    GroupReader,
-    MemberNameTaken,
-    PartitionsCallback,
-    Reader,
-    ReaderPlan,
-    Received,
-    Watermark,
 )
 from shared.settings import CommonSettings, KafkaFlavor
 from shared.telemetry import LATENCY_BUCKETS_S, TRACEPARENT, TraceContext, current_trace
@@ -85,28 +74,14 @@ MAX_MESSAGE_BYTES: Final = 2 << 20
 MAX_HINTS_IN_FLIGHT: Final = 256
 """Hints waiting or unacknowledged before more are dropped: what is older than that many has missed its round."""
 
-HINT_TTL_MS: Final = 2000
-"""A hint undelivered for so long is given up."""
-
-FETCH_MAX_BYTES: Final = 8 << 20
-"""What a reader holds at most beside the messages that it has handed out."""
+HINT_TIMEOUT_S: Final = 2.0
+"""A broker that leaves hints unanswered for so long is connected to anew, without them."""
 
 STOP_DEADLINE_S: Final = 5.0
-RETRY_S: Final = 0.1
 
 _log = logging.getLogger(__name__)
 
-# A producer that has met one of these delivers nothing more to the partition; a new one does.
-_PRODUCER_BROKEN = (
-    InvalidProducerEpoch,
-    OutOfOrderSequenceNumber,
-    ProducerClosed,
-    ProducerFenced,
-    UnknownProducerId,
-)
-
-_Header = tuple[str, bytes]
-_SCHEMA: Final[_Header] = (SCHEMA_HEADER, SCHEMA_VERSION.encode())
+_SCHEMA: Final[Header] = (SCHEMA_HEADER, SCHEMA_VERSION.encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +171,12 @@ class Bus:
         self._capabilities = Capabilities.of(settings.kafka_flavor)
         self._metrics = _metrics(registry)
         self._counts: dict[Topic, int] = {}
-        self._producer: AIOKafkaProducer | None = None
-        self._replacing = asyncio.Lock()
-        self._hints: _HintSender | None = None
+        # Half of what a message has: a broker that hangs is left for a new connection while there is time for that.
+        self._timeout_s = settings.bus_deadline_s / 2
+        self._cluster = Cluster(settings.kafka, client=client, timeout_s=self._timeout_s)
+        self._producer: Producer | None = None
+        self._hints: Producer | None = None
+        self._hints_under_way = 0
 
     @property
     def capabilities(self) -> Capabilities:
@@ -218,23 +196,39 @@ class Bus:
         """Connect. Raises `BrokerUnavailable` when the broker does not answer within `bus_deadline_s`."""
         try:
             async with asyncio.timeout(self._settings.bus_deadline_s):
-                self._producer = await self._connect(self._new_producer)
-                self._hints = _HintSender(await self._connect(self._new_hint_producer), self._metrics)
+                await self._cluster.start()
                 await self._look_up_topics()
         except BaseException as error:
             await self.stop()
             if isinstance(error, TimeoutError):
                 raise self._unavailable("does not answer") from None
             raise
+        self._producer = Producer(
+            self._cluster,
+            purpose="messages",
+            acks=-1,
+            idempotent=self._capabilities.idempotence,
+            persistent=True,
+            timeout_s=self._timeout_s,
+        )
+        self._hints = Producer(
+            self._cluster,
+            purpose="hints",
+            acks=1,
+            idempotent=False,
+            persistent=False,
+            timeout_s=HINT_TIMEOUT_S,
+        )
 
     async def stop(self) -> None:
-        """Wait until everything sent is acknowledged, at most 5 s, and disconnect."""
-        hints, self._hints = self._hints, None
+        """Wait until everything sent is acknowledged, at most 5 s, and disconnect. Readers are to be stopped before."""
         producer, self._producer = self._producer, None
-        if hints is not None:
-            await hints.stop()
-        if producer is not None and not await _stop_producer(producer):
+        hints, self._hints = self._hints, None
+        if producer is not None and not await producer.stop(STOP_DEADLINE_S):
             _log.error("stopped with messages that the broker did not acknowledge")
+        if hints is not None:
+            await hints.stop(HINT_TIMEOUT_S)
+        await self._cluster.stop()
 
     # --- topics -----------------------------------------------------------------------------------------------
 
@@ -256,7 +250,8 @@ class Bus:
         while True:
             try:
                 while missing := sorted(wanted - await self._look_up_topics()):
-                    await self._create(missing)
+                    await self._cluster.create([self._new_topic(each) for each in missing])
+                    await asyncio.sleep(RETRY_S / 2)
                 return
             except KafkaError as error:
                 _log.debug("topics can't be looked up or created yet: %r", error)
@@ -283,26 +278,30 @@ class Bus:
         """
         topic = message.topic
         self._check_partition(topic, partition)
-        started = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        started = loop.time()
         try:
             async with asyncio.timeout(self._settings.bus_deadline_s):
-                await self._deliver(message, partition, _headers(trace))
+                await self._hand_over(self._producer, message, partition, trace)
         except (TimeoutError, KafkaError) as error:
             self._metrics.send_failures.labels(topic).inc()
             if isinstance(error, MessageSizeTooLargeError):
-                raise ProtocolError(f"a message for {topic} is too long: {error}") from None
+                raise ProtocolError(f"a message for {topic} is longer than the broker takes") from None
             raise self._unavailable(f"did not take a message for {self._name(topic)} ({error!r})") from None
         self._metrics.sent.labels(topic).inc()
-        self._metrics.send_seconds.labels(topic).observe(asyncio.get_running_loop().time() - started)
+        self._metrics.send_seconds.labels(topic).observe(loop.time() - started)
 
     def post(self, message: Hint, *, partition: int, trace: TraceContext | None = None) -> bool:
         """Send a hint without waiting. False when it was dropped: too many are on their way, or the bus has stopped."""
         self._check_partition(message.topic, partition)
         if self._hints is None:
             return False
-        return self._hints.post(
-            _Post(self._name(message.topic), encode(message), _key(message), partition, _headers(trace))
-        )
+        if self._hints_under_way >= MAX_HINTS_IN_FLIGHT:
+            self._metrics.hints_dropped.labels("full").inc()
+            return False
+        self._hints_under_way += 1
+        self._hand_over(self._hints, message, partition, trace).add_done_callback(self._posted)
+        return True
 
     # --- reading ----------------------------------------------------------------------------------------------
 
@@ -330,9 +329,7 @@ class Bus:
         numbers = range(count) if partitions is None else partitions
         for number in numbers:
             self._check_partition(topic, number)
-        return Reader(
-            self._plan(topic), partitions=numbers, from_end=options.get("start", "latest") == "latest"
-        )
+        return Reader(self._plan(topic), partitions=numbers, end=options.get("start", "latest"))
 
     @overload
     def group_reader(
@@ -359,17 +356,22 @@ class Bus:
         self.partitions(topic)
         group, member = self._settings.topic_prefix + options["group"], options.get("member")
         timeout_ms = int(options.get("session_timeout_s", 6.0) * 1000)
-        plan = self._plan(
-            topic,
-            group_id=group,
-            group_instance_id=member,
-            session_timeout_ms=timeout_ms,
-            heartbeat_interval_ms=timeout_ms // 10,
-        )
         return GroupReader(
-            plan,
+            self._plan(topic),
+            group=group,
             member=member,
-            group_members=lambda: self._group_members(group),
+            consumer_options={
+                "bootstrap_servers": self._settings.kafka,
+                "client_id": f"{self._client}-{topic}-member",
+                "enable_auto_commit": False,
+                "auto_offset_reset": "earliest",
+                "session_timeout_ms": timeout_ms,
+                # A rebalance is noticed with the next heartbeat: 0.6 s at worst, of the 6 s that it takes anyhow.
+                "heartbeat_interval_ms": timeout_ms // 10,
+                "retry_backoff_ms": int(RETRY_S * 1000),
+                # It fetches nothing: no need to look for work five times a second.
+                "consumer_timeout_ms": 60_000,
+            },
             on_assigned=options.get("on_assigned"),
             on_revoked=options.get("on_revoked"),
         )
@@ -392,94 +394,41 @@ class Bus:
             "broker runs and that OUTRIDER_KAFKA is its address"
         )
 
-    def _new_producer(self) -> AIOKafkaProducer:
-        return AIOKafkaProducer(
-            bootstrap_servers=self._settings.kafka,
-            client_id=self._client,
-            acks="all",
-            enable_idempotence=self._capabilities.idempotence,
-            linger_ms=0,
-            max_batch_size=64 << 10,
-            max_request_size=MAX_MESSAGE_BYTES,
-            # A broker that hangs is given up for a new connection while there is still time for that.
-            request_timeout_ms=int(self._settings.bus_deadline_s * 500),
-            retry_backoff_ms=int(RETRY_S * 1000),
-        )
+    def _hand_over(
+        self,
+        producer: Producer | None,
+        message: AnyMessage,
+        partition: int | None,
+        trace: TraceContext | None,
+    ) -> asyncio.Future[None]:
+        if producer is None:
+            raise BrokerUnavailable("the bus is not started: use `async with`")
+        value, key = encode(message), _key(message)
+        if len(value) > MAX_MESSAGE_BYTES:
+            raise ProtocolError(
+                f"a message for {message.topic} is too long: {len(value)} bytes, at most {MAX_MESSAGE_BYTES} are sent"
+            )
+        if partition is None:
+            partition = (murmur2(key) & 0x7FFFFFFF) % self.partitions(message.topic) if key is not None else 0
+        return producer.send(self._name(message.topic), partition, value, key=key, headers=_headers(trace))
 
-    def _new_hint_producer(self) -> AIOKafkaProducer:
-        return AIOKafkaProducer(
-            bootstrap_servers=self._settings.kafka,
-            client_id=f"{self._client}-hints",
-            acks=1,
-            linger_ms=0,
-            max_batch_size=64 << 10,
-            request_timeout_ms=HINT_TTL_MS,
-            retry_backoff_ms=int(RETRY_S * 1000),
-        )
-
-    async def _connect(self, new: Callable[[], AIOKafkaProducer]) -> AIOKafkaProducer:
-        """A started producer; tries until it is cancelled."""
-        while True:
-            producer = new()
-            try:
-                await producer.start()
-            except (KafkaError, OSError) as error:
-                _log.debug("Kafka at %s: %r", self._settings.kafka, error)
-                await _stop_producer(producer)
-                await asyncio.sleep(RETRY_S)
-            except BaseException:
-                await _stop_producer(producer)
-                raise
-            else:
-                return producer
-
-    async def _deliver(self, message: AnyMessage, partition: int | None, headers: list[_Header]) -> None:
-        name, value, key = self._name(message.topic), encode(message), _key(message)
-        while True:
-            producer = self._producer
-            if producer is None:
-                raise BrokerUnavailable("the bus is not started: use `async with`")
-            try:
-                await (await producer.send(name, value, key=key, partition=partition, headers=headers))
-                return
-            except _PRODUCER_BROKEN as error:
-                await self._replace(producer, error)
-
-    async def _replace(self, broken: AIOKafkaProducer, error: KafkaError) -> None:
-        async with self._replacing:
-            if self._producer is not broken:
-                return
-            _log.warning("the producer is replaced after %r", error)
-            self._producer = await self._connect(self._new_producer)
-            await _stop_producer(broken)
-
-    def _admin(self) -> AIOKafkaAdminClient:
-        return AIOKafkaAdminClient(
-            bootstrap_servers=self._settings.kafka,
-            client_id=f"{self._client}-admin",
-            request_timeout_ms=int(self._settings.bus_deadline_s * 1000),
-        )
+    def _posted(self, settled: asyncio.Future[None]) -> None:
+        self._hints_under_way -= 1
+        if not settled.cancelled() and settled.exception() is not None:
+            self._metrics.hints_dropped.labels("failed").inc()
 
     async def _look_up_topics(self) -> set[Topic]:
         """The topics that exist and can be written to."""
-        async with _started(self._admin()) as admin:
-            described = await admin.describe_topics([self._name(topic) for topic in Topic])
         by_name = {self._name(topic): topic for topic in Topic}
-        for each in described:
-            partitions = each["partitions"]
-            if each["error_code"] == 0 and partitions and all(part["leader"] >= 0 for part in partitions):
-                self._counts[by_name[each["topic"]]] = len(partitions)
-        return set(self._counts)
-
-    async def _create(self, topics: Sequence[Topic]) -> None:
-        async with _started(self._admin()) as admin:
-            response = await admin.create_topics([self._new_topic(topic) for topic in topics])
-        for name, code, *text in response.topic_errors:
-            if for_code(code) not in (NoError, TopicAlreadyExistsError):
-                raise BrokerUnavailable(
-                    f"Kafka at {self._settings.kafka} can't create {name}: {for_code(code).__name__} {text}"
-                )
-        await asyncio.sleep(RETRY_S / 2)
+        while True:
+            try:
+                counts = await self._cluster.look_up(by_name)
+            except KafkaError as error:
+                _log.debug("topics are not known: %r", error)
+                await asyncio.sleep(RETRY_S)
+            else:
+                self._counts.update((by_name[name], count) for name, count in counts.items())
+                return set(self._counts)
 
     def _new_topic(self, topic: Topic) -> NewTopic:
         settings = self._settings
@@ -497,25 +446,17 @@ class Bus:
             topic_configs=configs,
         )
 
-    def _plan(self, topic: Topic, **options: object) -> ReaderPlan:
+    def _plan(self, topic: Topic) -> ReaderPlan:
         return ReaderPlan(
             topic=topic,
             name=self._name(topic),
             reader=self._client,
-            address=self._settings.kafka,
+            cluster=self._cluster,
             deadline_s=self._settings.bus_deadline_s,
             queue=self._settings.bus_queue,
-            options={
-                "bootstrap_servers": self._settings.kafka,
-                "client_id": f"{self._client}-{topic}",
-                "enable_auto_commit": False,
-                "auto_offset_reset": "earliest",
-                "fetch_max_wait_ms": self._capabilities.fetch_max_wait_ms,
-                "fetch_max_bytes": FETCH_MAX_BYTES,
-                "max_partition_fetch_bytes": MAX_MESSAGE_BYTES,
-                "retry_backoff_ms": int(RETRY_S * 1000),
-                **options,
-            },
+            fetch_wait_ms=self._capabilities.fetch_max_wait_ms,
+            fetch_partition_bytes=MAX_MESSAGE_BYTES,
+            fetch_timeout_s=self._timeout_s,
             send_dead_letter=self._send_dead_letter,
             received=self._metrics.received.labels(topic),
             dead_letters=self._metrics.dead_letters.labels(topic),
@@ -523,84 +464,6 @@ class Bus:
 
     async def _send_dead_letter(self, letter: DeadLetter) -> None:
         await self.send(letter, partition=0)
-
-    async def _group_members(self, group: str) -> frozenset[str]:
-        async with _started(self._admin()) as admin:
-            responses = await admin.describe_consumer_groups([group])
-        return frozenset(
-            member[0]
-            for response in responses
-            for description in response.groups
-            for member in description[5]
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Post:
-    topic: str
-    payload: bytes
-    key: bytes | None
-    partition: int
-    headers: list[_Header]
-
-
-class _HintSender:
-    """Sends hints from a queue of its own, over a producer of its own, and drops what does not fit in."""
-
-    def __init__(self, producer: AIOKafkaProducer, metrics: _Metrics) -> None:
-        self._producer = producer
-        self._metrics = metrics
-        self._waiting: deque[_Post] = deque()
-        self._wake = asyncio.Event()
-        self._in_flight = 0
-        self._stopping = False
-        self._task = asyncio.create_task(self._run(), name="send hints")
-
-    def post(self, post: _Post) -> bool:
-        """Queue it, or drop it when too many wait or are unacknowledged."""
-        if len(self._waiting) + self._in_flight >= MAX_HINTS_IN_FLIGHT:
-            self._metrics.hints_dropped.labels("full").inc()
-            return False
-        self._waiting.append(post)
-        self._wake.set()
-        return True
-
-    async def stop(self) -> None:
-        """Send what is queued, if the broker takes it in time."""
-        self._stopping = True
-        self._wake.set()
-        await asyncio.wait([self._task], timeout=STOP_DEADLINE_S)
-        self._task.cancel()
-        await asyncio.wait([self._task])
-        await _stop_producer(self._producer)
-
-    async def _run(self) -> None:
-        while self._waiting or not self._stopping:
-            self._wake.clear()
-            while self._waiting:
-                await self._send(self._waiting.popleft())
-            if not self._stopping:
-                await self._wake.wait()
-
-    async def _send(self, post: _Post) -> None:
-        self._in_flight += 1
-        try:
-            sent = await self._producer.send(
-                post.topic, post.payload, key=post.key, partition=post.partition, headers=post.headers
-            )
-        except KafkaError as error:
-            self._settled(error)
-        except BaseException:
-            self._in_flight -= 1
-            raise
-        else:
-            sent.add_done_callback(lambda done: self._settled(None if done.cancelled() else done.exception()))
-
-    def _settled(self, error: BaseException | None) -> None:
-        self._in_flight -= 1
-        if error is not None:
-            self._metrics.hints_dropped.labels("failed").inc()
-            _log.debug("hint not sent: %r", error)
 
 
 def _key(message: AnyMessage) -> bytes | None:
@@ -613,26 +476,6 @@ def _key(message: AnyMessage) -> bytes | None:
             return message.session.encode()
 
 
-def _headers(trace: TraceContext | None) -> list[_Header]:
+def _headers(trace: TraceContext | None) -> list[Header]:
     trace = trace or current_trace.get()
     return [_SCHEMA] if trace is None else [_SCHEMA, (TRACEPARENT, trace.to_header().encode())]
-
-
-@asynccontextmanager
-async def _started(admin: AIOKafkaAdminClient) -> AsyncIterator[AIOKafkaAdminClient]:
-    try:
-        await admin.start()
-        yield admin
-    finally:
-        await admin.close()
-
-
-async def _stop_producer(producer: AIOKafkaProducer) -> bool:
-    """Flush and close, without waiting long for a broker that may be gone. False when something was left unsent."""
-    try:
-        async with asyncio.timeout(STOP_DEADLINE_S):
-            await producer.stop()
-    except (TimeoutError, KafkaError):
-        await producer.client.close()
-        return False
-    return True

@@ -1,4 +1,4 @@
-"""Reading one topic from Kafka: typed messages in, progress out. `shared.bus.Bus` makes the readers.
+"""Reading one topic: typed messages out, progress back. `shared.bus.Bus` makes the readers.
 
 Two kinds share one loop. A `Reader` over explicit partitions starts at an end of the log and keeps no progress (a
 gateway reads its reply partition so: no rebalance on the hot path). A `GroupReader` shares the topic with the other
@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import inspect
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, ClassVar, Final, Generic, Self, TypeVar, cast
+from typing import Any, ClassVar, Final, Generic, Literal, Self, TypeVar, cast
 
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
-from aiokafka.errors import CommitFailedError, ConsumerStoppedError, IllegalStateError, KafkaError
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from prometheus_client import Counter
 
 from shared.errors import BrokerUnavailable, OutriderError, ProtocolError
+from shared.kafka.cluster import RETRY_S, Cluster
+from shared.kafka.fetcher import Fetcher
+from shared.kafka.wire import Record
 from shared.protocol import SCHEMA_VERSION, AnyMessage, DeadLetter, Topic, decode
 from shared.telemetry import TRACEPARENT, TraceContext
 
@@ -34,8 +36,6 @@ COMMIT_INTERVAL_S: Final = 0.5
 """A crash repeats at most the messages of half a second, which readers answer from what is committed in Redis."""
 
 COMMIT_DEADLINE_S: Final = 3.0
-POLL_S: Final = 1.0
-RETRY_S: Final = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -90,11 +90,6 @@ class Watermark:
         return len(self._open)
 
     @property
-    def next(self) -> int | None:
-        """The offset to read next; None before the first message."""
-        return self._next
-
-    @property
     def position(self) -> int | None:
         """The offset to commit; None before the first message."""
         return next(iter(self._open), self._next)
@@ -111,15 +106,20 @@ class Watermark:
 
 @dataclass(frozen=True, slots=True)
 class ReaderPlan:
-    """What a reader reads and how: made by the bus, see there for the reasons of the consumer's `options`."""
+    """What a reader reads and with what; made by the bus.
+
+    `queue` is how many messages may wait to be taken, and in a group how many may be open.
+    """
 
     topic: Topic
     name: str
     reader: str
-    address: str
+    cluster: Cluster
     deadline_s: float
     queue: int
-    options: Mapping[str, object]
+    fetch_wait_ms: int
+    fetch_partition_bytes: int
+    fetch_timeout_s: float
     send_dead_letter: Callable[[DeadLetter], Awaitable[None]]
     received: Counter
     dead_letters: Counter
@@ -128,17 +128,20 @@ class ReaderPlan:
 class Reader(Generic[M]):
     """An async context manager and iterator over the messages of some partitions, in order within each.
 
-    For one task at a time. Backs off by itself: nothing is fetched while fetched messages wait to be taken. A broker
-    that goes away and comes back is waited for; iteration ends with `stop`.
+    For one task at a time. Backs off by itself: nothing is fetched while enough fetched messages wait to be taken. A
+    broker that goes away and comes back is waited for; iteration ends with `stop`.
     """
 
-    def __init__(self, plan: ReaderPlan, *, partitions: Sequence[int], from_end: bool) -> None:
+    def __init__(
+        self, plan: ReaderPlan, *, partitions: Sequence[int], end: Literal["earliest", "latest"]
+    ) -> None:
         self._plan = plan
         self._partitions = frozenset(partitions)
-        self._from_end = from_end
-        self._positions: dict[int, int] = {}
-        self._ready: deque[ConsumerRecord] = deque()
-        self._consumer: AIOKafkaConsumer | None = None
+        self._end: Literal["earliest", "latest"] = end
+        self._positioned: set[int] = set()
+        self._ready: deque[tuple[int, Record]] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._fetcher: Fetcher | None = None
         self._failure: OutriderError | None = None
         self._stopping = False
 
@@ -163,23 +166,19 @@ class Reader(Generic[M]):
         """
         try:
             async with asyncio.timeout(self._plan.deadline_s):
-                while True:
-                    try:
-                        await self._open()
-                        return
-                    except (KafkaError, OSError) as error:
-                        _log.debug("reader of %s does not start yet: %r", self._plan.name, error)
-                        await asyncio.sleep(RETRY_S)
-        except TimeoutError:
-            raise BrokerUnavailable(
-                f"{self._plan.name} can't be read from Kafka at {self._plan.address} within "
-                f"{self._plan.deadline_s:g} s: check that the broker runs and that OUTRIDER_KAFKA is its address"
-            ) from None
+                await self._start()
+        except BaseException as error:
+            await self.stop()
+            if isinstance(error, TimeoutError):
+                raise self._unavailable("read") from None
+            raise
 
     async def stop(self) -> None:
         """End the iteration and let the partitions go."""
         self._stopping = True
-        await self._close()
+        self._wake()
+        if self._fetcher is not None:
+            await self._fetcher.stop()
 
     def __aiter__(self) -> Self:
         return self
@@ -190,10 +189,10 @@ class Reader(Generic[M]):
                 raise self._failure
             if self._stopping:
                 raise StopAsyncIteration
-            if not self._ready:
-                await self._fetch()
+            if not self._ready or not self._may_hand_out():
+                await self._wait()
                 continue
-            record = self._ready[0]
+            partition, record = self._ready[0]
             try:
                 message = decode(
                     self._plan.topic,
@@ -201,14 +200,15 @@ class Reader(Generic[M]):
                     version=_header(record, SCHEMA_HEADER) or SCHEMA_VERSION,
                 )
             except ProtocolError as error:
-                await self._bury(record, error.message)
+                await self._bury(partition, record, error.message)
                 continue
-            self._ready.popleft()
+            self._pop()
+            self._handed_out(partition, record.offset)
             self._plan.received.inc()
             return Received(
                 message=cast(M, message),
                 topic=self._plan.topic,
-                partition=record.partition,
+                partition=partition,
                 offset=record.offset,
                 trace=TraceContext.from_header(_header(record, TRACEPARENT)),
                 timestamp_ms=record.timestamp,
@@ -218,91 +218,77 @@ class Reader(Generic[M]):
         """The message was handled. Readers over explicit partitions keep no progress, so nothing happens."""
 
     async def seek_to_end(self) -> None:
-        """Skip everything sent so far."""
-        consumer = self._require_consumer()
+        """Skip everything sent so far. Raises `BrokerUnavailable` past the deadline."""
+        fetcher = self._require_fetcher()
+        try:
+            async with asyncio.timeout(self._plan.deadline_s):
+                ends = {
+                    partition: await self._plan.cluster.offset(self._plan.name, partition, "latest")
+                    for partition in self._partitions
+                }
+        except (TimeoutError, KafkaError):
+            raise self._unavailable("sought") from None
+        fetcher.read({**dict.fromkeys(self._partitions), **ends})
         self._ready.clear()
-        async with asyncio.timeout(self._plan.deadline_s):
-            await consumer.seek_to_end()
 
     # --- the inside -------------------------------------------------------------------------------------------
 
-    async def _open(self) -> None:
-        consumer = AIOKafkaConsumer(**self._options())
-        try:
-            self._subscribe(consumer)
-            await consumer.start()
-            await self._take_up(consumer)
-        except BaseException:
-            await _stop_consumer(consumer)
-            raise
-        self._consumer = consumer
+    async def _start(self) -> None:
+        self._fetcher = self._new_fetcher()
+        self._fetcher.read(dict.fromkeys(sorted(self._partitions)))
+        await self._fetcher.positioned()
 
-    def _options(self) -> Mapping[str, object]:
-        return self._plan.options
+    def _new_fetcher(self) -> Fetcher:
+        return Fetcher(
+            self._plan.cluster,
+            self._plan.name,
+            purpose=self._plan.topic,
+            max_wait_ms=self._plan.fetch_wait_ms,
+            partition_bytes=self._plan.fetch_partition_bytes,
+            timeout_s=self._plan.fetch_timeout_s,
+            find_position=self._find_position,
+            on_records=self._arrived,
+            has_room=lambda: len(self._ready) < self._plan.queue,
+        )
 
-    def _subscribe(self, consumer: AIOKafkaConsumer) -> None:
-        """What must be said before the consumer starts."""
+    async def _find_position(self, partition: int) -> int:
+        """Where to begin; and later, when a position has left the log, to go on with what is still there."""
+        end = "earliest" if partition in self._positioned else self._end
+        position = await self._plan.cluster.offset(self._plan.name, partition, end)
+        self._positioned.add(partition)
+        return position
 
-    async def _take_up(self, consumer: AIOKafkaConsumer) -> None:
-        partitions = [TopicPartition(self._plan.name, number) for number in sorted(self._partitions)]
-        consumer.assign(partitions)
-        fresh = [each for each in partitions if each.partition not in self._positions]
-        for each in partitions:
-            if each.partition in self._positions:
-                consumer.seek(each, self._positions[each.partition])
-        if fresh:
-            # Both wait until the broker has said where the end is: what is sent from now on is read.
-            await (consumer.seek_to_end(*fresh) if self._from_end else consumer.seek_to_beginning(*fresh))
-            for each in fresh:
-                self._positions[each.partition] = await consumer.position(each)
+    def _arrived(self, partition: int, records: Sequence[Record]) -> None:
+        self._ready.extend((partition, record) for record in records)
+        self._wake()
 
-    async def _close(self) -> None:
-        consumer, self._consumer = self._consumer, None
-        if consumer is not None:
-            await _stop_consumer(consumer)
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
 
-    async def _fetch(self) -> None:
-        try:
-            batches = await self._require_consumer().getmany(
-                timeout_ms=int(POLL_S * 1000), max_records=await self._room()
-            )
-        except ConsumerStoppedError:
-            if not self._stopping and self._failure is None:
-                raise BrokerUnavailable(f"the reader of {self._plan.name} was stopped") from None
-        except KafkaError as error:
-            await self._mend(error)
-        else:
-            for records in batches.values():
-                self._ready.extend(records)
-                self._delivered(records)
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
-    async def _mend(self, error: KafkaError) -> None:
-        """After an error of the client: wait, and begin anew where it can't go on by itself."""
-        _log.warning("reading %s: %r", self._plan.name, error)
-        await asyncio.sleep(RETRY_S)
-        if error.retriable:
-            return
-        await self._close()
-        while self._consumer is None and not self._stopping:
-            try:
-                await self.start()
-            except BrokerUnavailable as unavailable:
-                _log.error("%s; trying on", unavailable.message)
-        if self._stopping:
-            await self._close()
+    def _pop(self) -> None:
+        self._ready.popleft()
+        if self._fetcher is not None and len(self._ready) <= self._plan.queue // 2:
+            self._fetcher.room_made()
 
-    async def _room(self) -> int:
-        """How many messages may be taken now."""
-        return self._plan.queue
+    def _may_hand_out(self) -> bool:
+        return True
 
-    def _delivered(self, records: Sequence[ConsumerRecord]) -> None:
-        self._positions[records[-1].partition] = records[-1].offset + 1
+    def _handed_out(self, partition: int, offset: int) -> None:
+        """The message at `offset` has left for whoever handles it."""
 
-    async def _bury(self, record: ConsumerRecord, reason: str) -> None:
+    def _skipped(self, partition: int, offset: int) -> None:
+        """The record at `offset` needs no handling."""
+
+    async def _bury(self, partition: int, record: Record, reason: str) -> None:
         """Send what can't be read to the dead letters; when even that fails, the log keeps it."""
         letter = DeadLetter(
             source=self._plan.topic,
-            partition=record.partition,
+            partition=partition,
             offset=record.offset,
             reader=self._plan.reader,
             reason=reason,
@@ -311,23 +297,26 @@ class Reader(Generic[M]):
                 key: value.decode("utf-8", "replace") for key, value in record.headers if value is not None
             },
         )
-        _log.warning("dead letter: %s/%d@%d: %s", self._plan.name, record.partition, record.offset, reason)
+        _log.warning("dead letter: %s/%d@%d: %s", self._plan.name, partition, record.offset, reason)
         self._plan.dead_letters.inc()
         try:
             await self._plan.send_dead_letter(letter)
         except OutriderError as error:
             _log.error("dead letter is only here (%s): %s", error.message, letter.model_dump_json())
-        if self._ready and self._ready[0] is record:
-            self._ready.popleft()
-        self._skipped(record)
+        if self._ready and self._ready[0][1] is record:
+            self._pop()
+        self._skipped(partition, record.offset)
 
-    def _skipped(self, record: ConsumerRecord) -> None:
-        """The record needs no handling."""
-
-    def _require_consumer(self) -> AIOKafkaConsumer:
-        if self._consumer is None:
+    def _require_fetcher(self) -> Fetcher:
+        if self._fetcher is None:
             raise BrokerUnavailable(f"the reader of {self._plan.name} is not started: use `async with`")
-        return self._consumer
+        return self._fetcher
+
+    def _unavailable(self, what: str) -> BrokerUnavailable:
+        return BrokerUnavailable(
+            f"{self._plan.name} could not be {what} in Kafka at {self._plan.cluster.bootstrap} within "
+            f"{self._plan.deadline_s:g} s: check that the broker runs and that OUTRIDER_KAFKA is its address"
+        )
 
 
 class GroupReader(Reader[M]):
@@ -336,31 +325,33 @@ class GroupReader(Reader[M]):
     `assigned` changes as members come and go. `on_assigned` and `on_revoked` get the partitions that were won or lost
     (those kept are in neither); they run while the group waits, so they must be quick. Messages of a lost partition
     are dropped, those of a kept one go on without repeats.
+
+    aiokafka's consumer is the member: it joins, keeps alive and commits. All its partitions are paused, as the records
+    come through our own `Fetcher`.
     """
 
     def __init__(
         self,
         plan: ReaderPlan,
         *,
+        group: str,
         member: str | None,
-        group_members: Callable[[], Awaitable[frozenset[str]]],
+        consumer_options: Mapping[str, object],
         on_assigned: PartitionsCallback | None,
         on_revoked: PartitionsCallback | None,
     ) -> None:
-        super().__init__(plan, partitions=(), from_end=False)
+        super().__init__(plan, partitions=(), end="earliest")
+        self._group = group
         self._member = member
-        self._group_members = group_members
+        self._consumer_options = consumer_options
         self._on_assigned = on_assigned
         self._on_revoked = on_revoked
         self._watermarks: dict[int, Watermark] = {}
+        # Partitions just won, to be read from what their last reader has committed.
+        self._committed_before: set[int] = set()
+        self._consumer: AIOKafkaConsumer | None = None
         self._member_id = ""
-        self._room_made = asyncio.Event()
-        self._committer: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        await super().start()
-        if self._committer is None:
-            self._committer = asyncio.create_task(self._commit_regularly(), name=f"commit {self._plan.name}")
+        self._upkeep: asyncio.Task[None] | None = None
 
     async def stop(self) -> None:
         """Commit what is done and end. A named member stays in the group until its session times out.
@@ -368,12 +359,11 @@ class GroupReader(Reader[M]):
         So a restart under the same name finds its partitions as it left them; for good, others get them by then.
         """
         self._stopping = True
-        self._room_made.set()
-        if self._committer is not None:
-            self._committer.cancel()
-            await asyncio.wait([self._committer])
-            self._committer = None
-            await self._commit()
+        if self._upkeep is not None:
+            self._upkeep.cancel()
+            await asyncio.wait([self._upkeep])
+        await self._commit()
+        await self._leave()
         await super().stop()
 
     def done(self, received: Received[M]) -> None:
@@ -381,45 +371,83 @@ class GroupReader(Reader[M]):
         watermark = self._watermarks.get(received.partition)
         if watermark is not None:
             watermark.done(received.offset)
-            self._room_made.set()
+            self._wake()
 
-    # --- the inside -------------------------------------------------------------------------------------------
+    # --- messages ---------------------------------------------------------------------------------------------
 
-    def _options(self) -> Mapping[str, object]:
+    def _may_hand_out(self) -> bool:
+        return sum(each.open for each in self._watermarks.values()) < self._plan.queue
+
+    def _handed_out(self, partition: int, offset: int) -> None:
+        self._watermarks[partition].delivered(offset)
+
+    def _skipped(self, partition: int, offset: int) -> None:
+        if (watermark := self._watermarks.get(partition)) is not None:
+            watermark.delivered(offset)
+            watermark.done(offset)
+
+    # --- membership -------------------------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        self._fetcher = self._new_fetcher()
+        await self._join()
+        self._upkeep = asyncio.create_task(self._keep_up(), name=f"membership of {self._group}")
+
+    async def _join(self) -> None:
+        """Become a member; tries until it is cancelled."""
+        while self._consumer is None:
+            try:
+                await self._join_once()
+            except (KafkaError, OSError) as error:
+                _log.debug("joining %s: %r", self._group, error)
+                await asyncio.sleep(RETRY_S)
+
+    async def _join_once(self) -> None:
         # The sticky assignor leaves partitions, and the KV behind them, where they are. It keeps its memory on the
         # class: one class a consumer, so that two in a process don't share it.
         assignor = type("StickyAssignor", (StickyPartitionAssignor,), {})
-        return {**self._plan.options, "partition_assignment_strategy": (assignor,)}
-
-    def _subscribe(self, consumer: AIOKafkaConsumer) -> None:
+        consumer = AIOKafkaConsumer(
+            **self._consumer_options,
+            group_id=self._group,
+            group_instance_id=self._member,
+            partition_assignment_strategy=(assignor,),
+        )
         self._member_id = ""
         consumer.subscribe([self._plan.name], listener=_Listener(self, consumer))
+        self._consumer = consumer
+        try:
+            await consumer.start()
+        except BaseException:
+            await self._leave()
+            raise
 
-    async def _take_up(self, consumer: AIOKafkaConsumer) -> None:
-        """Nothing to do: `consumer.start` returned when the group had given us our partitions."""
+    async def _leave(self) -> None:
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            await _stop_consumer(consumer)
 
-    async def _room(self) -> int:
-        while (room := self._plan.queue - sum(each.open for each in self._watermarks.values())) < 1:
-            if self._stopping:
-                raise ConsumerStoppedError
-            self._room_made.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._room_made.wait(), POLL_S)
-        return room
-
-    def _delivered(self, records: Sequence[ConsumerRecord]) -> None:
-        watermark = self._watermarks.setdefault(records[0].partition, Watermark())
-        for record in records:
-            watermark.delivered(record.offset)
-
-    def _skipped(self, record: ConsumerRecord) -> None:
-        if (watermark := self._watermarks.get(record.partition)) is not None:
-            watermark.done(record.offset)
-
-    async def _commit_regularly(self) -> None:
-        while True:
+    async def _keep_up(self) -> None:
+        """Commit regularly, and join anew where the member can't go on by itself."""
+        while self._failure is None:
             await asyncio.sleep(COMMIT_INTERVAL_S)
             await self._commit()
+            try:
+                await self._check_membership()
+            except KafkaError as error:
+                _log.warning("membership of %s: %r", self._group, error)
+                if not error.retriable:
+                    await self._leave()
+                    await self._join()
+
+    async def _check_membership(self) -> None:
+        """Raise what aiokafka has to say of the membership: it does so when asked for records, of which there are none."""
+        if self._consumer is None:
+            return
+        try:
+            async with asyncio.timeout(COMMIT_DEADLINE_S):
+                await self._consumer.getmany(timeout_ms=0)
+        except TimeoutError:
+            _log.debug("%s is rebalancing", self._group)
 
     async def _commit(self) -> None:
         """Commit every watermark that has moved; what fails is tried again with the next one."""
@@ -449,12 +477,20 @@ class GroupReader(Reader[M]):
             if (watermark := self._watermarks.get(partition)) is not None:
                 watermark.committed(offset)
 
-    async def _before_rebalance(self, consumer: AIOKafkaConsumer) -> None:
+    async def _find_position(self, partition: int) -> int:
+        earliest = await super()._find_position(partition)
+        if partition not in self._committed_before or self._consumer is None:
+            return earliest
+        committed: int | None = await self._consumer.committed(TopicPartition(self._plan.name, partition))
+        self._committed_before.discard(partition)
+        return max(committed or 0, earliest)
+
+    async def _before_rebalance(self) -> None:
         if self._member_id and self._member is not None:
-            await self._check_name(consumer)
+            await self._check_name()
         await self._commit()
 
-    async def _check_name(self, consumer: AIOKafkaConsumer) -> None:
+    async def _check_name(self) -> None:
         """Stop when another process has joined under this member's name.
 
         Kafka then knows our member id no more, and aiokafka would join again, fencing the other, and so on for ever.
@@ -462,35 +498,40 @@ class GroupReader(Reader[M]):
         """
         try:
             async with asyncio.timeout(COMMIT_DEADLINE_S):
-                members = await self._group_members()
+                members = await self._plan.cluster.group_members(self._group)
         except (TimeoutError, KafkaError, OutriderError) as error:
-            _log.warning("members of the group on %s are not known: %r", self._plan.name, error)
+            _log.warning("the members of %s are not known: %r", self._group, error)
             return
         namesakes = {each for each in members if _instance_of(each) == self._member}
         if namesakes and self._member_id not in namesakes:
             self._failure = MemberNameTaken(
-                f"another process has joined the group of {self._plan.name} as {self._member!r}, so this one stops: "
+                f"another process has joined the group {self._group} as {self._member!r}, so this one stops: "
                 "every member of a consumer group needs a name of its own"
             )
             _log.error("%s", self._failure.message)
             self._partitions = frozenset()
+            self._require_fetcher().read({})
+            self._wake()
             # Ends the coordination task of aiokafka, and with it the joining.
             raise asyncio.CancelledError
 
     async def _after_rebalance(self, consumer: AIOKafkaConsumer, now: frozenset[int]) -> None:
+        if now:
+            consumer.pause(*(TopicPartition(self._plan.name, partition) for partition in now))
         lost, won = self._partitions - now, now - self._partitions
         self._partitions = now
         self._member_id = consumer._coordinator.member_id
-        for partition in now - won:
-            # aiokafka goes back to what is committed; we go on where we are.
-            if (
-                position := self._watermarks[partition].next if partition in self._watermarks else None
-            ) is not None:
-                consumer.seek(TopicPartition(self._plan.name, partition), position)
-        for partition in lost | won:
+        for partition in lost:
             self._watermarks.pop(partition, None)
-        self._ready = deque(record for record in self._ready if record.partition in now - won)
-        self._room_made.set()
+        self._watermarks.update((partition, Watermark()) for partition in won)
+        self._committed_before = (self._committed_before & now) | won
+        self._ready = deque(
+            (partition, record) for partition, record in self._ready if partition in now - won
+        )
+        fetcher = self._require_fetcher()
+        kept = {partition: position for partition, position in fetcher.positions.items() if partition in now}
+        fetcher.read({**dict.fromkeys(sorted(now)), **kept})
+        self._wake()
         for callback, partitions in ((self._on_revoked, lost), (self._on_assigned, won)):
             if callback is not None and partitions:
                 outcome = callback(partitions)
@@ -506,7 +547,7 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
         self._consumer = consumer
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
-        await self._reader._before_rebalance(self._consumer)
+        await self._reader._before_rebalance()
 
     async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
         await self._reader._after_rebalance(self._consumer, frozenset(each.partition for each in assigned))
@@ -517,23 +558,23 @@ def _instance_of(member_id: str) -> str:
     return member_id[:-37]
 
 
-def _header(record: ConsumerRecord, name: str) -> str | None:
+def _header(record: Record, name: str) -> str | None:
     for key, value in record.headers:
         if key == name and value is not None:
-            return cast(bytes, value).decode("latin-1")
+            return value.decode("latin-1")
     return None
 
 
 async def _stop_consumer(consumer: AIOKafkaConsumer) -> None:
     """Stop without waiting long for a broker that may be gone."""
+    task = asyncio.current_task()
+    cancels = task.cancelling() if task is not None else 0
     try:
         async with asyncio.timeout(COMMIT_DEADLINE_S):
             await consumer.stop()
-    except (TimeoutError, KafkaError, asyncio.CancelledError) as error:
-        if (
-            isinstance(error, asyncio.CancelledError)
-            and (task := asyncio.current_task())
-            and task.cancelling()
-        ):
-            raise
+    except (TimeoutError, KafkaError) as error:
         _log.debug("stopping a consumer: %r", error)
+    except asyncio.CancelledError:
+        # A coordination task that we ended ourselves, unless it is this task that is to end.
+        if task is not None and task.cancelling() > cancels:
+            raise
