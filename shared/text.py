@@ -2,6 +2,9 @@
 
 What a stream shows after n tokens is a function of these n tokens alone (`IncrementalText`): another process that
 is fed the same tokens stands at the same character.
+
+Reads tokenizer.json with the `tokenizers` library itself: transformers would add six seconds of CPU and 300 MB to the
+start of a gateway, and give the same tokens.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from shared.chat_template import ChatTemplate
 from shared.errors import InvalidRequest, ModelFilesError
 from shared.models import read_config, read_json
 from shared.protocol import Tokens
@@ -17,96 +21,177 @@ from shared.protocol import Tokens
 if TYPE_CHECKING:
     import tokenizers
 
+REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
+_LONGEST_CHARACTER: Final = 4  # bytes in UTF-8, so tokens at most
+_MOST_HELD: Final = 64
+_NAMED_TOKENS: Final = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
 
 class IncrementalText:
-    """The text of a growing sequence of tokens. Special tokens are left out; half a character is held back."""
+    """The text of a growing sequence of tokens. Special tokens are left out; half a character is held back.
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        from tokenizers.decoders import DecodeStream
+    However the tokens are cut into pushes, the text is the same, and with the flush it is that of all tokens at once
+    (of byte-level tokenizers exactly; others show what is no valid UTF-8 in ways of their own).
+    """
 
-        self._backend = backend
-        self._stream = DecodeStream(skip_special_tokens=True)
+    def __init__(self, backend: tokenizers.Tokenizer, skipped: frozenset[int]) -> None:
+        self._backend: Final = backend
+        self._skipped: Final = skipped
+        self._before: list[int] = []  # the tokens shown last: how the next ones read can depend on them
+        self._before_text = ""
         self._held: list[int] = []  # tokens whose text has not come out yet
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that `tokens` complete."""
-        parts: list[str] = []
-        for token in tokens:
-            self._held.append(token)
-            part = self._stream.step(self._backend, token)
-            if part is not None:
-                self._held.clear()
-                parts.append(part)
-        return "".join(parts)
+        return "".join([self._step(token) for token in tokens])
 
     def flush(self) -> str:
-        """What no further token will complete: a replacement character for the bytes that are left over."""
-        held, self._held = self._held, []
-        return str(self._backend.decode(held, skip_special_tokens=True)) if held else ""
+        """What no further token will complete: replacement characters for the bytes that are left over."""
+        return self._show(len(self._held)) if self._held else ""
+
+    def _step(self, token: int) -> str:
+        if token in self._skipped or self._backend.id_to_token(token) is None:
+            return ""
+        self._held.append(token)
+        text = self._decode(self._before + self._held)
+        if not text.endswith(REPLACEMENT):
+            return self._show(len(self._held))
+        if len(self._held) < _LONGEST_CHARACTER:
+            return ""
+        return self._show(self._finished(text))
+
+    def _finished(self, text: str) -> int:
+        """How many held tokens no further token can change, although bytes at their end are no character (yet).
+
+        Bytes that are cut where a character begins give the same text as uncut. An unfinished one has 3 bytes at most.
+        """
+        held = self._held
+        for count in range(len(held) - 1, len(held) - _LONGEST_CHARACTER, -1):
+            if self._decode(self._before + held[:count]) + self._decode(held[count:]) == text:
+                return count
+        return 0 if len(held) < _MOST_HELD else len(held)
+
+    def _show(self, count: int) -> str:
+        """The text of the first `count` held tokens, which are held no more."""
+        if count == 0:
+            return ""
+        shown, self._held = self._held[:count], self._held[count:]
+        text = self._decode(self._before + shown)
+        new = text[len(self._before_text) :] if text.startswith(self._before_text) else self._decode(shown)
+        self._before, self._before_text = shown, self._decode(shown)
+        return new
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._backend.decode(tokens, skip_special_tokens=False)
 
 
 class Tokenizer:
     """The tokenizer of the model in a directory, and its chat template."""
 
-    def __init__(self, tokenizer: Any, stop_tokens: frozenset[int]) -> None:
-        self._tokenizer: Final = tokenizer
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        stop_tokens: frozenset[int] = frozenset(),
+        chat_template: ChatTemplate | None = None,
+    ) -> None:
+        self.backend: Final = backend
         self.stop_tokens: Final = stop_tokens
-        self.vocab_size: Final[int] = len(tokenizer)
-        self.backend: Final[tokenizers.Tokenizer] = tokenizer.backend_tokenizer
+        self.vocab_size: Final[int] = backend.get_vocab_size()
+        self._chat_template: Final = chat_template
+        self._special: Final = frozenset(
+            number for number, token in backend.get_added_tokens_decoder().items() if token.special
+        )
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
         """Read the tokenizer; `ModelFilesError` when the directory holds none that is usable."""
-        from transformers import AutoTokenizer
-
         path = Path(directory)
         config = read_config(path)
-        if not (path / "tokenizer.json").exists():
-            raise ModelFilesError(f"{path} has no tokenizer.json")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelFilesError(f"the tokenizer in {path} can't be read: {error}") from None
-        except Exception as error:  # the tokenizers library raises bare Exception for a broken file
-            raise ModelFilesError(f"the tokenizer in {path} is damaged: {error}") from None
-        return cls(tokenizer, _stop_tokens(path, config, tokenizer))
+        backend = _read_backend(path / "tokenizer.json")
+        named = _named_tokens(path)
+        return cls(
+            backend,
+            stop_tokens=_stop_tokens(path, config, backend.token_to_id(named.get("eos_token", ""))),
+            chat_template=_chat_template(path, named),
+        )
 
     def encode(self, text: str) -> Tokens:
         """The tokens of a plain text, with whatever the model wants in front of one."""
-        return tuple(self._tokenizer(text)["input_ids"])
+        return tuple(self.backend.encode(text).ids)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Tokens:
         """The tokens of a chat, up to where the assistant's answer begins.
 
         Raises `InvalidRequest` when the model has no chat template or the template refuses the messages.
         """
-        import jinja2
-
-        if not self._tokenizer.chat_template:
+        if self._chat_template is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
-        try:
-            rendered = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-            )
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
-            raise InvalidRequest(
-                f"the chat template refuses these messages: {error}", param="messages"
-            ) from None
-        return tuple(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        rendered = self._chat_template.render(messages)
+        return tuple(self.backend.encode(rendered, add_special_tokens=False).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of all `tokens`, special ones left out."""
-        return str(self.backend.decode(list(tokens), skip_special_tokens=True))
+        return self.backend.decode(list(tokens), skip_special_tokens=True)
 
     def decoder(self) -> IncrementalText:
         """A new incremental decoder."""
-        return IncrementalText(self.backend)
+        return IncrementalText(self.backend, self._special)
 
 
-def _stop_tokens(directory: Path, config: Mapping[str, Any], tokenizer: Any) -> frozenset[int]:
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    from tokenizers import Tokenizer as Backend
+
+    if not path.exists():
+        raise ModelFilesError(f"{path.parent} has no tokenizer.json")
+    try:
+        backend = Backend.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for a broken file
+        raise ModelFilesError(f"{path} is no readable tokenizer: {error}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _optional_json(path: Path) -> Mapping[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _named_tokens(directory: Path) -> dict[str, str]:
+    """The special tokens that have a role, by the names that templates use."""
+    said = {
+        **_optional_json(directory / "special_tokens_map.json"),
+        **_optional_json(directory / "tokenizer_config.json"),
+    }
+    contents = {name: said.get(name) for name in _NAMED_TOKENS}
+    texts = {
+        name: token.get("content") if isinstance(token, dict) else token for name, token in contents.items()
+    }
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _chat_template(directory: Path, named_tokens: Mapping[str, str]) -> ChatTemplate | None:
+    """The template in a file of its own, else the (default) one in tokenizer_config.json."""
+    own_file = directory / "chat_template.jinja"
+    if own_file.exists():
+        return ChatTemplate(own_file.read_text(encoding="utf-8"), named_tokens)
+    said = _optional_json(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(said, list):
+        said = next((entry.get("template") for entry in said if entry.get("name") == "default"), None)
+    return ChatTemplate(said, named_tokens) if isinstance(said, str) else None
+
+
+def _stop_tokens(directory: Path, config: Mapping[str, Any], end_of_sequence: int | None) -> frozenset[int]:
     """What ends a sequence: what generation_config.json, else config.json, says, and the tokenizer's own end."""
-    generation = directory / "generation_config.json"
-    said = read_json(generation).get("eos_token_id") if generation.exists() else None
+    said = _optional_json(directory / "generation_config.json").get("eos_token_id")
     ids = config.get("eos_token_id") if said is None else said
     listed = ids if isinstance(ids, list) else [ids]
-    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if isinstance(token, int))
+    return frozenset(token for token in (*listed, end_of_sequence) if isinstance(token, int))
