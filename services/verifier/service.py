@@ -254,10 +254,9 @@ class VerifierService:
                 raise EngineError("the engine has died; the verifier ends so that it can be started afresh")
             await self._send_heartbeat()
             self._beat.clear()
-            try:
-                await asyncio.wait_for(self._beat.wait(), self.settings.heartbeat_s)
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.settings.heartbeat_s):
+                    await self._beat.wait()
 
     async def _send_heartbeat(self) -> None:
         info = self._info
@@ -303,7 +302,8 @@ class VerifierService:
             self._evict(shell, "stopping")
         chains = [chain.drained() for chain in self._chains.values()]
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.gather(*chains), STOP_DEADLINE_S)
+            async with asyncio.timeout(STOP_DEADLINE_S):
+                await asyncio.gather(*chains)
         if self._background:
             await asyncio.wait(self._background, timeout=STOP_DEADLINE_S)
         if self._info is not None and self.engine.healthy():
