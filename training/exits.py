@@ -1,0 +1,287 @@
+"""Trains early exits on a frozen target: what an exit knows of the verdict before the last layer has spoken.
+
+An exit is an adapter (norm, gated MLP, residual) in front of the target's own last norm and head, and a judge: a small
+network that says whether the target will accept the draft's token, from the adapted state, the token, the exit's own
+opinion of it and the draft's confidence. Judging is easier than naming; the adapter names what comes where the judge
+says no. On the target's own text the draft's first choice after the true context is exactly what a block holds up to
+its first rejection, so one pass over a text trains every position.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from training.data import batches
+from training.draft import DraftModel, answer_positions, choices
+from training.llama import Kernels, Target
+from training.progress import Clock, Journal, rate
+
+FORMAT: Final = "outrider-exits/1"
+SCALARS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ExitPlan:
+    """How exits are trained. `layers` count from 1: an exit after layer 18 reads what layer 18 puts out."""
+
+    layers: tuple[int, ...]
+    width: int = 984
+    judge_width: int = 96
+    judge_rank: int = 40
+    vocabulary: int = 24_576
+    steps: int = 1_500
+    batch_tokens: int = 36_864
+    matrix_rate: float = 4e-3
+    other_rate: float = 1e-3
+    hard_weight: float = 1.0
+    accepted_weight: float = 0.35
+    unsure: float = 0.1
+    share: float = 0.5
+    seed: int = 0
+    max_seconds: float | None = None
+    save_every: int = 500
+    say_every: int = 50
+
+
+class Judge(nn.Module):
+    """Says whether the target will accept a draft token: a logit."""
+
+    def __init__(self, hidden_size: int, rank: int, width: int) -> None:
+        super().__init__()
+        self.state = nn.Linear(hidden_size, rank, bias=False)
+        self.token = nn.Linear(hidden_size, rank, bias=False)
+        self.first = nn.Linear(3 * rank + SCALARS, width)
+        self.last = nn.Linear(width, 1)
+
+    def forward(self, normed: Tensor, token: Tensor, scalars: Tensor) -> Tensor:
+        """`normed` and the token's head row `[rows, hidden]`, `scalars` `[rows, 8]` → logits `[rows]`."""
+        state, drafted = self.state(normed), self.token(token)
+        features = torch.cat((state, drafted, state * drafted, scalars.to(state.dtype)), dim=-1)
+        logit: Tensor = self.last(F.silu(self.first(features)))[:, 0]
+        return logit.float()
+
+
+class Exit(nn.Module):
+    """Adapter and judge after one layer."""
+
+    def __init__(self, hidden_size: int, plan: ExitPlan, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.gate = nn.Linear(hidden_size, plan.width, bias=False)
+        self.up = nn.Linear(hidden_size, plan.width, bias=False)
+        self.down = nn.Linear(plan.width, hidden_size, bias=False)
+        self.judge = Judge(hidden_size, plan.judge_rank, plan.judge_width)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The residual stream after the layer → a guess of the one after the last layer."""
+        weight = self.norm.weight.to(hidden.dtype)
+        normed = F.rms_norm(hidden, (hidden.shape[-1],), weight, self.norm.eps)
+        guess: Tensor = hidden + self.down(F.silu(self.gate(normed)) * self.up(normed))
+        return guess
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """What an exit makes of rows: scores of its vocabulary (log-probabilities), of the draft's token, the judge's logit."""
+
+    log_probs: Tensor
+    drafted: Tensor
+    judged: Tensor
+
+
+def opinion(
+    exit_: Exit, target: Target, head: Tensor, hidden: Tensor, drafts: Tensor, confidence: Tensor
+) -> Opinion:
+    """Reads one exit on flat rows `[rows, hidden]`.
+
+    `head` are the head's rows of the exit's vocabulary, `drafts` the draft's token ids `[rows]`, `confidence` their
+    log-probability in the draft, NaN where it is unknown.
+    """
+    normed = target.decoder.normed(exit_(hidden))
+    token = target.head[drafts]
+    scores = F.linear(normed, head).float()
+    total = scores.logsumexp(dim=-1)
+    drafted = (normed.float() * token.float()).sum(dim=-1) - total
+    best = scores.detach().topk(2, dim=-1).values - total.detach()[:, None]
+    known = ~confidence.isnan()
+    sure = torch.where(known, confidence, -1.0).float().clamp(-12.0, -1e-4)
+    own = drafted.detach().clamp(-25.0, 0.0)
+    entropy_like = (best.exp() * best).sum(dim=-1)
+    scalars = torch.stack(
+        (
+            own / 5,
+            own.exp(),
+            (own - best[:, 0]).clamp(-20.0, 5.0) / 5,
+            best[:, 0].exp(),
+            (best[:, 0] - best[:, 1]).clamp(0.0, 20.0) / 5,
+            sure.exp() * known,
+            (sure - torch.log(-torch.expm1(sure))) / 5 * known + entropy_like * 0,
+            known.float(),
+        ),
+        dim=-1,
+    )
+    return Opinion(scores - total[:, None], drafted, exit_.judge(normed, token, scalars))
+
+
+class ExitTrainer:
+    """One training run over all exits at once: they share the target's pass and the draft's."""
+
+    def __init__(
+        self,
+        target: Target,
+        draft: DraftModel,
+        plan: ExitPlan,
+        vocabulary: Tensor,
+        tokens: Sequence[Tensor],
+        roles: Sequence[Tensor],
+        *,
+        compiled: bool,
+    ) -> None:
+        self.target, self.draft, self.plan = target, draft.requires_grad_(False), plan
+        device = target.embedding.device
+        self.vocabulary = vocabulary
+        self._head = target.head[vocabulary.to(device)]
+        torch.manual_seed(plan.seed)
+        hidden = target.config.hidden_size
+        self.exits = nn.ModuleDict(
+            {str(layer): Exit(hidden, plan, target.config.rms_norm_eps) for layer in plan.layers}
+        ).to(device)
+        self.step, self.spent_s = 0, 0.0
+        held = [max(1, min(len(rows) // 50, 64)) for rows in tokens]
+        self._tokens = [rows[count:] for rows, count in zip(tokens, held, strict=True)]
+        self._roles = [rows[count:] for rows, count in zip(roles, held, strict=True)]
+        self._token_loss: Callable[..., Tensor] = token_loss
+        if compiled:
+            self._token_loss = torch.compile(token_loss, dynamic=False)
+            target.decoder.kernels, draft.decoder.kernels = Kernels.compiled(), Kernels.compiled()
+        matrices = [p for name, p in self.exits.named_parameters() if p.dim() == 2 and "judge" not in name]
+        ids = {id(parameter) for parameter in matrices}
+        others = [p for p in self.exits.parameters() if id(p) not in ids]
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+            (
+                torch.optim.Muon(
+                    matrices, lr=plan.matrix_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+                ),
+                plan.matrix_rate,
+            ),
+            (
+                torch.optim.AdamW(others, lr=plan.other_rate, betas=(0.9, 0.98), weight_decay=0.01),
+                plan.other_rate,
+            ),
+        ]
+
+    def _read(self, tokens: Tensor, positions: Tensor) -> tuple[dict[int, Tensor], Tensor, Tensor, Tensor]:
+        """Hidden states at the exits, the target's scores of all tokens, the draft's choices and their confidence."""
+        with torch.no_grad():
+            said, kept = self.target.decoder.full(self.target.embed(tokens), self.plan.layers)
+            teacher = F.linear(self.target.decoder.normed(said.flatten(0, 1)[positions]), self.target.head)
+            hidden, _ = self.draft.decoder.full(self.draft.embed(tokens, said.dtype))
+            picked: list[Tensor] = []
+            sure: list[Tensor] = []
+            for rows, states in zip(tokens.split(8), hidden.split(8), strict=True):
+                best, log_prob = choices(self.draft, rows, states)
+                picked.append(best.flatten())
+                sure.append(log_prob.flatten())
+        states = {layer: state.flatten(0, 1)[positions] for layer, state in kept.items()}
+        return states, teacher, torch.cat(picked)[positions], torch.cat(sure)[positions]
+
+    def losses(self, tokens: Tensor, roles: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of all exits' losses on a batch, and figures."""
+        positions, weights = answer_positions(roles, self.plan.share)
+        states, teacher, drafts, sure = self._read(tokens, positions)
+        first = teacher.argmax(dim=-1)
+        wanted = teacher[:, self.vocabulary.to(teacher.device)]
+        accepted = first == drafts
+        unsure = torch.rand(sure.shape, device=sure.device) < self.plan.unsure
+        sure = torch.where(unsure, torch.nan, sure)
+        token_weights = weights * torch.where(accepted, self.plan.accepted_weight, 1.0)
+        total = torch.zeros((), device=tokens.device)
+        figures = {"accepted": (accepted * weights).sum() / weights.sum()}
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=tokens.is_cuda):
+            for layer in self.plan.layers:
+                exit_: Any = self.exits[str(layer)]
+                seen = opinion(exit_, self.target, self._head, states[layer], drafts, sure)
+                named = self._token_loss(seen.log_probs, wanted, token_weights, self.plan.hard_weight)
+                judged = F.binary_cross_entropy_with_logits(seen.judged, accepted.float(), reduction="none")
+                judgement = (judged * weights).sum() / weights.sum()
+                total = total + named + judgement
+                figures[f"name{layer}"] = named.detach()
+                figures[f"judge{layer}"] = judgement.detach()
+        return total, figures
+
+    def run(self, journal: Journal, save: Callable[[], None], name: str = "exits") -> None:
+        """Trains until the plan is met, saving on the way."""
+        plan = self.plan
+        clock = Clock(plan.steps, plan.max_seconds, self.spent_s)
+        stream = batches(self._tokens, self._roles, batch_tokens=plan.batch_tokens, seed=plan.seed + 1)
+        for epoch, tokens, roles in itertools.islice(stream, self.step, None):
+            done = clock.done(self.step)
+            if done >= 1:
+                break
+            torch.manual_seed(plan.seed * 1_000_003 + self.step)
+            loss, figures = self.losses(tokens, roles)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.exits.parameters(), 1.0)
+            for optimizer, peak in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * rate(done)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            if self.step % plan.say_every == 0:
+                shown = {key: value.item() for key, value in figures.items()}
+                journal.note(
+                    name, step=self.step, epoch=epoch, loss=loss.item(), **shown, seconds=clock.spent_s
+                )
+            if self.step % plan.save_every == 0:
+                self.spent_s = clock.spent_s
+                save()
+        self.spent_s = clock.spent_s
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs to give the same result."""
+        return {
+            "step": self.step,
+            "spent_s": self.spent_s,
+            "exits": self.exits.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes a run up where `state` was saved."""
+        self.step, self.spent_s = state["step"], state["spent_s"]
+        self.exits.load_state_dict(state["exits"])
+        for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+
+def token_loss(log_q: Tensor, wanted: Tensor, weights: Tensor, hard: float) -> Tensor:
+    """Weighted mean of the divergence from the target's distribution + `hard` × cross-entropy with its first choice."""
+    log_p = F.log_softmax(wanted.float(), dim=-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    miss = -log_q.gather(-1, log_p.argmax(dim=-1)[:, None])[:, 0]
+    return ((divergence + hard * miss) * weights).sum() / weights.sum().clamp(min=1e-6)
+
+
+def write_exits(
+    path: Path, exits: Mapping[str, nn.Module], vocabulary: Tensor, header: dict[str, str], dtype: torch.dtype
+) -> int:
+    """Writes exit modules with their header; returns the size in bytes."""
+    tensors = {"exit_vocab": vocabulary.int().cpu()}
+    for layer, module in exits.items():
+        for name, tensor in module.state_dict().items():
+            tensors[f"{layer}.{name}"] = tensor.detach().to(dtype).cpu().contiguous()
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata={"format": FORMAT, "layers": ",".join(exits), **header})
+    part.rename(path)
+    return path.stat().st_size

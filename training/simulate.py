@@ -1,0 +1,153 @@
+"""Plays verification rounds with the real models, many texts at once, and records what each side foresaw.
+
+The record is all that evaluation and calibration need: the block, the draft's own ranking, every exit's ranking and the
+verdict. The target's text is known beforehand (greedy), so a round's verdict is what that text says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from training.draft import DraftModel
+from training.exits import Exit, opinion
+from training.llama import KeyValueCache, Target
+from training.rollout import Continuation
+
+WIDTH: Final = 9
+CATCH_UP: Final = 6
+Record = dict[str, Tensor]
+
+
+class Play:
+    """Rounds over one batch of texts."""
+
+    def __init__(
+        self,
+        target: Target,
+        draft: DraftModel,
+        exits: Mapping[int, Exit],
+        exit_vocabulary: Tensor,
+        texts: Sequence[Continuation],
+        block: int,
+    ) -> None:
+        self.target, self.draft, self.exits, self.block = target, draft, exits, block
+        device, dtype = target.embedding.device, target.embedding.dtype
+        self._dtype = dtype
+        self._exit_ids = exit_vocabulary.to(device)
+        self._exit_head = target.head[self._exit_ids]
+        self._ends = torch.tensor([len(text.text) for text in texts], device=device)
+        reach = int(self._ends.max()) + block + 1
+        self._text = torch.full((len(texts), reach), -1, dtype=torch.long, device=device)
+        for row, text in enumerate(texts):
+            self._text[row, : len(text.text)] = torch.tensor(text.text, device=device)
+        self._length = torch.tensor([len(text.prompt) + 1 for text in texts], device=device)
+        self._words = draft.words_of(self._text.clamp(min=0))
+        self._first = draft.first_seen(self._text.clamp(min=0), self._words)
+        self._target_cache = KeyValueCache(target.config, len(texts), reach, device, dtype)
+        self._draft_cache = KeyValueCache(draft.config, len(texts), reach, device, dtype)
+        tokens = self._text[:, : int(self._length.max())].clamp(min=0)
+        for at in range(0, len(texts), 16):
+            part = tokens[at : at + 16]
+            rows = slice(at, at + len(part))
+            target.decoder.aligned(target.embed(part), 0, self._target_cache.rows(rows.start, rows.stop))
+            draft.decoder.aligned(draft.embed(part, dtype), 0, self._draft_cache.rows(rows.start, rows.stop))
+
+    @property
+    def active(self) -> Tensor:
+        """Texts whose next round's verdict may still lie within them."""
+        return self._length < self._ends
+
+    @torch.inference_mode()
+    def round(self) -> Record:
+        """Plays one round everywhere; returns the records of the rounds whose verdict the text holds."""
+        length = self._length.clamp(max=int(self._text.shape[1]) - self.block - 1)
+        drafts, edge_tokens, edge_scores = self._draft(length)
+        place = torch.arange(self.block + 1, device=length.device)
+        context = self._text.gather(1, length[:, None] - 1)
+        block = torch.cat((context, drafts), dim=1)
+        positions = length[:, None] - 1 + place
+        _, kept = self.target.decoder.ragged(
+            self.target.embed(block.clamp(min=0)), positions, self._target_cache, self.exits
+        )
+        truth = self._text.gather(1, length[:, None] + place)
+        accepted = (drafts == truth[:, :-1]).long().cumprod(dim=1).sum(dim=1)
+        following = truth.gather(1, accepted[:, None])[:, 0]
+        whole = self.active & (following >= 0)
+        record: Record = {
+            "text": whole.nonzero()[:, 0],
+            "drafts": drafts[whole],
+            "edge_tokens": edge_tokens[whole],
+            "edge_scores": edge_scores[whole],
+            "accepted": accepted[whole],
+            "next": following[whole],
+        }
+        for layer, exit_ in self.exits.items():
+            record.update(self._exit(layer, exit_, kept[layer][whole], drafts[whole], edge_scores[whole]))
+        self._length = self._length + torch.where(self.active, accepted + 1, 0)
+        return {name: tensor.cpu() for name, tensor in record.items()}
+
+    def _draft(self, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The block, and the draft's best tokens and their log-probabilities at each of its places and the next."""
+        back = torch.arange(-CATCH_UP, 0, device=length.device)
+        positions = length[:, None] + back
+        tokens = self._text.gather(1, positions)
+        drafts, best_tokens, best_scores = [], [], []
+        unseen = self._first >= length[:, None]
+        ids = self.draft.token_ids(self._words)
+        for place in range(self.block + 1):
+            embedded = self.draft.embed(tokens.clamp(min=0), self._dtype)
+            hidden, _ = self.draft.decoder.ragged(embedded, positions, self._draft_cache)
+            scores = self.draft.logits(hidden[:, -1], self._words).float()
+            scores[:, len(self.draft.vocabulary) :].masked_fill_(unseen, -torch.inf)
+            best, column = scores.log_softmax(dim=-1).topk(WIDTH, dim=-1)
+            best_tokens.append(ids[column])
+            best_scores.append(best)
+            tokens, positions = ids[column[:, :1]], length[:, None] + place
+            drafts.append(tokens[:, 0])
+        return torch.stack(drafts[:-1], 1), torch.stack(best_tokens, 1), torch.stack(best_scores, 1)
+
+    def _exit(self, layer: int, exit_: Exit, hidden: Tensor, drafts: Tensor, edge_scores: Tensor) -> Record:
+        rows, width = hidden.shape[0], self.block + 1
+        padded = torch.cat((drafts, drafts[:, :1]), dim=1)
+        seen = opinion(
+            exit_,
+            self.target,
+            self._exit_head,
+            hidden.reshape(rows * width, -1),
+            padded.flatten(),
+            edge_scores[:, :, 0].flatten(),
+        )
+        best, column = seen.log_probs.topk(WIDTH, dim=-1)
+        return {
+            f"{layer}.tokens": self._exit_ids[column].view(rows, width, WIDTH),
+            f"{layer}.scores": best.view(rows, width, WIDTH),
+            f"{layer}.drafted": seen.drafted.view(rows, width)[:, :-1],
+            f"{layer}.judged": seen.judged.view(rows, width)[:, :-1],
+        }
+
+
+def play_rounds(
+    target: Target,
+    draft: DraftModel,
+    exits: Mapping[int, Exit],
+    exit_vocabulary: Tensor,
+    texts: Sequence[Continuation],
+    *,
+    block: int = 5,
+    texts_at_once: int = 64,
+) -> Record:
+    """Plays all texts to their ends; returns the records of all rounds, `text` counting through `texts`."""
+    parts: list[Record] = []
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index].text))
+    for at in range(0, len(order), texts_at_once):
+        group = order[at : at + texts_at_once]
+        play = Play(target, draft, exits, exit_vocabulary, [texts[index] for index in group], block)
+        while bool(play.active.any()):
+            record = play.round()
+            record["text"] = torch.tensor(group)[record["text"]]
+            parts.append(record)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
