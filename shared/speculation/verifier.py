@@ -203,6 +203,9 @@ VerifierAction = Claim | OpenEngine | Verify | Commit | Publish | CloseEngine | 
 
 # --- state --------------------------------------------------------------------------------------------
 
+_HELD: Final = (Phase.PREFILLING, Phase.PARKED, Phase.VERIFYING)
+"""Phases in which the session is ours in Redis and nothing is asked of Redis."""
+
 
 class VerifierSession:
     """One session, seen from the verifier. Feed it events one at a time, carry out its actions in order."""
@@ -278,9 +281,10 @@ class VerifierSession:
 
     def _cancelled(self, message: Cancel) -> list[VerifierAction]:
         """Stop at once. A commit under way ends by itself: its tokens are true, only nobody waits for them."""
-        if self._phase is not Phase.NEW and message.epoch < self._epoch:
+        asked_since = [asked.epoch for asked in (self._open, self._waiting) if asked is not None]
+        if message.epoch < max(self._epoch, *asked_since, 0):
             return []
-        return self._let_go(release=self._phase in (Phase.PARKED, Phase.VERIFYING, Phase.PREFILLING))
+        return self._let_go(release=self._phase in _HELD or self._phase is Phase.COMMITTING)
 
     def _answer(self, message: Prompt | Block) -> list[VerifierAction]:
         """Answer a message while the session is parked: verify it, or say why there is nothing to verify."""
@@ -337,7 +341,7 @@ class VerifierSession:
         if live:
             self._phase = Phase.PARKED
             self._open = None
-            return [*self._answer(self._as_claimed(message)), *self._drain()]
+            return [*self._answer(self._as_claimed(message)), *self._park()]
         self._uncommitted.clear()
         self._verdict = self._recalled(event, message)
         message = self._as_claimed(message)
@@ -429,10 +433,7 @@ class VerifierSession:
             return self._commit()
         self._phase = Phase.PARKED
         self._finish_reason = self._ending
-        published = self._publish_verdict()
-        if self._finish_reason is not None:
-            return [*published, *self._let_go(release=True)]
-        return [*published, *self._park()]
+        return [*self._publish_verdict(), *self._park()]
 
     def _publish_verdict(self) -> list[VerifierAction]:
         message, self._open = self._open, None
@@ -451,16 +452,14 @@ class VerifierSession:
         return [Publish(self._verdict, message.reply)]
 
     def _park(self) -> list[VerifierAction]:
-        """The session has nothing open: take up what waits (a forward or the AR floor would start here)."""
-        if self._evicting is not None:
-            return self._evict(self._evicting)
-        return self._drain()
-
-    def _drain(self) -> list[VerifierAction]:
-        message, self._waiting = self._waiting, None
-        if message is None or self._phase is not Phase.PARKED:
-            return []
-        return self._answer(message)
+        """Nothing is open: take up what waits (a forward or the AR floor would start here), or leave when done."""
+        actions: list[VerifierAction] = []
+        if self._phase is Phase.PARKED and self._waiting is not None:
+            message, self._waiting = self._waiting, None
+            actions += self._answer(message)
+        if self._phase is Phase.PARKED and (self._evicting is not None or self._finish_reason is not None):
+            actions += self._let_go(release=True)
+        return actions
 
     # --- ends -----------------------------------------------------------------------------------------
 
@@ -489,12 +488,12 @@ class VerifierSession:
             for message in (self._open, self._waiting)
             if message is not None
         ]
-        return [*answers, *self._let_go(release=self._phase in (Phase.PREFILLING, Phase.VERIFYING))]
+        return [*answers, *self._let_go(release=self._phase in _HELD)]
 
     def _evict(self, event: Evict) -> list[VerifierAction]:
         if self._phase is Phase.PARKED:
             return self._let_go(release=True)
-        self._evicting = event  # after the round that is open
+        self._evicting = event  # after the round that is open and what waits
         return []
 
     def _let_go(self, *, release: bool) -> list[VerifierAction]:

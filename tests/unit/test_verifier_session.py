@@ -253,6 +253,64 @@ def test_eviction_waits_for_the_open_round() -> None:
     assert actions[1:] == [CloseEngine(), Release(1), Forget()]
 
 
+def test_eviction_waits_for_what_waits_too() -> None:
+    session = parked()
+    session.handle(block(1, 1, 11))
+    session.handle(block(2, 3, 12))
+    session.handle(Evict("moved"))
+    session.handle(EngineAnswered((11, 5)))
+    assert session.handle(Committed(3))[-1] == Verify(2, 3, (12,))
+    session.handle(EngineAnswered((12, 6)))
+    assert session.handle(Committed(5))[1:] == [CloseEngine(), Release(1), Forget()]
+
+
+def test_an_eviction_asked_for_during_a_claim_is_carried_out() -> None:
+    session = parked()
+    session.handle(block(1, 5, 11, epoch=2))
+    session.handle(Evict("moved"))
+    actions = session.handle(Claimed(epoch=2, committed=(10,), gateway="g"))
+    assert isinstance(published(actions)[0], Fault)
+    assert actions[1:] == [CloseEngine(), Release(2), Forget()]
+
+
+def test_what_waits_during_a_claim_is_answered_after_it() -> None:
+    session = parked()
+    session.handle(block(1, 1, 11, epoch=2))
+    session.handle(block(2, 3, 12, epoch=2))
+    session.handle(Claimed(epoch=2, committed=(10,), gateway="g"))
+    session.handle(EngineAnswered((11, 5)))
+    assert session.handle(Committed(3))[-1] == Verify(2, 3, (12,))
+
+
+def test_what_waits_when_the_generation_ends_is_told_that_it_has_ended() -> None:
+    session = parked()
+    session.handle(block(1, 1, 11))
+    session.handle(block(2, 3, 12))
+    session.handle(EngineAnswered((11, 5), FinishReason.STOP))
+    verdict, stale = published(actions := session.handle(Committed(3)))
+    assert isinstance(verdict, Verdict)
+    assert isinstance(stale, Stale)
+    assert (stale.round, stale.base, stale.finish_reason) == (2, 3, FinishReason.STOP)
+    assert actions[2:] == [Release(1), Forget()]
+
+
+def test_a_cancel_from_before_a_resume_does_not_stop_what_the_resume_asked_for() -> None:
+    session = parked()
+    session.handle(block(1, 1, 11))
+    session.handle(block(1, 1, 11, epoch=2))
+    assert session.handle(Received(Cancel(session="s", epoch=1, reason="client left"))) == []
+    session.handle(EngineAnswered((11, 5)))
+    assert session.handle(Committed(3))[-1] == Claim(2, "g")
+
+
+def test_a_cancel_during_the_commit_gives_the_session_back() -> None:
+    session = parked()
+    session.handle(block(1, 1, 11))
+    session.handle(EngineAnswered((11, 5)))
+    cancelled = session.handle(Received(Cancel(session="s", epoch=1, reason="client left")))
+    assert cancelled == [CloseEngine(), Release(1), Forget()]
+
+
 def test_a_token_that_nobody_asked_for_is_committed_and_the_next_block_takes_it_into_account() -> None:
     session = parked()
     assert session.handle(EngineAnswered((11,))) == [Commit(1, -1, 1, (11,), None, 0, 0)]
