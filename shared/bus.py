@@ -78,6 +78,8 @@ HINT_TIMEOUT_S: Final = 2.0
 """A broker that leaves hints unanswered for so long is connected to anew, without them."""
 
 STOP_DEADLINE_S: Final = 5.0
+HINT_STOP_S: Final = 1.0
+NOT_STARTED: Final = "the bus is not started: use `async with`"
 
 _log = logging.getLogger(__name__)
 
@@ -224,10 +226,10 @@ class Bus:
         """Wait until everything sent is acknowledged, at most 5 s, and disconnect. Readers are to be stopped before."""
         producer, self._producer = self._producer, None
         hints, self._hints = self._hints, None
+        if hints is not None:
+            await hints.stop(HINT_STOP_S)
         if producer is not None and not await producer.stop(STOP_DEADLINE_S):
             _log.error("stopped with messages that the broker did not acknowledge")
-        if hints is not None:
-            await hints.stop(HINT_TIMEOUT_S)
         await self._cluster.stop()
 
     # --- topics -----------------------------------------------------------------------------------------------
@@ -261,6 +263,8 @@ class Bus:
         """How many partitions `topic` has. Raises `BrokerUnavailable` when it does not exist."""
         count = self._counts.get(topic)
         if count is None:
+            if self._producer is None:
+                raise BrokerUnavailable(NOT_STARTED)
             raise BrokerUnavailable(
                 f"Kafka at {self._settings.kafka} has no topic {self._name(topic)}: create it first (`ensure_topics`)"
             )
@@ -402,7 +406,7 @@ class Bus:
         trace: TraceContext | None,
     ) -> asyncio.Future[None]:
         if producer is None:
-            raise BrokerUnavailable("the bus is not started: use `async with`")
+            raise BrokerUnavailable(NOT_STARTED)
         value, key = encode(message), _key(message)
         if len(value) > MAX_MESSAGE_BYTES:
             raise ProtocolError(

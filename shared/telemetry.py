@@ -109,6 +109,9 @@ _OWN_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {
     "color_message",
 }
 
+REPEAT_S: Final = 10.0
+"""How often a line of aiokafka may be repeated."""
+
 # Libraries that say at INFO what only their authors need.
 _TALKATIVE: Final[Mapping[str, int]] = {
     "aiokafka": logging.WARNING,
@@ -116,6 +119,25 @@ _TALKATIVE: Final[Mapping[str, int]] = {
     "httpx": logging.WARNING,
     "httpcore": logging.WARNING,
 }
+
+
+class _Repeats(logging.Filter):
+    """Lets a library's line through once in `REPEAT_S`: a client that reconnects ten times a second says so each time."""
+
+    def __init__(self, library: str) -> None:
+        super().__init__()
+        self._library = library
+        self._last: dict[tuple[str, int], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.partition(".")[0] != self._library:
+            return True
+        # Where in the library's source the line is written: a bounded number of places, whatever the lines say.
+        place = (record.pathname, record.lineno)
+        if record.created - self._last.get(place, -REPEAT_S) < REPEAT_S:
+            return False
+        self._last[place] = record.created
+        return True
 
 
 class _TextFormatter(logging.Formatter):
@@ -189,6 +211,8 @@ def configure_logging(
     formatter = _JsonFormatter if LogFormat(log_format) is LogFormat.JSON else _TextFormatter
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(formatter(service))
+    if number > logging.DEBUG:
+        handler.addFilter(_Repeats("aiokafka"))
     logging.basicConfig(handlers=[handler], level=number, force=True)
     for name, least in _TALKATIVE.items():
         logging.getLogger(name).setLevel(max(number, least) if number > logging.DEBUG else number)

@@ -144,8 +144,9 @@ class Fetcher:
             self._connections[node].close()
             self._mend(RETRY_S)
             return
-        # After whoever waits for these records has been woken: theirs is the hot path, not the next fetch.
-        self._loop.call_soon(self._advance)
+        # After whoever waits for these records has been woken, and the task that they may start: theirs is the hot path,
+        # while the next fetch is one more system call (0.1 ms with the broker on the same cores).
+        self._loop.call_soon(self._loop.call_soon, self._advance)
 
     def _take(self, fetched: Fetched, position: int) -> None:
         error = for_code(fetched.error)

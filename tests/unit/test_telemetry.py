@@ -139,6 +139,19 @@ def test_lines_below_the_level_and_the_access_log_are_not_written() -> None:
     assert "bind failed" in stream.getvalue()
 
 
+def test_a_line_that_the_kafka_client_repeats_is_written_once() -> None:
+    stream = io.StringIO()
+    configure_logging("INFO", LogFormat.TEXT, "gateway", stream=stream)
+    for port in range(5):
+        logging.getLogger("aiokafka.conn").error("unable to connect to %d", port)
+        logging.getLogger("outrider.test").error("ours %d", port)
+    logging.getLogger("aiokafka.conn").error("another line")
+    text = stream.getvalue()
+    assert text.count("unable to connect") == 1
+    assert text.count("ours") == 5
+    assert text.count("another line") == 1
+
+
 def test_an_unknown_level_or_format_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"LOUD.*INFO"):
         configure_logging("LOUD", LogFormat.TEXT, "gateway")
