@@ -1,9 +1,9 @@
 """What the path around the model costs, hop by hop: `scripts/bench hop`.
 
-One session after another sends blocks through the real uplink, broker, verifier service and store to an engine whose pass is
-a timer, and waits for each verdict. The overhead of a round is the time from sending the block to having its verdict, less the
-timer's nominal time: whatever the timer overran counts as overhead. Both processes read the same monotonic clock, so that
-the overhead splits into hops:
+One session after another sends blocks through the real uplink, broker, verifier service and store to an engine whose
+pass is a timer, and waits for each verdict. The overhead of a round is the time from sending the block to having its
+verdict, less the timer's nominal time: whatever the timer overran counts as overhead. Both processes read the same
+monotonic clock, so that the overhead splits into hops:
 
     up        the block's way to the verifier (Kafka, acks=all)
     dispatch  from there to the engine
@@ -23,20 +23,27 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from pydantic import SecretStr
 
 from loadtest.timer_verifier import TIMER_LOG, TIMER_MS
 from services.draft_gateway.uplink import KafkaUplink, SessionMessage
-from shared.errors import OutriderError, Unavailable
+from shared.errors import Unavailable
 from shared.protocol import Block, GenerationParams, OpenSession, Prompt, Verdict
 from shared.settings import CommonSettings
+from shared.stack.kafka import find_kafka
+from shared.stack.processes import ManagedProcess
+from shared.stack.redis import find_redis
 from shared.store import Store
 
 HOPS = ("up", "dispatch", "timer", "commit", "down")
 BLOCK = (5, 6, 7, 8, 9)
 ANSWER_DEADLINE_S = 10.0
+START_DEADLINE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +98,10 @@ class _Session:
             self._answers.put_nowait((time.monotonic() * 1000, message))
 
     async def start(self) -> None:
-        """Prefill."""
+        """Prefill; the verifier may still be starting, which the prompt waits for in its topic."""
         prompt = Prompt(session=self.session, epoch=1, reply=self._uplink.reply)
         await self._uplink.send(prompt, partition=self._partition)
-        await self._answer()
+        await self._answer(START_DEADLINE_S)
 
     async def round(self) -> Round:
         """Send a block and wait for its verdict."""
@@ -113,11 +120,12 @@ class _Session:
         await sending
         return Round(self.session, base, sent_ms, received_ms, verdict.verify_ms, verdict.commit_ms)
 
-    async def _answer(self) -> tuple[float, Verdict]:
+    async def _answer(self, deadline_s: float = ANSWER_DEADLINE_S) -> tuple[float, Verdict]:
         try:
-            received_ms, verdict = await asyncio.wait_for(self._answers.get(), ANSWER_DEADLINE_S)
+            async with asyncio.timeout(deadline_s):
+                received_ms, verdict = await self._answers.get()
         except TimeoutError:
-            raise Unavailable(f"no verdict within {ANSWER_DEADLINE_S:g} s; see the verifier's log") from None
+            raise Unavailable(f"no verdict within {deadline_s:g} s; see the verifier's log") from None
         self._base = verdict.base + len(verdict.tokens)
         return received_ms, verdict
 
@@ -207,3 +215,94 @@ def read_passes(path: Path) -> dict[tuple[str, int], dict[str, float]]:
         ran = json.loads(line)
         passes[ran["session"], ran["base"]] = ran
     return passes
+
+
+# --- running it ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def parts(
+    folder: Path, options: Options, kafka: str | None, redis: str | None
+) -> Iterator[tuple[CommonSettings, Path, str]]:
+    """Broker, store and the verifier around a timer, as processes; their settings, the timer's log, the broker's name."""
+    broker = find_kafka(folder / "kafka", address=kafka, die_with_parent=True)
+    store = find_redis(folder / "redis", url=redis, die_with_parent=True)
+    broker.start()
+    try:
+        store.start()
+        environment = {
+            "OUTRIDER_KAFKA": broker.bootstrap,
+            "OUTRIDER_KAFKA_FLAVOR": broker.flavor.value,
+            "OUTRIDER_REDIS_URL": store.url,
+            "OUTRIDER_TOPIC_PREFIX": f"hop-{time.time_ns()}-",
+        }
+        settings = CommonSettings(
+            kafka=broker.bootstrap,
+            kafka_flavor=broker.flavor,
+            redis_url=SecretStr(store.url),
+            topic_prefix=environment["OUTRIDER_TOPIC_PREFIX"],
+        )
+        log = folder / "timer.log"
+        verifier = _verifier(folder, environment, log, options)
+        verifier.start()
+        try:
+            yield settings, log, f"{broker.flavor.value}"
+        finally:
+            verifier.stop()
+    finally:
+        store.stop()
+        broker.stop()
+
+
+def _verifier(folder: Path, environment: Mapping[str, str], log: Path, options: Options) -> ManagedProcess:
+    return ManagedProcess(
+        name="timer-verifier",
+        command=[sys.executable, "-m", "loadtest.timer_verifier"],
+        log=folder / "verifier.log",
+        environment={
+            **environment,
+            TIMER_LOG: str(log),
+            TIMER_MS: str(options.timer_ms),
+            "OUTRIDER_MODEL": "timer",
+            "OUTRIDER_VERIFIER_PORT": "0",
+        },
+        die_with_parent=True,
+    )
+
+
+def show(found: Report) -> str:
+    """The report as lines for a person."""
+    lines = [
+        f"kafka: {found.kafka}; {found.rounds} rounds; the timer's {found.timer_ms:g} ms are taken off",
+        f"{'':10}{'p50':>9}{'p95':>9}{'p99':>9}  ms",
+    ]
+    for name, figures in (("overhead", found.overhead_ms), *found.hops_ms.items()):
+        lines.append(f"{name:10}" + "".join(f"{figures[key]:9.2f}" for key in ("p50", "p95", "p99")))
+    batches = ", ".join(f"{median:.2f}" for median in found.overhead_p50_by_batch_ms)
+    return "\n".join([*lines, f"p50 of each batch: {batches}"])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--out", type=Path, help="folder for hop.json")
+    parser.add_argument("--batches", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=200, help="rounds a batch")
+    parser.add_argument("--timer-ms", type=float, default=20.0, help="what a pass takes")
+    parser.add_argument("--kafka", help="address of a broker that runs already")
+    parser.add_argument("--redis", help="URL of a Redis that runs already")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print, write."""
+    options = Options(batches=arguments.batches, rounds=arguments.rounds, timer_ms=arguments.timer_ms)
+    with (
+        tempfile.TemporaryDirectory(prefix="outrider-hop-") as folder,
+        parts(Path(folder), options, arguments.kafka, arguments.redis) as (settings, log, kafka),
+    ):
+        rounds = asyncio.run(measure(settings, options))
+        found = report(rounds, read_passes(log), replace(options, kafka=kafka))
+    print(show(found))
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "hop.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
+    return 0

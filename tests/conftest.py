@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from shared import models
 from shared.stack.kafka import Broker, find_kafka
 from shared.stack.redis import RedisServer, find_redis
+from shared.stack.settings import StackSettings
+from shared.stack.stack import Stack, StackOptions
 
 KEPT_FROM_ENVIRONMENT = ("OUTRIDER_KAFKA_LIBS", "OUTRIDER_CACHE", "OUTRIDER_VENV")
 
@@ -120,3 +123,39 @@ def settings_env(
         "OUTRIDER_TOPIC_PREFIX": topic_prefix,
         "OUTRIDER_REDIS_PREFIX": redis_prefix,
     }
+
+
+@pytest.fixture(scope="session")
+def target_model(request: pytest.FixtureRequest) -> Path:
+    """The target that ships, fetched and converted on first use."""
+    _say(request, "target", f"{models.default_target().name}, fetched on first use")
+    return models.fetch()
+
+
+@pytest.fixture(scope="session")
+def stack(
+    request: pytest.FixtureRequest,
+    kafka_broker: Broker,
+    redis_server: RedisServer,
+    target_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Stack]:
+    """A whole stack on the session's brokers: the three services as processes, two gateways, restarted when they die.
+
+    It takes half a minute to start, so all share it. Who kills a part of it waits until it is ready again.
+    """
+    name = f"stack-{secrets.token_hex(4)}"
+    options = StackOptions(
+        target=target_model,
+        kafka=kafka_broker.bootstrap,
+        kafka_flavor=kafka_broker.flavor,
+        redis=redis_server.url,
+        gateways=2,
+        environment={"OUTRIDER_TOPIC_PREFIX": f"{name}-", "OUTRIDER_REDIS_PREFIX": f"{name}:"},
+        supervise=True,
+        die_with_parent=True,
+    )
+    settings = StackSettings(run_dir=tmp_path_factory.mktemp("stack"))
+    _say(request, "stack", f"starting three services, logs in {settings.run_dir / 'logs'}")
+    with Stack(options, settings=settings) as stack:
+        yield stack

@@ -9,7 +9,7 @@ from typing import Final
 from fastapi import FastAPI
 
 from services.draft_gateway.app import create_app
-from services.draft_gateway.drafting import Drafter, load_draft_engine
+from services.draft_gateway.drafting import DraftEngine, Drafter, LoadedDraft, load_draft_engine
 from services.draft_gateway.sessions import Sessions
 from services.draft_gateway.settings import GatewaySettings
 from services.draft_gateway.uplink import KafkaUplink, Uplink
@@ -25,15 +25,17 @@ START_PAUSE_S: Final = 1.0
 class DraftGateway:
     """One gateway process. `app` is its HTTP side; `serve` does the rest."""
 
-    def __init__(self, settings: GatewaySettings, *, uplink: Uplink | None = None) -> None:
-        """Load tokenizer and draft engine; ModelFilesError when the target's files are not there."""
+    def __init__(
+        self, settings: GatewaySettings, *, uplink: Uplink | None = None, engine: DraftEngine | None = None
+    ) -> None:
+        """Load tokenizer and draft engine (or take `engine`); ModelFilesError when the target's files are not there."""
         if not settings.model:
             raise ModelFilesError(
                 "no target model: set OUTRIDER_MODEL to its directory (Hugging Face layout); the gateway needs its "
                 "tokenizer"
             )
         self._tokenizer = Tokenizer.load(settings.model)
-        loaded = load_draft_engine(settings)
+        loaded = load_draft_engine(settings) if engine is None else LoadedDraft(engine)
         self._drafter = Drafter(loaded.engine)
         self._uplink = uplink or KafkaUplink(settings, name=settings.gateway_name, lease_s=settings.lease_s)
         self._sessions = Sessions(

@@ -1,0 +1,26 @@
+"""`scripts/bench NAME`: the benchmarks, each a module of its own. Times are reported here and asserted nowhere else."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from loadtest import hop
+from shared.errors import OutriderError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one benchmark; the exit status."""
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    benchmarks = parser.add_subparsers(dest="name", required=True)
+    hop.add_arguments(benchmarks.add_parser("hop", help="what the path around the model costs, hop by hop"))
+    chosen = parser.parse_args(arguments)
+    try:
+        return hop.run(chosen)
+    except OutriderError as error:
+        print(f"scripts/bench {chosen.name}: {error.message}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

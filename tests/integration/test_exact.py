@@ -1,0 +1,194 @@
+"""The promise itself, on real prompts: streamed tokens are the target's own, hints come early, nothing is computed twice.
+
+The yardstick is the same engine's plain greedy decoding. Prompts are the first sentences of Spec-Bench's dev prompts where
+that file is beside the project, and of this file's own otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import pytest
+import pytest_asyncio
+from safetensors.torch import load_file, save_file
+
+from services.draft_gateway.drafting.engine import Draft, DraftEngine, DraftRequest, Dropped, none_dropped
+from services.draft_gateway.drafting.llama import LlamaDraft
+from services.draft_gateway.drafting.lookup import PromptLookup
+from shared.protocol import GenerationParams, Tokens
+from shared.text import Tokenizer
+from tests.integration.whole import Answer, Whole, whole
+from tests.prompts import real_prompts
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.kafka,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(600),
+]
+
+PROMPTS = 40
+PROMPT_TOKENS = 48
+MAX_TOKENS = 20
+EARLY = 0.95
+
+
+@dataclass
+class ReferenceDraft:
+    """Drafts from the target's own answers: rightly, wrongly, or at random."""
+
+    name: str
+    answers: dict[Tokens, Tokens]
+    immediate: bool = True
+
+    def draft(self, requests: Sequence[DraftRequest], dropped: Dropped = none_dropped) -> list[Draft]:
+        return [self._draft(request) for request in requests]
+
+    def _draft(self, request: DraftRequest) -> Draft:
+        for size in range(len(request.context), 0, -1):
+            answer = self.answers.get(request.context[:size])
+            if answer is not None:
+                at = len(request.context) - size
+                right = answer[at : at + request.length]
+                break
+        else:
+            right = (0,) * request.length
+        random = Random(hash(request.context))
+        tokens = {
+            "right": right,
+            "wrong": tuple((token + 1) % 49152 for token in right),
+            "random": tuple(token if random.random() < 0.6 else random.randrange(49152) for token in right),
+        }[self.name]
+        return Draft(tokens, (0.5,) * len(tokens))
+
+    def forget(self, session: str) -> None:
+        return
+
+
+def shallow_draft(target: Path, directory: Path) -> LlamaDraft:
+    """A draft model made of the target's own first two layers: bad, but a real model."""
+    directory.mkdir()
+    config = json.loads((target / "config.json").read_text()) | {"num_hidden_layers": 2}
+    (directory / "config.json").write_text(json.dumps(config))
+    shutil.copy(target / "tokenizer.json", directory / "tokenizer.json")
+    weights = load_file(target / "model.safetensors")
+    kept = {
+        name: weight
+        for name, weight in weights.items()
+        if not name.startswith("model.layers.") or name.split(".")[2] in ("0", "1")
+    }
+    save_file(kept, directory / "model.safetensors")
+    return LlamaDraft.load(directory, target=target, threads=1, cache_tokens=65536)
+
+
+@dataclass
+class Bench:
+    """Everything running, the prompts, and what the target says to them by itself."""
+
+    whole: Whole
+    prompts: list[Tokens]
+    truth: list[Tokens]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def bench(
+    kafka: str, redis_url: str, target_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Bench]:
+    tokenizer = Tokenizer.load(target_model)
+    prompts = [
+        tokenizer.encode_chat(
+            [{"role": "user", "content": tokenizer.decode(tokenizer.encode(text)[:PROMPT_TOKENS])}]
+        )
+        for text in real_prompts(PROMPTS)
+    ]
+    answers: dict[Tokens, Tokens] = {}
+    drafts: dict[str, DraftEngine] = {
+        "lookup": PromptLookup(),
+        "model": shallow_draft(target_model, tmp_path_factory.mktemp("draft") / "shallow"),
+        **{name: ReferenceDraft(name, answers) for name in ("right", "wrong", "random")},
+    }
+    environment = {
+        "OUTRIDER_KAFKA": kafka,
+        "OUTRIDER_REDIS_URL": redis_url,
+        "OUTRIDER_TOPIC_PREFIX": "exact-",
+        "OUTRIDER_REDIS_PREFIX": "exact:",
+    }
+    async with whole(environment, target_model, drafts) as running:
+        params = GenerationParams(max_tokens=MAX_TOKENS)
+        said = await asyncio.gather(*(running.engine.greedy(prompt, params) for prompt in prompts))
+        truth = [output.tokens for output in said]
+        answers.update(zip(prompts, truth, strict=True))
+        yield Bench(running, prompts, truth)
+
+
+def assert_exact(bench: Bench, answers: Sequence[Answer], what: str) -> None:
+    for number, (answer, truth) in enumerate(zip(answers, bench.truth, strict=True)):
+        assert answer.tokens == truth, f"{what}, prompt {number}: {answer.outrider['session']}"
+
+
+def assert_early(answers: Sequence[Answer], what: str) -> None:
+    """Hints were at the gateway before the verdict in nearly all rounds; prints by how much each exit led."""
+    rounds = sum(answer.outrider["rounds"] for answer in answers)
+    hinted = sum(answer.outrider["hinted_rounds"] for answer in answers)
+    leads: Mapping[str, list[float]] = defaultdict(list)
+    for answer in answers:
+        for layer, lead in answer.outrider["exit_lead_ms"].items():
+            leads[layer].append(lead["p50"])
+    shown = ", ".join(f"layer {layer}: {sorted(p50)[len(p50) // 2]:.1f} ms" for layer, p50 in leads.items())
+    print(f"\n{what}: hints before the verdict in {hinted} of {rounds} rounds; median lead {shown}")
+    assert hinted >= EARLY * rounds
+
+
+@pytest.mark.parametrize("hints", [True, False], ids=["hints", "no hints"])
+@pytest.mark.parametrize("draft", ["lookup", "model", "right", "wrong", "random"])
+async def test_sixteen_sessions_at_a_time_stream_what_the_target_says(
+    bench: Bench, draft: str, hints: bool
+) -> None:
+    prompts = bench.prompts[:16] if not hints and draft in ("right", "wrong") else bench.prompts
+    answers = await bench.whole.stream_all(draft, prompts, MAX_TOKENS, at_a_time=16, hints=hints)
+    assert_exact(Bench(bench.whole, prompts, bench.truth[: len(prompts)]), answers, draft)
+    assert_early(answers, f"{draft}, 16 sessions")
+    report = [answer.outrider for answer in answers]
+    if not hints:
+        assert sum(usage["hits"] for usage in report) == 0
+    if draft == "right":
+        assert all(usage["accepted"] >= usage["drafted"] - usage["rounds"] for usage in report)
+    if draft == "wrong":
+        assert sum(usage["accepted"] for usage in report) == 0
+
+
+@pytest.mark.parametrize("draft", ["lookup", "right"])
+async def test_one_session_at_a_time_streams_what_the_target_says(bench: Bench, draft: str) -> None:
+    answers = await bench.whole.stream_all(draft, bench.prompts, MAX_TOKENS, at_a_time=1)
+    assert_exact(bench, answers, draft)
+    assert_early(answers, f"{draft}, one session")
+
+
+async def test_every_token_is_computed_once(bench: Bench) -> None:
+    """Scheduled tokens are those of the first prefills and, for every round, its block and one more."""
+    before = await bench.whole.engine.stats()
+    answers = await bench.whole.stream_all("random", bench.prompts, MAX_TOKENS, at_a_time=16)
+    after = await bench.whole.engine.stats()
+    assert_exact(bench, answers, "random")
+    rounds = sum(answer.outrider["rounds"] for answer in answers)
+    drafted = sum(answer.outrider["drafted"] for answer in answers)
+    prompt_tokens = sum(len(prompt) for prompt in bench.prompts)
+    cached = after.prefix_cache_hit_tokens - before.prefix_cache_hit_tokens
+    assert after.blocks - before.blocks == rounds
+    assert after.block_tokens - before.block_tokens == drafted
+    assert after.prefill_tokens - before.prefill_tokens == prompt_tokens - cached
+    assert after.recomputed_tokens == before.recomputed_tokens
+    assert after.scheduled_tokens - before.scheduled_tokens == prompt_tokens - cached + rounds + drafted
+
+
+async def test_the_text_of_a_stream_is_the_text_of_its_tokens(bench: Bench, target_model: Path) -> None:
+    tokenizer = Tokenizer.load(target_model)
+    (answer,) = await bench.whole.stream_all("lookup", bench.prompts[:1], 60, at_a_time=1)
+    assert answer.text == tokenizer.decode(answer.tokens)
