@@ -221,7 +221,7 @@ def _up(parsed: argparse.Namespace) -> int:
 
     settings = _stack_settings(parsed)
     earlier = read(settings.run_dir)
-    if earlier is not None and earlier.alive and earlier.of("gateway"):
+    if earlier is not None and earlier.running:
         raise StackRunning(
             f"a stack runs already, its gateway at {earlier.gateway_url}; `outrider down` stops it, "
             "--run-dir names another place"

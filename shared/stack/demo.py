@@ -90,7 +90,7 @@ class Demo:
     def run(self) -> int:
         """Run it; the exit status. A stack that runs already is used and left alone."""
         running = records.read(self._settings.run_dir)
-        if running is not None and running.alive and running.of("gateway"):
+        if running is not None and running.running:
             self._say(f"using the stack that runs already, its gateway at {running.gateway_url}")
             return self._use(running.gateway_url, running.model)
         stack = Stack(self._options(), settings=self._settings, report=self._progress)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 TIMEOUT_S: Final = 3.0
+NO_ANSWER: Final = "it doesn't answer yet"
 # The stack is on this machine: no proxy that the environment names stands between.
 _DIRECT: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -31,7 +32,7 @@ def ask(url: str, timeout_s: float = TIMEOUT_S) -> Health:
         with error:
             return _read(error.read(), ready=False)
     except OSError:
-        return Health(ready=False, reasons=("it doesn't answer yet",))
+        return Health(ready=False, reasons=(NO_ANSWER,))
 
 
 def _read(body: bytes, *, ready: bool) -> Health:

@@ -79,14 +79,22 @@ class StackRecord:
         """Somebody watches over it."""
         return self.keeper is not None and self.keeper.alive
 
+    @property
+    def running(self) -> bool:
+        """It is a whole stack, and well or looked after; what is not is a leftover."""
+        return self.alive and any(part.is_service for part in self.parts)
+
     def of(self, kind: str) -> tuple[Part, ...]:
         """Its parts of one kind."""
         return tuple(part for part in self.parts if part.kind == kind)
 
     @property
     def gateway_url(self) -> str:
-        """Where clients go."""
-        return self.of("gateway")[0].url
+        """Where clients go. Raises `StackError` when it has no gateway."""
+        gateways = self.of("gateway")
+        if not gateways:
+            raise StackError("this stack has no gateway")
+        return gateways[0].url
 
     def stop(self) -> None:
         """Stop all that it started, in the order in which nobody misses anybody: gateways, services, brokers."""

@@ -27,7 +27,7 @@ from typing import Final, Self
 
 from shared.settings import KafkaFlavor
 from shared.stack import record as records
-from shared.stack.health import Health, ask
+from shared.stack.health import NO_ANSWER, Health, ask
 from shared.stack.kafka import Broker, find_kafka
 from shared.stack.ports import HOST, free_port, preferred_port
 from shared.stack.processes import ManagedProcess, StackError
@@ -207,7 +207,8 @@ class Stack:
 
     def wait_ready(self, *names: str, timeout_s: float | None = None) -> None:
         """Return when the services named (all, if none is) are ready. Raises `StackError` with what they lack."""
-        waiting = dict.fromkeys(names or [part.name for part in self.record.parts if part.is_service], "")
+        services = names or [part.name for part in self.record.parts if part.is_service]
+        waiting = dict.fromkeys(services, NO_ANSWER)
         deadline_s = time.monotonic() + (timeout_s or self.options.ready_s)
         while waiting:
             for name in list(waiting):
@@ -308,7 +309,7 @@ class Stack:
         earlier = records.read(self.run_dir)
         if earlier is None:
             return
-        if earlier.alive and earlier.of(GATEWAY.name):
+        if earlier.running:
             raise StackRunning(
                 f"a stack runs in {self.run_dir} already; stop it (outrider down) or name another run directory"
             )
