@@ -32,11 +32,12 @@ NAMED_IN = (
 
 
 @pytest.fixture(scope="module")
-def built() -> deployment.Built:
-    """What k8s/base becomes."""
+def built(request: pytest.FixtureRequest) -> deployment.Built:
+    """What k8s/base becomes; the run prints who built it."""
     found = deployment.kubernetes()
-    by = {"kubectl": "kubectl kustomize", "files": "this test, from the files (there is no kubectl here)"}
-    print(f"k8s/base was built by {by[found.by]}")
+    by = {"kubectl": "kubectl kustomize", "files": "the tests, from its files: there is no kubectl here"}
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\nk8s/base: built by {by[found.by]}", flush=True)
     return found
 
 
@@ -377,7 +378,18 @@ for module in modules:
         ("kv-session.txt", ["services.kv_session.__main__"]),
         ("gateway.txt", ["services.draft_gateway.__main__"]),
         ("verifier-cpu.txt", ["services.verifier.__main__"]),
-        ("models.txt", ["shared.cli", "shared.models", "gguf", "numpy", "safetensors.numpy", "tokenizers"]),
+        (
+            "models.txt",
+            [
+                "shared.cli",
+                "shared.models",
+                "shared.conversion",
+                "gguf",
+                "numpy",
+                "safetensors.numpy",
+                "tokenizers",
+            ],
+        ),
     ],
 )
 def test_a_service_imports_nothing_that_its_requirements_leave_out(
