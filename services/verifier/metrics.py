@@ -15,6 +15,9 @@ CONFLICTS = Counter("outrider_verifier_commit_conflicts", "Commits that Redis re
 TAKEOVERS = Counter("outrider_verifier_takeovers", "Sessions taken over from another verifier process.")
 EVICTIONS = Counter("outrider_verifier_evictions", "Sessions whose KV was freed, by reason.", ["reason"])
 SESSIONS = Gauge("outrider_verifier_sessions", "Sessions with live KV.")
+ENGINE_SESSIONS = Gauge(
+    "outrider_verifier_engine_sessions", "Sessions that the engine holds, by what they do there.", ["state"]
+)
 KV_USAGE = Gauge("outrider_verifier_kv_usage_ratio", "Share of the KV cache in use.")
 STEP_MS = Gauge("outrider_verifier_step_milliseconds", "Running mean of an engine step.")
 VERIFY_SECONDS = Histogram(

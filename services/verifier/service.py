@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 GROUP = "outrider-verifiers"
 STOP_DEADLINE_S = 5.0
+PLACE_DEADLINE_S = 5.0
 
 
 class VerifierService:
@@ -55,6 +56,8 @@ class VerifierService:
         self.app: FastAPI = create_app("Outrider verifier", self.readiness)
         self._info: EngineInfo | None = None
         self._shells: dict[str, SessionShell] = {}
+        self._holding: set[SessionShell] = set()
+        self._forgotten = asyncio.Event()
         self._chains: WeakValueDictionary[str, Chain] = WeakValueDictionary()
         self._background: set[asyncio.Task[None]] = set()
         self._drafts: Reader[DraftsMessage] | None = None
@@ -159,14 +162,14 @@ class VerifierService:
             message=f"{self.settings.session_queue} messages of this session wait already",
             retry_after_s=1.0,
         )
-        self.background(self._send_fault(fault, message.reply.partition))
-        self.done(received)
+        self.background(self._send_fault(fault, message.reply.partition, received))
 
-    async def _send_fault(self, fault: Fault, partition: int) -> None:
+    async def _send_fault(self, fault: Fault, partition: int, received: Received[DraftsMessage]) -> None:
         try:
             await self.bus.send(fault, partition=partition)
         except OutriderError as error:
             log.warning("could not publish a fault for %s: %s", fault.session, error)
+        self.done(received)
 
     async def _read_placements(self, placements: Reader[PlacementsMessage]) -> None:
         async for received in placements:
@@ -214,25 +217,41 @@ class VerifierService:
         shell.handle(core.Evict(reason))
 
     @property
-    def _holding(self) -> list[SessionShell]:
-        return [shell for shell in self._shells.values() if shell.holds_kv]
+    def sessions(self) -> frozenset[str]:
+        """The sessions that this verifier is busy with or holds KV for."""
+        return frozenset(self._shells)
 
-    def make_room(self, session: str) -> bool:
-        """Whether one more session may hold KV; the one that has been idle longest goes if it must."""
-        holding = self._holding
-        if len(holding) < self.settings.max_sessions:
-            return True
-        idle = [shell for shell in holding if shell.idle and shell.session != session]
-        now_s = time.monotonic()
-        longest = min(idle, key=lambda shell: shell.last_active_s, default=None)
-        if longest is None or now_s - longest.last_active_s < self.settings.room_after_s:
-            return False
-        self._evict(longest, "room")
+    async def take_place(self, shell: SessionShell) -> bool:
+        """Whether one more session may hold KV; if it must, the one that has been idle longest goes, and has gone."""
+        leaving: SessionShell | None = None
+        if len(self._holding) >= self.settings.max_sessions:
+            leaving = min(
+                (held for held in self._holding if held.idle), key=lambda s: s.last_active_s, default=None
+            )
+            if leaving is None or time.monotonic() - leaving.last_active_s < self.settings.room_after_s:
+                return False
+            self._holding.discard(leaving)
+        self._holding.add(shell)
+        shell.kv_free.clear()
+        if leaving is not None:
+            self._evict(leaving, "room")
+            try:
+                async with asyncio.timeout(PLACE_DEADLINE_S):
+                    await leaving.kv_free.wait()
+            except TimeoutError:
+                self._holding.discard(shell)
+                return False
         return True
+
+    def leave_place(self, shell: SessionShell) -> None:
+        """The engine holds nothing of this session any more."""
+        self._holding.discard(shell)
+        shell.kv_free.set()
 
     def forget(self, session: str) -> None:
         """Drop the shell; what its chain still has to do (closing, releasing) goes before a new shell's work."""
         self._shells.pop(session, None)
+        self._forgotten.set()
 
     def done(self, received: Received[DraftsMessage]) -> None:
         """The message needs no reading again."""
@@ -240,7 +259,10 @@ class VerifierService:
             self._drafts.done(received)
 
     def background(self, work: Coroutine[None, None, None]) -> None:
-        """Run something that nobody waits for, within bounds."""
+        """Run something that nobody waits for.
+
+        Bounded by what the reader hands out: an answer holds its message open, and a session has one note under way.
+        """
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
@@ -263,6 +285,9 @@ class VerifierService:
         assert info is not None
         stats = await self.engine.stats()
         metrics.SESSIONS.set(len(self._holding))
+        metrics.ENGINE_SESSIONS.labels("parked").set(stats.parked)
+        metrics.ENGINE_SESSIONS.labels("running").set(stats.running)
+        metrics.ENGINE_SESSIONS.labels("waiting").set(stats.waiting)
         metrics.KV_USAGE.set(stats.kv_usage)
         metrics.STEP_MS.set(stats.step_ms)
         heartbeat = Heartbeat(
@@ -300,14 +325,20 @@ class VerifierService:
             return
         for shell in list(self._shells.values()):
             self._evict(shell, "stopping")
-        chains = [chain.drained() for chain in self._chains.values()]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_DEADLINE_S):
-                await asyncio.gather(*chains)
+                await self._all_forgotten()
         if self._background:
             await asyncio.wait(self._background, timeout=STOP_DEADLINE_S)
         if self._info is not None and self.engine.healthy():
             await self._send_heartbeat()
+
+    async def _all_forgotten(self) -> None:
+        while self._shells:
+            self._forgotten.clear()
+            await self._forgotten.wait()
+        for chain in list(self._chains.values()):
+            await chain.drained()
 
     async def _wind_up(self) -> None:
         for task in list(self._background):
