@@ -5,13 +5,16 @@ No container is run: there may be no Docker engine and no cluster here.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -333,43 +336,56 @@ def test_a_model_of_ones_own_that_is_missing_is_named(tmp_path: Path) -> None:
 
 # --- what an image needs ----------------------------------------------------------------------------------------------
 
-IMPORTS = """
-import importlib.metadata as metadata, re, sys
-from importlib.machinery import PathFinder
-from pathlib import Path
-
-name, *modules = sys.argv[1:]
-
-def normal(text):
-    return re.sub(r"[-_.]+", "-", re.match(r"[\\w.-]+", text.strip())[0]).lower()
-
-def closure(wanted, seen):
-    for requirement in wanted:
-        key = normal(requirement)
-        if key not in seen:
-            seen.add(key)
-            try:
-                needs = metadata.requires(key) or []
-            except metadata.PackageNotFoundError:
-                continue
-            closure([need for need in needs if "extra ==" not in need], seen)
-    return seen
-
-lines = Path(name).read_text().splitlines()
-allowed = closure([line for line in lines if line and not line.startswith(("#", "-"))], set()) | {"outrider"}
-owners = {module: {normal(owner) for owner in found} for module, found in metadata.packages_distributions().items()}
+IMPORTING = """
+import sys
 
 class Guard:
     @staticmethod
     def find_spec(fullname, path=None, target=None):
-        top = fullname.partition(".")[0]
-        if top in owners and not owners[top] & allowed:
+        if fullname.partition(".")[0] in forbidden:
             raise ModuleNotFoundError(f"{fullname} is not among the requirements", name=fullname)
 
+forbidden = set(sys.stdin.read().split())
 sys.meta_path.insert(0, Guard)
-for module in modules:
+for module in sys.argv[1:]:
     __import__(module)
 """
+
+
+def normal(requirement: str) -> str:
+    """The normal form of the name with which a requirement begins."""
+    return (
+        re.split(r"[^\w.-]", requirement.strip(), maxsplit=1)[0].replace("_", "-").replace(".", "-").lower()
+    )
+
+
+def with_needs(requirements: Iterable[str], found: set[str]) -> set[str]:
+    """The distributions that are asked for, and all that these need."""
+    for name in map(normal, requirements):
+        if name not in found:
+            found.add(name)
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                needs = metadata.requires(name) or []
+                with_needs((need for need in needs if "extra ==" not in need), found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def owners() -> Mapping[str, set[str]]:
+    """Which distributions every module that is installed belongs to."""
+    return {module: set(map(normal, names)) for module, names in metadata.packages_distributions().items()}
+
+
+def import_with(
+    owners: Mapping[str, set[str]], requirements: Iterable[str], modules: Iterable[str]
+) -> subprocess.CompletedProcess[str]:
+    """Import the modules in a process that has nothing installed but the requirements, and Outrider itself."""
+    allowed = with_needs(requirements, {"outrider"})
+    forbidden = [module for module, names in owners.items() if not names & allowed]
+    return subprocess.run(
+        [sys.executable, "-c", IMPORTING, *modules],
+        input=" ".join(forbidden), capture_output=True, text=True, timeout=100, check=False, cwd=ROOT,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -380,34 +396,20 @@ for module in modules:
         ("verifier-cpu.txt", ["services.verifier.__main__"]),
         (
             "models.txt",
-            [
-                "shared.cli",
-                "shared.models",
-                "shared.conversion",
-                "gguf",
-                "numpy",
-                "safetensors.numpy",
-                "tokenizers",
-            ],
+            ["shared.cli", "shared.models", "shared.conversion", "gguf", "safetensors.numpy", "tokenizers"],
         ),
     ],
 )
 def test_a_service_imports_nothing_that_its_requirements_leave_out(
-    requirements: str, modules: list[str]
+    requirements: str, modules: list[str], owners: Mapping[str, set[str]]
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORTS, str(ROOT / "requirements" / requirements), *modules],
-        capture_output=True, text=True, timeout=100, check=False, cwd=ROOT,
-    )  # fmt: skip
+    lines = (ROOT / "requirements" / requirements).read_text().splitlines()
+    asked = [line for line in lines if line and not line.startswith(("#", "-"))]
+    done = import_with(owners, asked, modules)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_requirement_that_is_missing_is_found_out(tmp_path: Path) -> None:
-    short = tmp_path / "short.txt"
-    short.write_text("pydantic==2\n")
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORTS, str(short), "aiokafka"],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+def test_a_requirement_that_is_missing_is_found_out(owners: Mapping[str, set[str]]) -> None:
+    done = import_with(owners, ["pydantic==2"], ["pydantic", "aiokafka"])
     assert done.returncode != 0
     assert "aiokafka is not among the requirements" in done.stderr
