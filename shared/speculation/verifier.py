@@ -343,16 +343,27 @@ class VerifierSession:
             self._open = None
             return [*self._answer(self._as_claimed(message)), *self._park()]
         self._uncommitted.clear()
+        return [*stopped, *self._restore(event, message)]
+
+    def _restore(self, event: Claimed, message: Prompt | Block) -> list[VerifierAction]:
+        """Answer what asked for the claim and what waits; KV is restored when there is something to verify."""
+        waiting, self._waiting = self._waiting, None
         self._verdict = self._recalled(event, message)
-        message = self._as_claimed(message)
-        known = self._answer_without_pass(message)
-        if known is not None:  # KV is restored when there is something to verify
-            return [*stopped, known, *self._let_go(release=True)]
-        self._phase = Phase.PREFILLING
-        self._open = message
-        self._submitted = self.base - message.base
-        self._engine_open = True
-        return [*stopped, OpenEngine(event.committed)]
+        known = self._answer_without_pass(self._as_claimed(message))
+        if known is None:
+            self._phase = Phase.PREFILLING
+            self._open = self._as_claimed(message)
+            self._waiting = waiting
+            self._submitted = self.base - message.base
+            self._engine_open = True
+            return [OpenEngine(event.committed)]
+        if waiting is None:
+            return [known, *self._let_go(release=True)]
+        if waiting.epoch > event.epoch:
+            return [known, *self._claim(waiting)]
+        if waiting.epoch < message.epoch:
+            return [known, self._stale(waiting), *self._let_go(release=True)]
+        return [known, *self._restore(event, waiting)]
 
     def _as_claimed(self, message: Prompt | Block) -> Prompt | Block:
         """The message that made us claim: it was current when it came, so it counts in our epoch."""

@@ -282,6 +282,42 @@ def test_what_waits_during_a_claim_is_answered_after_it() -> None:
     assert session.handle(Committed(3))[-1] == Verify(2, 3, (12,))
 
 
+def test_what_waits_is_answered_when_the_claim_was_for_something_older() -> None:
+    session = VerifierSession("s", max_block=4)
+    session.handle(prompt())
+    session.handle(block(1, 1, 11))
+    claimed = Claimed(epoch=2, committed=(10, 11, 5), gateway="g", last_round=1, last_base=1)
+    actions = session.handle(claimed)
+    stale, verdict = published(actions)
+    assert isinstance(stale, Stale)
+    assert isinstance(verdict, Verdict)
+    assert (verdict.epoch, verdict.round, verdict.accepted, verdict.tokens) == (2, 1, 1, (11, 5))
+    assert actions[2:] == [Release(2), Forget()]
+
+
+def test_kv_is_restored_for_what_waits_when_the_claim_was_for_something_older() -> None:
+    session = VerifierSession("s", max_block=4)
+    session.handle(prompt())
+    session.handle(block(2, 3, 12))
+    claimed = Claimed(epoch=1, committed=(10, 11, 5), gateway="g", last_round=1, last_base=1)
+    actions = session.handle(claimed)
+    assert len(published(actions)) == 1
+    assert actions[1:] == [OpenEngine((10, 11, 5))]
+    session.handle(EngineAnswered((12,)))
+    (verdict,) = published(session.handle(Committed(4)))
+    assert isinstance(verdict, Verdict)
+    assert (verdict.round, verdict.base, verdict.tokens) == (2, 3, (12,))
+
+
+def test_what_waits_in_a_newer_epoch_than_the_claims_is_claimed_in_turn() -> None:
+    session = VerifierSession("s", max_block=4)
+    session.handle(prompt())
+    session.handle(block(2, 3, 12, epoch=3))
+    claimed = Claimed(epoch=1, committed=(10, 11, 5), gateway="g", last_round=1, last_base=1)
+    assert session.handle(claimed)[1:] == [Claim(3, "g")]
+    assert session.handle(Claimed(epoch=3, committed=(10, 11, 5), gateway="g")) == [OpenEngine((10, 11, 5))]
+
+
 def test_what_waits_when_the_generation_ends_is_told_that_it_has_ended() -> None:
     session = parked()
     session.handle(block(1, 1, 11))
