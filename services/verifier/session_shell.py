@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Protocol
 
 from services.verifier import metrics
@@ -45,8 +45,11 @@ class Host(Protocol):
     bus: Bus
     incarnation: str
 
-    def make_room(self, session: str) -> bool:
-        """Whether one more session may hold KV (an idle one may have to go)."""
+    async def take_place(self, shell: SessionShell) -> bool:
+        """Whether this session may hold KV; an idle one may have to go first."""
+
+    def leave_place(self, shell: SessionShell) -> None:
+        """The engine holds nothing of this session any more."""
 
     def forget(self, session: str) -> None:
         """The session's state here has ended."""
@@ -96,6 +99,7 @@ class SessionShell:
         self.chain = chain
         self.partition = -1
         self.last_active_s = time.monotonic()
+        self.kv_free = asyncio.Event()
         self._host = host
         self._core = core.VerifierSession(session, max_block=max_block)
         self._state: SessionState | None = None
@@ -103,17 +107,16 @@ class SessionShell:
         self._reader: asyncio.Task[None] | None = None
         self._trace: TraceContext | None = None
         self._unanswered: list[Received[DraftsMessage]] = []
+        self._answers: list[tuple[VerdictsMessage, ReplyRoute]] = []
+        self._round: core.Verify | None = None
+        self._noting = False
+        self._closing = False
         self._arrived_s = self._answered_s = self._committed_s = 0.0
 
     @property
     def idle(self) -> bool:
         """Parked, waiting for a block."""
         return self._core.idle
-
-    @property
-    def holds_kv(self) -> bool:
-        """Whether the engine holds the session."""
-        return self._reader is not None
 
     @property
     def epoch(self) -> int:
@@ -143,10 +146,33 @@ class SessionShell:
         """Feed the core and do what it says."""
         for action in self._core.handle(event):
             self._act(action)
+        answers, self._answers = self._answers, []
+        answered: list[Received[DraftsMessage]] = []
         if self._core.settled:
-            for received in self._unanswered:
-                self._host.done(received)
-            self._unanswered.clear()
+            answered, self._unanswered = self._unanswered, []
+        if answers:
+            self._host.background(self._send(answers, answered))
+        else:
+            self._done(answered)
+
+    def _done(self, answered: Sequence[Received[DraftsMessage]]) -> None:
+        for received in answered:
+            self._host.done(received)
+
+    def _later(self, step: Step) -> None:
+        """Run `step` after all others of this session; a defect in it costs the session its round and no more."""
+
+        async def guarded() -> None:
+            try:
+                await step()
+            except Exception:
+                self._fail_by_defect()
+
+        self.chain.put(guarded)
+
+    def _fail_by_defect(self) -> None:
+        log.exception("a defect in handling %s", self.session)
+        self.handle(core.Failed("internal_error", "the verifier failed on this session; its log says why"))
 
     # --- actions --------------------------------------------------------------------------------------
 
@@ -155,26 +181,28 @@ class SessionShell:
             case core.Publish(message=message, route=route):
                 self._publish(message, route)
             case core.Verify():
-                self.chain.put(lambda: self._verify(action))
+                self._later(lambda: self._verify(action))
             case core.Commit():
-                self.chain.put(lambda: self._commit(action))
+                self._later(lambda: self._commit(action))
             case core.Claim():
-                self.chain.put(lambda: self._claim(action))
+                self._later(lambda: self._claim(action))
             case core.OpenEngine(committed=committed):
-                self._open_engine(committed)
+                self._later(lambda: self._open_engine(committed))
             case core.CloseEngine():
+                self._closing = True
                 self._stop_reading()
-                self.chain.put(self._close_engine)
+                self._later(self._close_engine)
             case core.Release(epoch=epoch):
-                self.chain.put(lambda: self._release(epoch))
+                self._later(lambda: self._release(epoch))
             case core.Forget():
                 self._stop_reading()
+                if not self._closing:  # the engine has let go of it by itself, or never held it
+                    self._host.leave_place(self)
                 self._host.forget(self.session)
 
     def _publish(self, message: VerdictsMessage | ExitsMessage, route: ReplyRoute) -> None:
-        trace = self._trace.child() if self._trace is not None else None
         if isinstance(message, Hint):
-            self._host.bus.post(message, partition=route.partition, trace=trace)
+            self._host.bus.post(message, partition=route.partition, trace=self._child_trace())
             metrics.HINTS.inc()
             return
         if isinstance(message, Verdict):
@@ -187,13 +215,24 @@ class SessionShell:
                 }
             )
         metrics.ANSWERS.labels(message.kind).inc()
-        self._host.background(self._send(message, route, trace))
+        self._answers.append((message, route))
 
-    async def _send(self, message: VerdictsMessage, route: ReplyRoute, trace: TraceContext | None) -> None:
-        try:
-            await self._host.bus.send(message, partition=route.partition, trace=trace)
-        except OutriderError as error:  # it is committed: the gateway asks again and gets the same answer
-            log.warning("could not publish a %s for %s: %s", message.kind, self.session, error)
+    async def _send(
+        self,
+        answers: Sequence[tuple[VerdictsMessage, ReplyRoute]],
+        answered: Sequence[Received[DraftsMessage]],
+    ) -> None:
+        """Publish the answers; only then the messages that they answer need no reading again."""
+        trace = self._child_trace()
+        for message, route in answers:
+            try:
+                await self._host.bus.send(message, partition=route.partition, trace=trace)
+            except OutriderError as error:  # it is committed: the gateway asks again and gets the same answer
+                log.warning("could not publish a %s for %s: %s", message.kind, self.session, error)
+        self._done(answered)
+
+    def _child_trace(self) -> TraceContext | None:
+        return self._trace.child() if self._trace is not None else None
 
     async def _claim(self, action: core.Claim) -> None:
         try:
@@ -215,6 +254,9 @@ class SessionShell:
                     "took over %s at %d committed tokens, epoch %d", self.session, state.base, state.epoch
                 )
                 metrics.TAKEOVERS.inc()
+            if self._core.phase is core.Phase.ENDED:  # cancelled meanwhile
+                await self._release(state.epoch)
+                return
             self._state, self._prompt = state, claim.prompt
             self.handle(
                 core.Claimed(
@@ -279,40 +321,39 @@ class SessionShell:
             self.handle(core.Failed("unavailable", "the engine let go of the session", RETRY_AFTER_S))
             return
         # A stale block needs no answer of its own: the engine went on by itself, and what it said is on its way.
-        self._host.background(self._note_round(action))
+        self._round = action
+        if not self._noting:
+            self._noting = True
+            self._host.background(self._note_rounds())
 
-    async def _note_round(self, action: core.Verify) -> None:
-        """The round in flight, for operators and for whoever takes over; nothing waits for it."""
+    async def _note_rounds(self) -> None:
+        """Note the round in flight, for operators; nothing waits for it. One at a time: of several, the newest."""
         try:
-            await self._host.store.set_round(
-                self.session,
-                epoch=self._core.epoch,
-                round=action.round,
-                base=action.base,
-                block=action.tokens,
-            )
+            while self._round is not None:
+                noted, self._round = self._round, None
+                await self._host.store.set_round(
+                    self.session,
+                    epoch=self._core.epoch,
+                    round=noted.round,
+                    base=noted.base,
+                    block=noted.tokens,
+                )
         except OutriderError as error:
             log.debug("could not note a round of %s: %s", self.session, error)
+        finally:
+            self._noting = False
 
     # --- the engine's stream --------------------------------------------------------------------------
 
-    def _open_engine(self, committed: Tokens) -> None:
-        if not self._host.make_room(self.session):
-            self.chain.put(self._refuse_for_room)
+    async def _open_engine(self, committed: Tokens) -> None:
+        if self._core.phase is not core.Phase.PREFILLING:
             return
-        assert self._state is not None
-        params = self._state.params
-
-        async def start() -> None:
-            if self._core.phase is core.Phase.PREFILLING:
-                self._start_reading(committed, params)
-
-        self.chain.put(start)
-
-    async def _refuse_for_room(self) -> None:
-        self.handle(
-            core.Failed("overloaded", "every place on this verifier is taken; try again later", RETRY_AFTER_S)
-        )
+        if not await self._host.take_place(self):
+            text = "every place on this verifier is taken; try again later"
+            self.handle(core.Failed("overloaded", text, RETRY_AFTER_S))
+            return
+        if self._core.phase is core.Phase.PREFILLING and self._state is not None:
+            self._start_reading(committed, self._state.params)
 
     def _start_reading(self, committed: Tokens, params: GenerationParams) -> None:
         try:
@@ -329,6 +370,8 @@ class SessionShell:
                 self.handle(core.EngineAnswered(output.tokens, output.finish_reason))
         except OutriderError as error:
             self.handle(_failed(error))
+        except Exception:
+            self._fail_by_defect()
 
     def _stop_reading(self) -> None:
         if self._reader is not None and self._reader is not asyncio.current_task():
@@ -340,6 +383,9 @@ class SessionShell:
             await self._host.engine.close(self.session)
         except OutriderError as error:
             log.debug("closing %s in the engine: %s", self.session, error)
+        finally:
+            self._closing = False
+            self._host.leave_place(self)
 
     async def _release(self, epoch: int) -> None:
         try:
