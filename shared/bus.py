@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
 from typing import Any, Final, Literal, NotRequired, Self, TypedDict, Unpack, overload
+from weakref import WeakSet
 
 from aiokafka.admin import NewTopic
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
@@ -69,7 +70,13 @@ __all__ = [
 ]
 
 MAX_MESSAGE_BYTES: Final = 2 << 20
-"""Longest message: a prompt of 128k tokens takes 0.8 MB as JSON; a dead letter is a third longer than its original."""
+"""Longest message: a prompt of 128k tokens takes 0.8 MB as JSON."""
+
+BATCH_OVERHEAD_BYTES: Final = 64 << 10
+"""What headers, keys and framing may add to a message."""
+
+SEGMENT_BYTES: Final = 64 << 20
+"""Kafka forgets whole segments: in small ones, what is old goes soon."""
 
 MAX_HINTS_IN_FLIGHT: Final = 256
 """Hints waiting or unacknowledged before more are dropped: what is older than that many has missed its round."""
@@ -179,6 +186,7 @@ class Bus:
         self._producer: Producer | None = None
         self._hints: Producer | None = None
         self._hints_under_way = 0
+        self._readers: WeakSet[Reader[Any]] = WeakSet()
 
     @property
     def capabilities(self) -> Capabilities:
@@ -223,7 +231,9 @@ class Bus:
         )
 
     async def stop(self) -> None:
-        """Wait until everything sent is acknowledged, at most 5 s, and disconnect. Readers are to be stopped before."""
+        """Stop the readers, wait until everything sent is acknowledged, at most 5 s, and disconnect."""
+        for reader in tuple(self._readers):
+            await reader.stop()
         producer, self._producer = self._producer, None
         hints, self._hints = self._hints, None
         if hints is not None:
@@ -360,7 +370,7 @@ class Bus:
         self.partitions(topic)
         group, member = self._settings.topic_prefix + options["group"], options.get("member")
         timeout_ms = int(options.get("session_timeout_s", 6.0) * 1000)
-        return GroupReader(
+        reader: GroupReader[Any] = GroupReader(
             self._plan(topic),
             group=group,
             member=member,
@@ -379,6 +389,8 @@ class Bus:
             on_assigned=options.get("on_assigned"),
             on_revoked=options.get("on_revoked"),
         )
+        self._readers.add(reader)
+        return reader
 
     # --- the inside -------------------------------------------------------------------------------------------
 
@@ -408,9 +420,9 @@ class Bus:
         if producer is None:
             raise BrokerUnavailable(NOT_STARTED)
         value, key = encode(message), _key(message)
-        if len(value) > MAX_MESSAGE_BYTES:
+        if len(value) > (longest := _longest(message.topic)):
             raise ProtocolError(
-                f"a message for {message.topic} is too long: {len(value)} bytes, at most {MAX_MESSAGE_BYTES} are sent"
+                f"a message for {message.topic} is too long: {len(value)} bytes, at most {longest} are sent"
             )
         if partition is None:
             partition = (murmur2(key) & 0x7FFFFFFF) % self.partitions(message.topic) if key is not None else 0
@@ -442,12 +454,19 @@ class Bus:
             Topic.VERDICTS: settings.reply_partitions,
             Topic.DEAD_LETTERS: 1,
         }
-        configs = {"max.message.bytes": str(MAX_MESSAGE_BYTES)} if self._capabilities.topic_settings else {}
+        configs = {
+            "max.message.bytes": str(_longest(topic) + BATCH_OVERHEAD_BYTES),
+            "min.insync.replicas": str(max(1, settings.replication_factor - 1)),
+        }
+        if topic is not Topic.DEAD_LETTERS:
+            # Redis holds what matters of a session; a message older than its session is of no use.
+            configs["retention.ms"] = str(int(settings.session_ttl_s * 1000))
+            configs["segment.bytes"] = str(SEGMENT_BYTES)
         return NewTopic(
             self._name(topic),
             counts.get(topic, settings.sessions_partitions),
             settings.replication_factor,
-            topic_configs=configs,
+            topic_configs=configs if self._capabilities.topic_settings else {},
         )
 
     def _plan(self, topic: Topic) -> ReaderPlan:
@@ -468,6 +487,11 @@ class Bus:
 
     async def _send_dead_letter(self, letter: DeadLetter) -> None:
         await self.send(letter, partition=0)
+
+
+def _longest(topic: Topic) -> int:
+    """The longest message of a topic, bytes; a dead letter holds one as base64."""
+    return MAX_MESSAGE_BYTES * 3 // 2 if topic is Topic.DEAD_LETTERS else MAX_MESSAGE_BYTES
 
 
 def _key(message: AnyMessage) -> bytes | None:

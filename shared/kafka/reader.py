@@ -392,6 +392,13 @@ class GroupReader(Reader[M]):
         self._fetcher = self._new_fetcher()
         await self._join()
         self._upkeep = asyncio.create_task(self._keep_up(), name=f"membership of {self._group}")
+        self._upkeep.add_done_callback(self._upkeep_ended)
+
+    def _upkeep_ended(self, task: asyncio.Task[None]) -> None:
+        """Without upkeep nothing is committed: whoever reads must know."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._failure = BrokerUnavailable(f"the membership of {self._group} has ended: {error!r}")
+            self._wake()
 
     async def _join(self) -> None:
         """Become a member; tries until it is cancelled."""

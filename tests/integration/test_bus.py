@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -671,6 +672,8 @@ async def test_a_stopped_bus_leaves_no_task_behind(bus_settings: CommonSettings)
     before = asyncio.all_tasks()
     async with Bus(bus_settings, client="test") as bus:
         await bus.ensure_topics()
+        forgotten = bus.reader(Topic.EXITS)
+        await forgotten.start()
         async with bus.reader(Topic.VERDICTS), bus.group_reader(Topic.DRAFTS, group="verifiers", member="v"):
             await bus.send(verdict(1), partition=0)
     await until(lambda: asyncio.all_tasks() <= before)
@@ -742,3 +745,33 @@ async def test_sending_while_the_broker_is_away_fails_clearly_at_the_deadline(ow
         assert bus.post(hint(1), partition=0)
         started = time.monotonic()
     assert time.monotonic() - started < 15.0, "stopping waits for the broker without end"
+
+
+async def test_a_broker_that_hangs_is_given_up_at_the_deadline_and_used_again_when_it_goes_on(
+    own_kafka: Broker,
+) -> None:
+    async with Bus(settings_for(own_kafka, bus_deadline_s=3.0), client="test") as bus:
+        await bus.ensure_topics()
+        async with bus.reader(Topic.VERDICTS, partitions=[0]) as reader:
+            await bus.send(verdict(0), partition=0)
+            own_kafka.kill(signal.SIGSTOP)
+            try:
+                started = time.monotonic()
+                with pytest.raises(BrokerUnavailable):
+                    await bus.send(verdict(1), partition=0)
+                assert time.monotonic() - started < 5.0
+            finally:
+                own_kafka.kill(signal.SIGCONT)
+            deadline = time.monotonic() + 30
+            while True:
+                try:
+                    await bus.send(verdict(2), partition=0)
+                    break
+                except BrokerUnavailable:
+                    assert time.monotonic() < deadline
+            received = [(await take(reader, 1))[0].message.round]
+            while received[-1] != 2:
+                received.append((await take(reader, 1))[0].message.round)
+            assert received in ([0, 2], [0, 1, 2]), (
+                "what was not acknowledged may arrive, but once and in its place"
+            )

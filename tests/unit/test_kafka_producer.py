@@ -139,7 +139,7 @@ async def settled(*futures: asyncio.Future[None]) -> list[BaseException | None]:
     st.lists(st.sampled_from(["ok", "lost before", "lost after", NOT_LEADER, 7, 19]), max_size=30),
     st.integers(0, 2**32),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_whatever_is_lost_every_record_arrives_once_and_in_order(script: list[str | int], seed: int) -> None:
     async def run() -> None:
         dice = random.Random(seed)
