@@ -232,8 +232,7 @@ class Bus:
 
     async def stop(self) -> None:
         """Stop the readers, wait until everything sent is acknowledged, at most 5 s, and disconnect."""
-        for reader in tuple(self._readers):
-            await reader.stop()
+        await asyncio.gather(*(reader.stop() for reader in tuple(self._readers)))
         producer, self._producer = self._producer, None
         hints, self._hints = self._hints, None
         if hints is not None:
@@ -313,8 +312,9 @@ class Bus:
         if self._hints_under_way >= MAX_HINTS_IN_FLIGHT:
             self._metrics.hints_dropped.labels("full").inc()
             return False
+        settled = self._hand_over(self._hints, message, partition, trace)
         self._hints_under_way += 1
-        self._hand_over(self._hints, message, partition, trace).add_done_callback(self._posted)
+        settled.add_done_callback(self._posted)
         return True
 
     # --- reading ----------------------------------------------------------------------------------------------
