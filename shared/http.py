@@ -34,6 +34,7 @@ from shared.protocol import SCHEMA_VERSION
 from shared.telemetry import METRICS_CONTENT_TYPE, render_metrics
 
 Settings = TypeVar("Settings", bound=BaseSettings)
+Service = TypeVar("Service")
 
 GRACE_S: Final = 10.0
 START_S: Final = 10.0
@@ -292,5 +293,15 @@ def load_settings(kind: type[Settings]) -> Settings:
         prefix = str(kind.model_config.get("env_prefix", ""))
         for fault in error.errors(include_url=False, include_context=False):
             name = prefix + "_".join(str(part) for part in fault["loc"]).upper()
-            print(f"{name}={fault['input']!r}: {fault['msg']}", file=sys.stderr)
+            reason = fault["msg"].removeprefix("Value error, ")
+            print(f"{name}={fault['input']!r}: {reason}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def build_service(make: Callable[[], Service]) -> Service:
+    """The service that `make` gives; ends the process with one line of the log when what it needs isn't there."""
+    try:
+        return make()
+    except OutriderError as error:
+        logger.critical("%s", error.message)
+        raise SystemExit(1) from None

@@ -7,17 +7,38 @@ pydantic-settings: `OUTRIDER_SECRETS_DIR`). Names are unique over all services, 
 
 from __future__ import annotations
 
+import logging
 import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 Seconds = Annotated[float, Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
+
+
+def _addresses(value: str) -> str:
+    """host:port[,host:port], as Kafka's clients read it."""
+    for address in value.split(","):
+        host, _, port = address.strip().rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) <= 65535:
+            raise ValueError(f"{address!r} is no address; write host:port[,host:port]")
+    return value
+
+
+def _level(value: str) -> str:
+    known = [name for name in logging.getLevelNamesMapping() if name != "NOTSET"]
+    if value.upper() not in known:
+        raise ValueError(f"no such level; one of {', '.join(known)} is right")
+    return value
+
+
+Addresses = Annotated[str, AfterValidator(_addresses)]
+LogLevel = Annotated[str, AfterValidator(_level)]
 
 SECRETS_DIR = os.environ.get("OUTRIDER_SECRETS_DIR")
 
@@ -48,7 +69,7 @@ class CommonSettings(BaseSettings):
         env_ignore_empty=True,
     )
 
-    kafka: str = Field("127.0.0.1:9092", description="Kafka bootstrap servers, host:port[,host:port].")
+    kafka: Addresses = Field("127.0.0.1:9092", description="Kafka bootstrap servers, host:port[,host:port].")
     kafka_flavor: KafkaFlavor = Field(
         KafkaFlavor.APACHE,
         description="Broker flavour: 'apache', or 'tansu' (no idempotence, short fetches).",
@@ -76,7 +97,7 @@ class CommonSettings(BaseSettings):
         20.0, description="How long an operation waits for Redis before it fails."
     )
     session_ttl_s: Seconds = Field(3600.0, description="A session untouched for so long expires from Redis.")
-    log_level: str = Field("INFO", description="Least level that is logged.")
+    log_level: LogLevel = Field("INFO", description="Least level that is logged.")
     log_format: LogFormat = Field(LogFormat.TEXT, description="Log lines as 'text' or 'json'.")
 
 

@@ -7,8 +7,7 @@ import sys
 
 from services.draft_gateway.service import DraftGateway
 from services.draft_gateway.settings import GatewaySettings
-from shared.errors import OutriderError
-from shared.http import load_settings, run_service
+from shared.http import build_service, load_settings, run_service
 from shared.telemetry import configure_logging
 
 
@@ -16,11 +15,7 @@ def main() -> int:
     """Run the gateway; the exit status."""
     settings = load_settings(GatewaySettings)
     configure_logging(settings.log_level, settings.log_format, "draft-gateway")
-    try:
-        gateway = DraftGateway(settings)
-    except OutriderError as error:
-        print(f"draft-gateway: {error.message}", file=sys.stderr)
-        return 1
+    gateway = build_service(lambda: DraftGateway(settings))
     return asyncio.run(
         run_service(gateway.serve, gateway.app, host=settings.gateway_host, port=settings.gateway_port)
     )

@@ -7,7 +7,7 @@ import sys
 
 from services.kv_session.service import KvSessionService
 from services.kv_session.settings import KvSessionSettings
-from shared.http import load_settings, run_service
+from shared.http import build_service, load_settings, run_service
 from shared.telemetry import configure_logging
 
 
@@ -19,7 +19,7 @@ def main() -> int:
 
 
 async def _serve(settings: KvSessionSettings) -> int:
-    service = KvSessionService(settings)
+    service = build_service(lambda: KvSessionService(settings))
     return await run_service(
         service.run, service.app, host=settings.kv_session_host, port=settings.kv_session_port
     )
