@@ -6,8 +6,9 @@ elsewhere. The index grows with the context and is rolled back where a lane assu
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Final
 
 from services.draft_gateway.drafting.engine import (
@@ -24,43 +25,81 @@ LONGEST: Final = 6
 """Tokens of the longest suffix that is looked up."""
 WITNESSES: Final = 8
 """Earlier occurrences that are asked how sure a token is."""
+MOST_COMPARED: Final = 256
+"""Earlier places of the last two tokens that are compared, newest first."""
 MOST_SESSIONS: Final = 1024
 
 
-class _Index:
-    """Where each n-gram of a growing sequence has ended, newest last."""
+class _Chain:
+    """Where each key has occurred in a sequence, newest first. An occurrence is known by its end, 1 or more."""
 
     def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self._ends: dict[Tokens, list[int]] = {}
+        self._newest: dict[Hashable, int] = {}
+        self._previous = array("I")  # for each end, that of the occurrence before; 0 for none
+
+    def push(self, key: Hashable) -> None:
+        """`key` occurs at the next end."""
+        self._previous.append(self._newest.get(key, 0))
+        self._newest[key] = len(self._previous)
+
+    def pop(self, key: Hashable) -> None:
+        """Take the last `push` back; its key was `key`."""
+        if previous := self._previous.pop():
+            self._newest[key] = previous
+        else:
+            del self._newest[key]
+
+    def before(self, end: int) -> Iterator[int]:
+        """The ends of the earlier occurrences of the key that occurs at `end`."""
+        while end := self._previous[end - 1]:
+            yield end
+
+
+class _Index:
+    """A growing sequence, and where its tokens and its pairs of tokens have occurred."""
+
+    def __init__(self) -> None:
+        self._tokens: Tokens = ()
+        self._singles = _Chain()
+        self._pairs = _Chain()
 
     def follow(self, context: Tokens) -> None:
         """Make the indexed sequence `context`, from where the two part on."""
-        common = common_prefix(tuple(self.tokens), context)
-        while len(self.tokens) > common:
-            for gram in self._grams():
-                ends = self._ends[gram]
-                ends.pop()
-                if not ends:
-                    del self._ends[gram]
-            self.tokens.pop()
-        for token in context[common:]:
-            self.tokens.append(token)
-            for gram in self._grams():
-                self._ends.setdefault(gram, []).append(len(self.tokens))
+        common = common_prefix(self._tokens, context)
+        for end in range(len(self._tokens), common, -1):
+            self._singles.pop(self._tokens[end - 1])
+            self._pairs.pop(self._tokens[max(end - 2, 0) : end])
+        for end in range(common + 1, len(context) + 1):
+            self._singles.push(context[end - 1])
+            self._pairs.push(context[max(end - 2, 0) : end])
+        self._tokens = context
 
-    def _grams(self) -> list[Tokens]:
-        """The n-grams that end at the last token, longest first."""
-        longest = min(LONGEST, len(self.tokens))
-        return [tuple(self.tokens[-size:]) for size in range(longest, 0, -1)]
+    def earlier(self) -> list[int]:
+        """Where the longest suffix that occurred before had ended, newest first; empty when none did."""
+        end, best, found = len(self._tokens), 2, list[int]()
+        for compared, earlier in enumerate(self._pairs.before(end) if end > 1 else ()):
+            if compared == MOST_COMPARED or (best == LONGEST and len(found) == WITNESSES):
+                break
+            agreeing = self._agreeing(earlier)
+            if agreeing > best:
+                best, found = agreeing, []
+            if agreeing == best:
+                found.append(earlier)
+        if not found and end:
+            found = [earlier for earlier, _ in zip(self._singles.before(end), range(WITNESSES), strict=False)]
+        return found[:WITNESSES]
 
-    def earlier(self) -> Sequence[int]:
-        """Where the longest suffix that occurred before had ended, newest last; empty when none did."""
-        for gram in self._grams():
-            ends = self._ends[gram]
-            if len(ends) > 1:
-                return ends[-1 - WITNESSES : -1]
-        return ()
+    def _agreeing(self, end: int) -> int:
+        """How many tokens before `end` are those at the end of the sequence, `LONGEST` at most; two are known to be."""
+        tokens, last = self._tokens, len(self._tokens)
+        agreeing = 2
+        while (
+            agreeing < LONGEST
+            and agreeing < end
+            and tokens[end - agreeing - 1] == tokens[last - agreeing - 1]
+        ):
+            agreeing += 1
+        return agreeing
 
 
 class PromptLookup:
@@ -79,21 +118,28 @@ class PromptLookup:
     def _draft(self, request: DraftRequest) -> Draft:
         index = self._index(request.session)
         index.follow(request.context)
-        ends = index.earlier()
-        if not ends:
+        witnesses = index.earlier()
+        if not witnesses:
             return EMPTY
-        sequence, witnesses = list(request.context), list(ends)
+        context, drafted = request.context, list[int]()
+
+        def at(
+            position: int,
+        ) -> int | None:  # may run into what was just copied: repetition goes on repeating
+            if position < len(context):
+                return context[position]
+            return drafted[position - len(context)] if position < len(context) + len(drafted) else None
+
         confidences: list[float] = []
-        source, certainty = ends[-1], 1.0
-        for _ in range(request.length):
-            token = sequence[source]  # may run into what was just copied: repetition goes on repeating
-            agreeing = [end for end in witnesses if end < len(sequence) and sequence[end] == token]
+        source, certainty = witnesses[0], 1.0
+        while len(drafted) < request.length and (token := at(source)) is not None:
+            agreeing = [end for end in witnesses if at(end) == token]
             certainty *= (len(agreeing) + 1) / (len(witnesses) + 2)  # Laplace's rule of succession
             confidences.append(certainty)
-            sequence.append(token)
+            drafted.append(token)
             source += 1
             witnesses = [end + 1 for end in agreeing]
-        return Draft(tuple(sequence[len(request.context) :]), tuple(confidences))
+        return Draft(tuple(drafted), tuple(confidences))
 
     def _index(self, session: str) -> _Index:
         index = self._indexes.setdefault(session, _Index())
