@@ -10,13 +10,10 @@ import argparse
 import importlib
 import json
 import os
-import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 from shared.errors import OutriderError
@@ -217,6 +214,7 @@ def _spare_threads() -> int:
 
 def _up(parsed: argparse.Namespace) -> int:
     from shared.stack.record import read
+    from shared.stack.signals import interruptible, uninterruptible
     from shared.stack.stack import Stack, StackRunning
 
     settings = _stack_settings(parsed)
@@ -287,6 +285,7 @@ def _status(parsed: argparse.Namespace) -> int:
 
 def _demo(parsed: argparse.Namespace) -> int:
     from shared.stack.demo import Demo
+    from shared.stack.signals import interruptible
 
     demo = Demo(
         settings=_stack_settings(parsed),
@@ -303,35 +302,6 @@ def print_progress(progress: Progress) -> None:
     """One line for one thing that happened."""
     line = f"{progress.seconds:6.1f} s  {progress.part:<13} {progress.state.value:<9} {progress.text}"
     print(line.rstrip(), flush=True)
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM and a closed terminal do as Ctrl-C does, so that what was started is stopped."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    with _handlers(interrupt):
-        yield
-
-
-@contextmanager
-def uninterruptible() -> Iterator[None]:
-    """Impatience doesn't keep anybody from cleaning up."""
-    with _handlers(signal.SIG_IGN):
-        yield
-
-
-@contextmanager
-def _handlers(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
 
 
 # --- settings, models, services -----------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import threading
 import urllib.error
@@ -19,6 +18,7 @@ from typing import Any, Final, TextIO
 from shared.errors import OutriderError, Unavailable
 from shared.stack import record as records
 from shared.stack.settings import StackSettings
+from shared.stack.signals import uninterruptible
 from shared.stack.stack import Progress, Stack, StackOptions, State
 
 PROMPTS: Final = (
@@ -28,6 +28,7 @@ PROMPTS: Final = (
     "List the days of the week, one per line. Then list them again in the same order.",
 )
 STREAM_TIMEOUT_S: Final = 180.0
+INTERRUPTED: Final = 130
 
 _DIRECT: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -88,7 +89,13 @@ class Demo:
         self._paint = Paint(self._out)
 
     def run(self) -> int:
-        """Run it; the exit status. A stack that runs already is used and left alone."""
+        """Run it until Ctrl-C; the exit status. A stack that runs already is used and left alone."""
+        try:
+            return self._run()
+        except KeyboardInterrupt:
+            return INTERRUPTED if self._once else 0
+
+    def _run(self) -> int:
         running = records.read(self._settings.run_dir)
         if running is not None and running.running:
             self._say(f"using the stack that runs already, its gateway at {running.gateway_url}")
@@ -98,8 +105,6 @@ class Demo:
             self._say(f"starting Kafka, Redis and the services; logs in {stack.run_dir / 'logs'}")
             stack.up()
             return self._use(stack.gateway_url, stack.model_name)
-        except KeyboardInterrupt:
-            return 0 if not self._once else 130
         finally:
             self._stop(stack)
 
@@ -119,14 +124,10 @@ class Demo:
         return 0
 
     def _stop(self, stack: Stack) -> None:
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with uninterruptible():
             self._say("\nstopping what was started …")
             stack.down()
             self._say("stopped")
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     # --- asking ---------------------------------------------------------------------------------------------------
 

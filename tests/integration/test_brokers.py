@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from shared.errors import BrokerUnavailable, StoreUnavailable
 from shared.settings import KafkaFlavor
-from shared.stack.kafka import CORE_JAR, Broker, broker_answers, find_kafka, find_libs
+from shared.stack.kafka import CORE_JAR, Broker, broker_answers, find_kafka
 from shared.stack.ports import HOST, free_port
 from shared.stack.processes import StackError
 from shared.stack.redis import EmbeddedRedis, RedisServer, find_redis
@@ -77,17 +77,6 @@ def test_a_server_that_is_no_kafka_does_not_pass_for_one(redis_server: RedisServ
 def test_an_address_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StackError, match="give host:port"):
         find_kafka(tmp_path, address="localhost")
-
-
-def test_the_folder_named_in_the_settings_comes_first(tmp_path: Path) -> None:
-    (tmp_path / CORE_JAR).touch()
-    settings = StackSettings(kafka_libs=tmp_path, cache=tmp_path / "cache")
-    assert find_libs(settings) == tmp_path
-
-
-def test_a_folder_without_kafka_is_refused_rather_than_passed_over(tmp_path: Path) -> None:
-    with pytest.raises(StackError, match=f"holds no {CORE_JAR}"):
-        find_libs(StackSettings(kafka_libs=tmp_path, cache=tmp_path / "cache"))
 
 
 def test_a_broker_that_cannot_start_says_why_and_leaves_nothing_running(tmp_path: Path) -> None:

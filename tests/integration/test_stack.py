@@ -253,8 +253,8 @@ def test_embedded_brokers_keep_their_data_and_address_over_a_restart(
 KEEPER = """
 import pickle, sys, threading
 from pathlib import Path
-from shared.cli import interruptible
 from shared.stack.settings import StackSettings
+from shared.stack.signals import interruptible
 from shared.stack.stack import Stack
 
 options, run_dir = pickle.load(sys.stdin.buffer)
