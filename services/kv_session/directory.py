@@ -71,6 +71,7 @@ class Directory:
             affinity_slack=settings.affinity_slack,
             retry_after_s=settings.retry_after_s,
         )
+        self._placement_wait_s: Final = settings.placement_wait_s
         self._heard = asyncio.Event()
         self._at_peace: dict[int, str] = {}
         self._astray: set[str] = set()
@@ -129,15 +130,21 @@ class Directory:
             await self._announce_placed(state, "opened")
 
     async def _find_place(self, message: OpenSession) -> Place:
-        """A place for a new session; while the heartbeats are still being gathered, waits for one that helps."""
+        """A place for a new session.
+
+        While the heartbeats are still being gathered, waits for one that helps; later too, for a moment, when no
+        verifier is ready at all (one that restarts is back soon). Too many sessions are refused at once.
+        """
+        until_s = time.monotonic() + self._placement_wait_s
         while True:
             self._heard.clear()
             try:
                 return self._placer.place(
                     message.session, model=message.model, prompt=message.prompt, now_s=time.monotonic()
                 )
-            except NOBODY:
-                if self.fleet.settled(time.monotonic()):
+            except NOBODY as nobody:
+                now_s = time.monotonic()
+                if self.fleet.settled(now_s) and (not isinstance(nobody, Unavailable) or now_s >= until_s):
                     raise
             await self._next_heartbeat()
 

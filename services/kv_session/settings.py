@@ -19,6 +19,9 @@ class KvSessionSettings(CommonSettings):
         5.0, description="A verifier without a heartbeat for so long counts as gone."
     )
     sweep_s: Seconds = Field(1.0, description="Time between sweeps for dead verifiers and expired sessions.")
+    placement_wait_s: Seconds = Field(
+        3.0, description="How long opening a session waits for a verifier when none is ready, before it is refused."
+    )
     prefix_block: Positive = Field(
         32, description="Tokens of a prefix block, the unit of shared-prefix affinity."
     )
