@@ -4,23 +4,32 @@ Any Hugging Face directory of the family will do that has the target's tokenizer
 reduces the output vocabulary: its head has as many rows, and row i stands for the target's token `draft_vocab[i]`.
 
 A session's cache follows its context: what both have in common is kept, the rest is rolled back by forgetting it. One lane
-alone drafts straight into that cache, so that an accepted draft need not be computed again. Several lanes attend to the
-cache up to where their contexts part, which is computed once, and to a small cache of their own behind it.
+alone drafts straight into that cache. Several lanes see the cache up to where their contexts part, and each goes on in a
+small cache of its own (a branch); when the next context goes on from one of them, the session's cache takes it over. So no
+accepted token is computed again. Lanes of all sessions that wait take each step together: reading the weights, which
+takes the time, is done once for all.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from services.draft_gateway.drafting.decoder import GROWTH, Cache, Decoder, Segment
+from services.draft_gateway.drafting.distilled import (
+    DistilledNetwork,
+    check_made_for,
+    config_of,
+    is_distilled,
+    read_distilled,
+)
 from services.draft_gateway.drafting.engine import (
     EMPTY,
     Draft,
@@ -29,96 +38,109 @@ from services.draft_gateway.drafting.engine import (
     common_prefix,
     none_dropped,
 )
+from services.draft_gateway.drafting.network import FloatNetwork, Network, Words
+from services.draft_gateway.drafting.shape import LlamaShape
 from shared.errors import ModelFilesError
-from shared.models import read_config, tokenizer_sha256, verify, weight_files
+from shared.models import read_config, target_sha256, tokenizer_sha256, verify, weight_files
 from shared.protocol import Tokens
 
 PREFILL_CHUNK: Final = 256
-GROWTH: Final = 256  # a cache's capacity is a multiple of this
+"""Tokens of a lane in one pass, at most."""
 
 
 @dataclass(frozen=True, slots=True)
-class LlamaShape:
-    """The sizes of a Llama, and its rotary embedding."""
+class _Branch:
+    """What a lane left in its own cache: `tokens`, the one at position p at index p - `offset`, behind what is shared."""
 
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    context: int
-    epsilon: float
-    rope_theta: float
-    rope_scaling: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> LlamaShape:
-        """The shape in a config.json; `ModelFilesError` when it is not one of this family."""
-        if config.get("model_type") not in ("llama", "mistral"):
-            raise ModelFilesError(
-                f"a draft model has to be of the Llama family, not {config.get('model_type')!r}"
-            )
-        rope: Mapping[str, Any] = config.get("rope_parameters") or {}
-        scaling: Mapping[str, Any] = config.get("rope_scaling") or rope
-        if scaling.get("rope_type", scaling.get("type", "default")) not in ("default", "llama3"):
-            raise ModelFilesError(f"rotary scaling {scaling} is not known here; 'llama3' is")
-        heads = config["num_attention_heads"]
-        return cls(
-            layers=config["num_hidden_layers"],
-            hidden=config["hidden_size"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            vocabulary=config["vocab_size"],
-            context=config.get("max_position_embeddings", 2048),
-            epsilon=config.get("rms_norm_eps", 1e-5),
-            rope_theta=config.get("rope_theta") or rope.get("rope_theta") or 10_000.0,
-            rope_scaling=scaling,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    attention_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    output: Tensor
-    output_bias: Tensor | None
-    mlp_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
-
-
-class _Cache:
-    """Keys and values `[layers, lanes, kv heads, capacity, head dim]` of `length` valid positions."""
-
-    def __init__(self, shape: LlamaShape, lanes: int, capacity: int) -> None:
-        self._shape = shape
-        size = (shape.layers, lanes, shape.kv_heads, capacity, shape.head_dim)
-        self.keys = torch.empty(size)
-        self.values = torch.empty(size)
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[3]
-
-    def reserve(self, capacity: int, keep: int) -> None:
-        """Make room for `capacity` positions; the first `keep` stay."""
-        if capacity <= self.capacity:
-            return
-        grown = _Cache(self._shape, self.keys.shape[1], math.ceil(capacity / GROWTH) * GROWTH)
-        grown.keys[:, :, :, :keep] = self.keys[:, :, :, :keep]
-        grown.values[:, :, :, :keep] = self.values[:, :, :, :keep]
-        self.keys, self.values = grown.keys, grown.values
+    tokens: Tokens
+    cache: Cache
+    lane: int
+    offset: int
 
 
 @dataclass(slots=True)
 class _Session:
-    cache: _Cache
-    tokens: Tokens = ()  # what the cache's positions hold
+    """What a session's cache holds, and the branches that set out from its end."""
+
+    cache: Cache
+    tokens: Tokens = ()
+    branches: list[_Branch] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Positions that it takes up."""
+        branches = {id(branch.cache): branch.cache for branch in self.branches}.values()
+        return self.cache.capacity + sum(cache.lanes * cache.capacity for cache in branches)
+
+    def follow(self, context: Tokens, capacity: int) -> None:
+        """Keep, or take over from a branch, what agrees with `context`; have room for `capacity` positions."""
+        known = common_prefix(self.tokens, context)
+        self.cache.reserve(capacity, known)
+        for branch in self.branches:
+            agreed = common_prefix(branch.tokens, context)
+            if agreed > known:
+                lane = slice(branch.lane, branch.lane + 1)
+                source = known - branch.offset
+                self.cache.copy(branch.cache, lane, source=source, to=known, count=agreed - known)
+                known = agreed
+        self.tokens, self.branches = context[:known], []
+
+
+@dataclass(slots=True)
+class _Run:
+    """The lanes of one session while they are drafted."""
+
+    session: _Session
+    requests: list[DraftRequest]
+    lengths: list[int]
+    words: Words | None
+    cache: Cache
+    shared: int
+    padding: Tensor | None
+    start: int
+    pending: Tensor
+    """Tokens `[lanes, n]` that are not in the cache yet."""
+    drafted: list[list[int]]
+    confidences: list[list[float]]
+
+    def segment(self, count: int) -> Segment:
+        """The first `count` pending tokens, which are pending no more."""
+        taken, self.pending = self.pending[:, :count], self.pending[:, count:]
+        prefix = self.session.cache if self.shared else None
+        segment = Segment(taken, self.cache, self.start, prefix, self.shared, self.padding)
+        self.start = segment.end
+        return segment
+
+    def add(self, tokens: Tensor, confidences: Tensor) -> None:
+        """The next token of each lane."""
+        self.pending = tokens[:, None]
+        for lane, (token, confidence) in enumerate(zip(tokens.tolist(), confidences.tolist(), strict=True)):
+            if len(self.drafted[lane]) < self.lengths[lane]:
+                self.drafted[lane].append(token)
+                self.confidences[lane].append(confidence)
+
+    def wanted(self, dropped: Dropped) -> bool:
+        """Whether a lane lacks tokens that somebody waits for."""
+        return any(
+            len(drafted) < length and not dropped(request)
+            for drafted, length, request in zip(self.drafted, self.lengths, self.requests, strict=True)
+        )
+
+    def leave(self) -> None:
+        """Note what the caches hold now."""
+        held = [
+            (*request.context, *drafted) for request, drafted in zip(self.requests, self.drafted, strict=True)
+        ]
+        if self.cache is self.session.cache:
+            self.session.tokens = held[0][: self.start]
+            return
+        if len(self.session.tokens) < self.shared:  # dropped before all was there that branches set out from
+            return
+        padding = [0] * len(held) if self.padding is None else self.padding.tolist()
+        self.session.branches = [
+            _Branch(tokens[: self.shared + self.start - empty], self.cache, lane, self.shared - empty)
+            for lane, (tokens, empty) in enumerate(zip(held, padding, strict=True))
+        ]
 
 
 class LlamaDraft:
@@ -126,28 +148,13 @@ class LlamaDraft:
 
     immediate: Final = False
 
-    def __init__(
-        self, name: str, shape: LlamaShape, weights: Mapping[str, Tensor], *, cache_tokens: int = 65536
-    ) -> None:
-        """`weights` are named as Hugging Face names them; `ModelFilesError` when one is missing."""
+    def __init__(self, name: str, shape: LlamaShape, network: Network, *, cache_tokens: int = 65536) -> None:
         self.name: Final = name
         self._shape = shape
+        self._network = network
+        self._decoder = Decoder(shape, network)
         self._cache_tokens = cache_tokens
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
-        try:
-            self._embedding = weights["model.embed_tokens.weight"].float()
-            self._layers = [_layer(weights, f"model.layers.{i}.") for i in range(shape.layers)]
-            self._norm = weights["model.norm.weight"].float()
-            self._head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).float()
-        except KeyError as error:
-            raise ModelFilesError(f"the draft model lacks the weight {error}") from None
-        vocabulary = weights.get("draft_vocab")
-        self._vocabulary = None if vocabulary is None else vocabulary.long()
-        if self._vocabulary is not None and len(self._vocabulary) != len(self._head):
-            raise ModelFilesError(
-                f"draft_vocab has {len(self._vocabulary)} entries, the draft's head {len(self._head)} rows"
-            )
-        self._cos, self._sin = _rotary(shape)
 
     @classmethod
     def load(cls, directory: Path, *, target: Path, threads: int, cache_tokens: int) -> LlamaDraft:
@@ -155,6 +162,8 @@ class LlamaDraft:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        if is_distilled(directory):
+            return cls._distilled(directory, target=target, threads=threads, cache_tokens=cache_tokens)
         verify(directory)
         shape = LlamaShape.of(read_config(directory))
         if tokenizer_sha256(directory) != tokenizer_sha256(target):
@@ -168,245 +177,136 @@ class LlamaDraft:
             except (SafetensorError, OSError, ValueError) as error:
                 raise ModelFilesError(f"{path} can't be read: {error}") from None
         torch.set_num_threads(threads)
-        return cls(directory.name, shape, weights, cache_tokens=cache_tokens)
+        return cls(directory.name, shape, FloatNetwork(weights, shape.layers), cache_tokens=cache_tokens)
+
+    @classmethod
+    def _distilled(cls, directory: Path, *, target: Path, threads: int, cache_tokens: int) -> LlamaDraft:
+        header, tensors = read_distilled(directory)
+        check_made_for(
+            header,
+            target_sha256=target_sha256(target),
+            tokenizer_sha256=tokenizer_sha256(target),
+            what=f"the draft {directory.name}",
+        )
+        shape = LlamaShape.of(config_of(header))
+        torch.set_num_threads(threads)
+        network = DistilledNetwork(tensors, shape.layers, shape.vocabulary)
+        return cls(directory.name, shape, network, cache_tokens=cache_tokens)
 
     # --- drafting -------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def draft(self, requests: Sequence[DraftRequest], dropped: Dropped = none_dropped) -> list[Draft]:
-        """Greedy drafts; the lanes of a session as one batch."""
-        drafts: list[Draft] = [EMPTY] * len(requests)
+        """Greedy drafts, all lanes of all sessions step by step together."""
         by_session: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            if request.context and request.length > 0 and not dropped(request):
+            if request.context and self._length(request) > 0 and not dropped(request):
                 by_session.setdefault(request.session, []).append(index)
-        for session, indexes in by_session.items():
-            lanes = [requests[index] for index in indexes]
-            found = (
-                self._draft_one(lanes[0], dropped) if len(lanes) == 1 else self._draft_lanes(lanes, dropped)
-            )
-            for index, draft in zip(indexes, found, strict=True):
-                drafts[index] = draft
-            self._evict(session)
+        drafts: list[Draft] = [EMPTY] * len(requests)
+        runs = {
+            tuple(indexes): self._begin([requests[index] for index in indexes])
+            for indexes in by_session.values()
+        }
+        self._advance(list(runs.values()), dropped)
+        for indexes, run in runs.items():
+            run.leave()
+            for index, tokens, confidences in zip(indexes, run.drafted, run.confidences, strict=True):
+                drafts[index] = Draft(tuple(tokens), tuple(confidences))
+        self._evict()
         return drafts
 
     def forget(self, session: str) -> None:
         """Drop the session's cache."""
         self._sessions.pop(session, None)
 
-    def _draft_one(self, request: DraftRequest, dropped: Dropped) -> list[Draft]:
-        """One lane: its tokens go straight into the session's cache."""
-        context = request.context[: self._shape.context]
-        length = min(request.length, self._shape.context - len(context))
-        session = self._follow(request.session, context, len(context) - 1, room=length + 1)
-        cache, tokens, confidences = session.cache, list(context), list[float]()
-        for _ in range(length):
-            position = len(tokens) - 1
-            index = torch.tensor([[position]])
-            hidden = self._forward(torch.tensor([tokens[-1:]]), index, cache, start=position)
-            token, confidence = self._choose(hidden[:, -1])
-            tokens.append(int(token[0]))
-            confidences.append(float(confidence[0]))
-            if dropped(request):
-                break
-        session.tokens = tuple(tokens[:-1])
-        return [Draft(tuple(tokens[len(context) :]), tuple(confidences))]
+    def _length(self, request: DraftRequest) -> int:
+        """How many tokens to draft: no more than the model's context window has room for."""
+        return min(request.length, self._shape.context - len(request.context))
 
-    def _draft_lanes(self, requests: Sequence[DraftRequest], dropped: Dropped) -> list[Draft]:
-        """Several lanes: the shared prefix from the session's cache, what follows from one of the lanes' own."""
-        contexts = [request.context[: self._shape.context] for request in requests]
-        shared = min(common_prefix(contexts[0], context) for context in contexts)
-        shared = min(shared, *(len(context) - 1 for context in contexts))
-        session = self._follow(requests[0].session, contexts[0][:shared], shared, room=0)
-        suffixes = [context[shared:] for context in contexts]
-        lengths = [
-            min(request.length, self._shape.context - len(context))
-            for request, context in zip(requests, contexts, strict=True)
-        ]
-        longest = max(map(len, suffixes))
-        own = _Cache(self._shape, len(requests), longest + max(lengths))
-        padded = torch.tensor([[*suffix, *[0] * (longest - len(suffix))] for suffix in suffixes])
-        index = torch.arange(longest).expand(len(suffixes), -1)
-        hidden = self._forward(padded, index, own, start=0, prefix=session.cache, shared=shared)
-        ends = torch.tensor([len(suffix) - 1 for suffix in suffixes])
-        last = hidden[torch.arange(len(suffixes)), ends]
-        tokens: list[list[int]] = [[] for _ in requests]
-        confidences: list[list[float]] = [[] for _ in requests]
-        for step in range(max(lengths)):
-            chosen, sure = self._choose(last)
-            for lane, (token, confidence) in enumerate(zip(chosen.tolist(), sure.tolist(), strict=True)):
-                if step < lengths[lane]:
-                    tokens[lane].append(token)
-                    confidences[lane].append(confidence)
-            wanted = [
-                step + 1 < lengths[lane] and not dropped(request) for lane, request in enumerate(requests)
-            ]
-            if not any(wanted):
-                break
-            index = (ends + 1 + step).clamp(max=own.capacity - 1)[:, None]
-            last = self._forward(
-                chosen[:, None], index, own, start=None, prefix=session.cache, shared=shared
-            )[:, -1]
-        return [Draft(tuple(t), tuple(c)) for t, c in zip(tokens, confidences, strict=True)]
-
-    def _choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest token of each row and its probability."""
-        logits = F.linear(hidden, self._head)
-        best, row = logits.max(dim=-1)
-        confidence = (best - logits.logsumexp(dim=-1)).exp()
-        return (row if self._vocabulary is None else self._vocabulary[row]), confidence
-
-    # --- caches ---------------------------------------------------------------------------------------
-
-    def _follow(self, name: str, context: Tokens, upto: int, *, room: int) -> _Session:
-        """The session's cache, holding the first `upto` tokens of `context`, with room for more."""
-        session = self._sessions.get(name)
+    def _begin(self, requests: list[DraftRequest]) -> _Run:
+        """Line up a session's lanes behind what they share."""
+        contexts = [request.context for request in requests]
+        lengths = [self._length(request) for request in requests]
+        session = self._sessions.get(requests[0].session)
         if session is None:
-            session = self._sessions[name] = _Session(_Cache(self._shape, 1, GROWTH))
-        self._sessions.move_to_end(name)
-        known = common_prefix(session.tokens, context[:upto])
-        session.cache.reserve(upto + room, known)
-        for start in range(known, upto, PREFILL_CHUNK):
-            chunk = context[start : min(start + PREFILL_CHUNK, upto)]
-            index = torch.arange(start, start + len(chunk))[None]
-            self._forward(torch.tensor([chunk]), index, session.cache, start=start)
-        session.tokens = context[:upto]
-        return session
-
-    def _evict(self, keep: str) -> None:
-        """Drop the caches that were used longest ago while all together hold too much."""
-        total = sum(session.cache.capacity for session in self._sessions.values())
-        while total > self._cache_tokens and len(self._sessions) > 1:
-            oldest = next(iter(self._sessions))
-            if oldest == keep:
-                break
-            total -= self._sessions.pop(oldest).cache.capacity
-
-    # --- the model ------------------------------------------------------------------------------------
-
-    def _forward(
-        self,
-        tokens: Tensor,
-        index: Tensor,
-        cache: _Cache,
-        *,
-        start: int | None,
-        prefix: _Cache | None = None,
-        shared: int = 0,
-    ) -> Tensor:
-        """Normed hidden states `[lanes, tokens, hidden]`; keys and values go into `cache` at `index`.
-
-        A row sees its own cache up to its index, and all of the first `shared` positions of `prefix`. `start` is the
-        first index where all rows have the same consecutive ones; else None.
-        """
-        shape = self._shape
-        lanes, count = tokens.shape
-        positions = (index + shared).clamp(max=shape.context - 1)
-        cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
-        upto = int(index.max()) + 1
-        visible = torch.arange(upto) <= index[:, :, None]  # [lanes, tokens, upto]
-        mask = torch.zeros(visible.shape).masked_fill_(~visible, -math.inf)[:, None]
-        hidden = F.embedding(tokens, self._embedding)
-        for number, layer in enumerate(self._layers):
-            normed = F.rms_norm(hidden, (shape.hidden,), layer.attention_norm, shape.epsilon)
-            qkv = (
-                F.linear(normed, layer.qkv, layer.qkv_bias)
-                .view(lanes, count, -1, shape.head_dim)
-                .transpose(1, 2)
-            )
-            query, key = qkv[:, : shape.heads], qkv[:, shape.heads : -shape.kv_heads]
-            value = qkv[:, -shape.kv_heads :]
-            query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
-            keys, values = cache.keys[number], cache.values[number]
-            if start is not None:
-                keys[:, :, start : start + count] = key
-                values[:, :, start : start + count] = value
-            else:
-                at = index[:, None, :, None].expand(-1, shape.kv_heads, -1, shape.head_dim)
-                keys.scatter_(2, at, key)
-                values.scatter_(2, at, value)
-            attended = self._attend(
-                query,
-                keys[:, :, :upto],
-                values[:, :, :upto],
-                mask,
-                (prefix.keys[number, 0, :, :shared], prefix.values[number, 0, :, :shared])
-                if prefix
-                else None,
-            )
-            hidden = hidden + F.linear(attended, layer.output, layer.output_bias)
-            normed = F.rms_norm(hidden, (shape.hidden,), layer.mlp_norm, shape.epsilon)
-            gate, up = F.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-            hidden = hidden + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
-        return F.rms_norm(hidden, (shape.hidden,), self._norm, shape.epsilon)
-
-    def _attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, prefix: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        """Attention over the lane's own positions and, before them, the shared ones. `[lanes, tokens, heads × dim]`."""
-        shape = self._shape
-        lanes, _, count, _ = query.shape
-        group = shape.heads // shape.kv_heads
-        query = query.reshape(lanes, shape.kv_heads, group * count, shape.head_dim) * shape.head_dim**-0.5
-        scores = query @ keys.transpose(-1, -2)
-        scores = (scores.view(lanes, shape.heads, count, -1) + mask).view(
-            lanes, shape.kv_heads, group * count, -1
-        )
-        if prefix is None:
-            mixed = scores.softmax(dim=-1) @ values
+            session = self._sessions[requests[0].session] = _Session(Cache(self._shape, 1, GROWTH))
+        self._sessions.move_to_end(requests[0].session)
+        if len(requests) == 1:
+            session.follow(contexts[0][:-1], len(contexts[0]) + lengths[0])
+            start = len(session.tokens)
+            cache, shared, padding, suffixes = session.cache, 0, None, [contexts[0][start:]]
         else:
-            scores = torch.cat((query @ prefix[0].transpose(-1, -2), scores), dim=-1)
-            before, own = torch.split(scores.softmax(dim=-1), [prefix[0].shape[1], keys.shape[2]], dim=-1)
-            mixed = before @ prefix[1] + own @ values
-        mixed = mixed.view(lanes, shape.heads, count, shape.head_dim)
-        return mixed.transpose(1, 2).reshape(lanes, count, -1)
+            common = min(common_prefix(contexts[0], context) for context in contexts)
+            shared, start = min(common, *(len(context) - 1 for context in contexts)), 0
+            session.follow(contexts[0][:shared], shared)
+            suffixes = [context[shared:] for context in contexts]
+            longest = max(map(len, suffixes))
+            cache = Cache(self._shape, len(requests), longest + max(lengths))
+            padding = torch.tensor([longest - len(suffix) for suffix in suffixes])
+            suffixes = [(*[0] * (longest - len(suffix)), *suffix) for suffix in suffixes]
+        return _Run(
+            session=session,
+            requests=requests,
+            lengths=lengths,
+            words=self._network.words((*contexts[0], *itertools.chain(*suffixes[1:]))),
+            cache=cache,
+            shared=shared,
+            padding=padding,
+            start=start,
+            pending=torch.tensor(suffixes),
+            drafted=[[] for _ in requests],
+            confidences=[[] for _ in requests],
+        )
 
+    def _advance(self, runs: list[_Run], dropped: Dropped) -> None:
+        """Draft token by token until no lane is wanted any more."""
+        runs = self._filled(runs, dropped)
+        while runs:
+            hidden = self._decoder.forward([run.segment(run.pending.shape[1]) for run in runs])
+            for run, tokens, confidences in zip(runs, *self._choose(runs, hidden), strict=True):
+                run.add(tokens, confidences)
+            runs = [run for run in runs if run.wanted(dropped)]
 
-def _layer(weights: Mapping[str, Tensor], prefix: str) -> _Layer:
-    def fused(*names: str) -> Tensor:
-        return torch.cat([weights[f"{prefix}{name}.weight"].float() for name in names]).contiguous()
+    def _filled(self, runs: list[_Run], dropped: Dropped) -> list[_Run]:
+        """Compute, chunk by chunk, what is too long for a step; those that were dropped meanwhile are left out."""
+        filling, filled = [(run, self._chunks(run)) for run in runs], list[_Run]()
+        while filling:
+            chunks: list[tuple[_Run, Iterator[Segment], Segment]] = []
+            for run, rest in filling:
+                if (chunk := next(rest, None)) is None:
+                    filled.append(run)
+                else:
+                    chunks.append((run, rest, chunk))
+            if chunks:
+                self._decoder.forward([chunk for _, _, chunk in chunks])
+            filling = [(run, rest) for run, rest, _ in chunks if run.wanted(dropped)]
+        return filled
 
-    def fused_bias(*names: str) -> Tensor | None:
-        found = [weights.get(f"{prefix}{name}.bias") for name in names]
-        present = [bias.float() for bias in found if bias is not None]
-        return torch.cat(present) if len(present) == len(names) else None
+    @staticmethod
+    def _chunks(run: _Run) -> Iterator[Segment]:
+        """What to compute before the lanes' first step."""
+        session, context = run.session, run.requests[0].context
+        for start in range(len(session.tokens), run.shared, PREFILL_CHUNK):
+            end = min(start + PREFILL_CHUNK, run.shared)
+            yield Segment(torch.tensor([context[start:end]]), session.cache, start)
+            session.tokens = context[:end]
+        while run.pending.shape[1] > PREFILL_CHUNK:
+            yield run.segment(PREFILL_CHUNK)
 
-    attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    mlp = ("mlp.gate_proj", "mlp.up_proj")
-    return _Layer(
-        attention_norm=weights[f"{prefix}input_layernorm.weight"].float(),
-        qkv=fused(*attention),
-        qkv_bias=fused_bias(*attention),
-        output=fused("self_attn.o_proj"),
-        output_bias=fused_bias("self_attn.o_proj"),
-        mlp_norm=weights[f"{prefix}post_attention_layernorm.weight"].float(),
-        gate_up=fused(*mlp),
-        gate_up_bias=fused_bias(*mlp),
-        down=fused("mlp.down_proj"),
-        down_bias=fused_bias("mlp.down_proj"),
-    )
+    def _choose(self, runs: list[_Run], hidden: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """For each run the likeliest token of each lane and its probability: at once, unless their words differ."""
+        sizes = [len(run.requests) for run in runs]
+        if all(run.words is None for run in runs):
+            tokens, confidences = self._network.choose(hidden, None)
+            return list(torch.split(tokens, sizes)), list(torch.split(confidences, sizes))
+        chosen = [
+            self._network.choose(rows, run.words)
+            for run, rows in zip(runs, torch.split(hidden, sizes), strict=True)
+        ]
+        return [tokens for tokens, _ in chosen], [confidences for _, confidences in chosen]
 
-
-def _rotary(shape: LlamaShape) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[context, head dim]` (Su et al., arXiv 2104.09864), with Llama 3's scaling where asked for."""
-    exponents = torch.arange(0, shape.head_dim, 2).float() / shape.head_dim
-    frequencies = torch.pow(torch.tensor(shape.rope_theta), -exponents)
-    if shape.rope_scaling.get("rope_type", shape.rope_scaling.get("type")) == "llama3":
-        frequencies = _llama3(frequencies, shape.rope_scaling)
-    angles = torch.outer(torch.arange(shape.context).float(), frequencies)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def _llama3(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
-    """Long wavelengths stretched by `factor`, short ones kept, a smooth passage between (Llama 3.1's rule)."""
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    kept: Tensor = ((turns - low) / (high - low)).clamp(0, 1)
-    stretched: Tensor = frequencies / scaling["factor"]
-    return frequencies * kept + stretched * (1 - kept)
-
-
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat((-second, first), dim=-1) * sin
+    def _evict(self) -> None:
+        """Drop the sessions that were used longest ago while all together hold too much; one may stay."""
+        total = sum(session.size for session in self._sessions.values())
+        while total > self._cache_tokens and len(self._sessions) > 1:
+            total -= self._sessions.popitem(last=False)[1].size
