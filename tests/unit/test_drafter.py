@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -87,6 +88,42 @@ async def test_a_draft_that_is_cancelled_while_it_is_made_is_reported_as_dropped
     await drafter.draft(request(1))
     drafter.close()
     assert engine.batches == [[0], [1]]
+
+
+class SteppingEngine(GatedEngine):
+    """Drafts one token after the other until its request is dropped."""
+
+    def draft(self, requests: Sequence[DraftRequest], dropped: Dropped = none_dropped) -> list[Draft]:
+        self.entered.set()
+        deadline = time.monotonic() + 10
+        while not dropped(requests[0]):
+            assert time.monotonic() < deadline
+        return [Draft((), ()) for _ in requests]
+
+
+async def test_a_draft_that_is_cancelled_while_it_is_made_ends_early() -> None:
+    engine = SteppingEngine()
+    drafter = Drafter(engine)
+    first = await started(engine, drafter)
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    second = asyncio.create_task(drafter.draft(request(1)))
+    await asyncio.sleep(0)
+    await asyncio.to_thread(drafter.close)  # would wait for ever if the worker did not see that it is closed
+    assert isinstance((await asyncio.gather(second, return_exceptions=True))[0], BaseException | Draft)
+
+
+async def test_closing_from_another_thread_ends_the_drafts_that_wait() -> None:
+    engine = GatedEngine()
+    drafter = Drafter(engine)
+    first = await started(engine, drafter)
+    second = asyncio.create_task(drafter.draft(request(1)))
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(asyncio.to_thread(drafter.close))
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(second, 10)
+    engine.gate.set()
+    await asyncio.gather(first, closing)
 
 
 async def test_an_engine_that_fails_fails_its_batch_and_goes_on() -> None:

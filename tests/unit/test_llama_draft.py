@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from services.draft_gateway.drafting import load_draft_engine
+from services.draft_gateway.drafting.decoder import Decoder, Segment
 from services.draft_gateway.drafting.engine import DraftRequest
-from services.draft_gateway.drafting.llama import LlamaDraft, LlamaShape
+from services.draft_gateway.drafting.llama import PREFILL_CHUNK, LlamaDraft
+from services.draft_gateway.drafting.shape import LlamaShape
 from services.draft_gateway.settings import GatewaySettings
 from shared.errors import ModelFilesError
 from shared.protocol import Tokens
@@ -52,6 +55,10 @@ def saved(directory: Path, llama: LlamaForCausalLM) -> Path:
     tokenizer = {"model": {"vocab": {str(i): i for i in range(VOCABULARY)}, "merges": []}, "added_tokens": []}
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     return directory
+
+
+def rewritten(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def engine(directory: Path, *, cache_tokens: int = 1 << 16) -> LlamaDraft:
@@ -136,6 +143,133 @@ def test_sessions_in_one_batch_do_not_mix_and_old_caches_are_dropped(tmp_path: P
     assert len(drafting._sessions) == 2
 
 
+def test_lanes_and_lone_drafts_of_several_sessions_share_a_batch(tmp_path: Path) -> None:
+    llama = model()
+    drafting = engine(saved(tmp_path, llama))
+    shared = [context(seed, 10 + 3 * seed) for seed in range(3)]
+    requests = [
+        DraftRequest(f"s{seed}", lane, (*shared[seed], *context(90 + lane, lane)), 2 + lane)
+        for seed in range(3)
+        for lane in range(1 + seed)
+    ]
+    Random(1).shuffle(requests)
+    for request, draft in zip(requests, drafting.draft(requests), strict=True):
+        assert draft.tokens == reference(llama, request.context, request.length)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_came_before_each_draft_is_the_models_own(tmp_path: Path, seed: int) -> None:
+    """Sessions that go on from a lane, another one, the middle of one, or something else, under a cache too small."""
+    llama = model()
+    drafting = engine(saved(tmp_path, llama), cache_tokens=700)
+    random = Random(seed)
+    bases = {f"s{number}": context(number, random.randrange(2, 60)) for number in range(3)}
+    for _ in range(12):
+        requests = [
+            DraftRequest(
+                session,
+                lane,
+                (*base, *context(random.randrange(4), random.randrange(5))),
+                random.randrange(6),
+            )
+            for session, base in random.sample(sorted(bases.items()), random.randrange(1, 4))
+            for lane in range(random.randrange(1, 4))
+        ]
+        drafts = drafting.draft(requests)
+        for request, draft in zip(requests, drafts, strict=True):
+            assert draft.tokens == reference(llama, request.context, request.length)
+        followed = random.randrange(len(requests))
+        whole = (*requests[followed].context, *drafts[followed].tokens)
+        kept = random.randrange(1, len(whole) + 1) if random.random() < 0.3 else len(whole)
+        bases[requests[followed].session] = (*whole[:kept], random.randrange(VOCABULARY))
+
+
+def test_a_lane_is_not_taken_over_after_the_session_went_elsewhere(tmp_path: Path) -> None:
+    llama = model()
+    drafting = engine(saved(tmp_path, llama))
+    prompt = context(1, 30)
+    lanes = drafting.draft([DraftRequest("s", lane, (*prompt, lane), 4) for lane in range(2)])
+    drafting.draft([DraftRequest("s", 0, (*prompt[:10], *context(2, 10)), 4)])
+    back = (*prompt, 1, *lanes[1].tokens, 5)
+    (draft,) = drafting.draft([DraftRequest("s", 0, back, 4)])
+    assert draft.tokens == reference(llama, back, 4)
+
+
+def test_no_accepted_token_is_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of a lone draft, and not of a lane that came true: the one new token and the drafted ones are all there is."""
+    drafting = engine(saved(tmp_path, model()))
+    prompt = context(1, 50)
+    (lone,) = drafting.draft([DraftRequest("s", 0, prompt, 4)])
+    computed = counted_tokens(monkeypatch)
+    lanes = [DraftRequest("s", lane, (*prompt, *lone.tokens, lane), 4) for lane in range(3)]
+    drafts = drafting.draft(lanes)
+    assert computed == [
+        1,
+        3 * 1,
+        3,
+        3,
+        3,
+    ]  # the last drafted token, which no pass has seen, is the lanes' shared end
+    computed.clear()
+    drafting.draft([DraftRequest("s", 0, (*lanes[1].context, *drafts[1].tokens, 7), 4)])
+    assert computed == [2, 1, 1, 1]
+
+
+def counted_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each pass from now on computes."""
+    computed: list[int] = []
+    forward = Decoder.forward
+
+    def counting(self: Decoder, segments: Sequence[Segment]) -> torch.Tensor:
+        computed.append(sum(segment.tokens.numel() for segment in segments))
+        return forward(self, segments)
+
+    monkeypatch.setattr(Decoder, "forward", counting)
+    return computed
+
+
+def test_long_contexts_are_taken_in_chunks_also_where_lanes_share_nothing(tmp_path: Path) -> None:
+    llama = model(max_position_embeddings=1024)
+    drafting = engine(saved(tmp_path, llama))
+    requests = [
+        DraftRequest("s", lane, (lane, *context(lane, 2 * PREFILL_CHUNK + lane)), 2) for lane in range(2)
+    ]
+    for request in (requests[0], *requests):
+        (draft,) = drafting.draft([request])
+        assert draft.tokens == reference(llama, request.context, 2)
+    for request, draft in zip(requests, drafting.draft(requests), strict=True):
+        assert draft.tokens == reference(llama, request.context, 2)
+
+
+def test_a_draft_that_is_dropped_during_prefill_stops_there_and_what_is_cached_stays_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = model(max_position_embeddings=2048)
+    drafting = engine(saved(tmp_path, llama))
+    for lanes in (1, 2):
+        prompt = context(lanes, 5 * PREFILL_CHUNK)
+        requests = [DraftRequest(f"s{lanes}", lane, (*prompt, lane), 2) for lane in range(lanes)]
+        with monkeypatch.context() as patched:
+            computed = counted_tokens(patched)
+            drafts = drafting.draft(requests, lambda request: bool(computed))  # noqa: B023
+        assert computed == [PREFILL_CHUNK]
+        assert all(draft.tokens == () for draft in drafts)
+        for request, draft in zip(requests, drafting.draft(requests), strict=True):
+            assert draft.tokens == reference(llama, request.context, 2)
+
+
+def test_a_draft_that_fails_leaves_the_caches_right(tmp_path: Path) -> None:
+    llama = model()
+    drafting = engine(saved(tmp_path, llama))
+    prompt = context(1, 30)
+    drafting.draft([DraftRequest("s", 0, prompt, 3)])
+    for lanes in (1, 2):
+        with pytest.raises(IndexError):
+            drafting.draft([DraftRequest("s", lane, (*prompt[:20], 10**6, lane), 3) for lane in range(lanes)])
+        (draft,) = drafting.draft([DraftRequest("s", 0, prompt, 3)])
+        assert draft.tokens == reference(llama, prompt, 3)
+
+
 def test_a_dropped_lane_stops_at_its_next_token(tmp_path: Path) -> None:
     drafting = engine(saved(tmp_path, model()))
     calls = 0
@@ -177,7 +311,20 @@ def test_another_architecture_is_refused_by_name() -> None:
         LlamaShape.of({"model_type": "gpt2"})
 
 
-@pytest.mark.parametrize("fault", ["missing", "cut short", "garbage", "other tokenizer", "no config"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "missing",
+        "cut short",
+        "garbage",
+        "not a number",
+        "other sizes",
+        "uneven heads",
+        "other tokenizer",
+        "vocabulary out of range",
+        "no config",
+    ],
+)
 def test_files_that_can_not_be_used_leave_prompt_lookup_and_a_note(tmp_path: Path, fault: str) -> None:
     target, directory = saved(tmp_path / "target", model()), saved(tmp_path / "draft", model())
     weights = directory / "model.safetensors"
@@ -188,6 +335,16 @@ def test_files_that_can_not_be_used_leave_prompt_lookup_and_a_note(tmp_path: Pat
             weights.write_bytes(weights.read_bytes()[:-100])
         case "garbage":
             weights.write_bytes(b"\xff" * 4096)
+        case "not a number":
+            tensors = load_file(weights)
+            tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+            save_file(tensors, weights)
+        case "other sizes":
+            rewritten(directory / "config.json", num_key_value_heads=1)
+        case "uneven heads":
+            rewritten(directory / "config.json", num_key_value_heads=3)
+        case "vocabulary out of range":
+            save_file(load_file(weights) | {"draft_vocab": torch.arange(VOCABULARY) + 1}, weights)
         case "other tokenizer":
             (directory / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}, "merges": []}}')
         case _:

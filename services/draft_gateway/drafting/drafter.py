@@ -6,6 +6,7 @@ An engine that is immediate is called in place: handing a 10 µs draft to a thre
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Final
 
 from services.draft_gateway.drafting.engine import Draft, DraftEngine, DraftRequest
 from shared.errors import Overloaded
+
+logger = logging.getLogger(__name__)
 
 QUEUE: Final = 1024
 BATCH: Final = 32
@@ -71,11 +74,13 @@ class Drafter:
             self._closed = True
             for job in self._waiting:
                 if isinstance(job, _Job):
-                    job.result.cancel()
+                    _in_loop(job.result, None)
             self._waiting.clear()
             self._wake.notify()
         if self._thread is not None:
             self._thread.join(CLOSE_DEADLINE_S)
+            if self._thread.is_alive():
+                logger.warning("a draft has not ended %.0f s after it was dropped", CLOSE_DEADLINE_S)
 
     # --- the worker's side ----------------------------------------------------------------------------
 
@@ -105,10 +110,10 @@ class Drafter:
             return jobs
 
     def _draft(self, jobs: list[_Job]) -> None:
-        by_lane = {(job.request.session, job.request.lane): job.result for job in jobs}
+        results = {id(job.request): job.result for job in jobs}
 
         def dropped(request: DraftRequest) -> bool:
-            return self._closed or by_lane[request.session, request.lane].cancelled()
+            return self._closed or results[id(request)].cancelled()
 
         try:
             drafts = self._engine.draft([job.request for job in jobs], dropped)
@@ -120,13 +125,15 @@ class Drafter:
             _in_loop(job.result, draft)
 
 
-def _in_loop(future: asyncio.Future[Draft], outcome: Draft | Exception) -> None:
-    """Settle a future from the worker's thread; a loop that has closed wants no answer."""
+def _in_loop(future: asyncio.Future[Draft], outcome: Draft | Exception | None) -> None:
+    """Settle a future from any thread, None by cancelling it; a loop that has closed wants no answer."""
 
     def settle() -> None:
         if future.done():
             return
-        if isinstance(outcome, Exception):
+        if outcome is None:
+            future.cancel()
+        elif isinstance(outcome, Exception):
             future.set_exception(outcome)
         else:
             future.set_result(outcome)

@@ -39,7 +39,7 @@ from services.draft_gateway.drafting.engine import (
     none_dropped,
 )
 from services.draft_gateway.drafting.network import FloatNetwork, Network, Words
-from services.draft_gateway.drafting.shape import LlamaShape
+from services.draft_gateway.drafting.shape import LlamaShape, check_weights
 from shared.errors import ModelFilesError
 from shared.models import read_config, target_sha256, tokenizer_sha256, verify, weight_files
 from shared.protocol import Tokens
@@ -176,6 +176,7 @@ class LlamaDraft:
                 weights |= load_file(path)
             except (SafetensorError, OSError, ValueError) as error:
                 raise ModelFilesError(f"{path} can't be read: {error}") from None
+        check_weights(weights, shape)
         torch.set_num_threads(threads)
         return cls(directory.name, shape, FloatNetwork(weights, shape.layers), cache_tokens=cache_tokens)
 

@@ -40,11 +40,14 @@ class LlamaShape:
         if scaling.get("rope_type", scaling.get("type", "default")) not in ("default", "llama3"):
             raise ModelFilesError(f"rotary scaling {scaling} is not known here; 'llama3' is")
         heads = config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads") or heads
+        if heads % kv_heads:
+            raise ModelFilesError(f"{heads} heads can't share {kv_heads} key-value heads evenly")
         return cls(
             layers=config["num_hidden_layers"],
             hidden=config["hidden_size"],
             heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
+            kv_heads=kv_heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             vocabulary=config["vocab_size"],
             context=config.get("max_position_embeddings", 2048),
@@ -52,6 +55,31 @@ class LlamaShape:
             rope_theta=config.get("rope_theta") or rope.get("rope_theta") or 10_000.0,
             rope_scaling=scaling,
         )
+
+
+def check_weights(weights: Mapping[str, Tensor], shape: LlamaShape) -> None:
+    """`ModelFilesError` when a Hugging Face checkpoint's weight has another size than its config.json says, or holds
+    something that is no number, or an output vocabulary reaches beyond the target's."""
+    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    expected = {
+        "embed_tokens": (shape.vocabulary, shape.hidden),
+        "norm": (shape.hidden,),
+        "q_proj": (query, shape.hidden),
+        "k_proj": (kv, shape.hidden),
+        "v_proj": (kv, shape.hidden),
+        "o_proj": (shape.hidden, query),
+        "input_layernorm": (shape.hidden,),
+        "post_attention_layernorm": (shape.hidden,),
+    }
+    for name, weight in weights.items():
+        wanted = expected.get(name.split(".")[-2]) if name.endswith(".weight") else None
+        if wanted is not None and tuple(weight.shape) != wanted:
+            raise ModelFilesError(f"{name} is {list(weight.shape)}, config.json says {list(wanted)}")
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            raise ModelFilesError(f"{name} holds values that are no finite numbers: the file is damaged")
+    vocabulary = weights.get("draft_vocab")
+    if vocabulary is not None and not bool(((vocabulary >= 0) & (vocabulary < shape.vocabulary)).all()):
+        raise ModelFilesError(f"draft_vocab names tokens beyond the vocabulary of {shape.vocabulary}")
 
 
 def rotary(shape: LlamaShape) -> tuple[Tensor, Tensor]:
