@@ -7,6 +7,7 @@ import base64
 import os
 import signal
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,16 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
         yield redis
 
 
+@asynccontextmanager
+async def writes_paused(redis: Redis) -> AsyncIterator[None]:
+    """Redis answers who reads, and lets who writes wait."""
+    await redis.execute_command("CLIENT", "PAUSE", 10_000, "WRITE")  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        await redis.execute_command("CLIENT", "UNPAUSE")  # type: ignore[no-untyped-call]
+
+
 # --- rounds -------------------------------------------------------------------------------------------------------
 
 
@@ -142,16 +153,13 @@ async def test_hints_of_every_exit_come_while_the_pass_runs(peer: Peer, verifier
 async def test_no_verdict_before_its_commit(peer: Peer, verifier: Running, redis: Redis) -> None:
     await peer.open("s")
     await peer.hears(Verdict, "s")
-    await redis.execute_command("CLIENT", "PAUSE", 10_000, "WRITE")
-    try:
+    async with writes_paused(redis):
         await peer.block("s", 1, 1, SAID[1])
         await peer.hears(Hint, "s", len(LAYERS))
         await until(lambda: verifier.engine.in_mid_pass == 0, "the pass has ended")
         await asyncio.sleep(QUIET_S)
         assert len(peer.of(Verdict, "s")) == 1
         assert (await peer.state("s")).base == 1
-    finally:
-        await redis.execute_command("CLIENT", "UNPAUSE")
     await peer.hears(Verdict, "s", 2)
     assert (await peer.state("s")).base == 3
 
@@ -371,14 +379,11 @@ async def test_cancel_in_mid_pass_frees_the_kv_and_the_ownership(peer: Peer, ver
 
 async def test_cancel_while_claiming_leaves_no_owner(peer: Peer, verifier: Running, redis: Redis) -> None:
     await peer.create("s")
-    await redis.execute_command("CLIENT", "PAUSE", 10_000, "WRITE")
-    try:
+    async with writes_paused(redis):
         await peer.prompt("s")
         await until(lambda: "s" in verifier.service.sessions, "the claim is under way")
         await peer.cancel("s")
         await until(lambda: "s" not in verifier.service.sessions, "the cancel has been read")
-    finally:
-        await redis.execute_command("CLIENT", "UNPAUSE")
 
     async def claimed() -> bool:
         return await redis.hexists(f"{peer.settings.redis_prefix}{{s}}:state", "claimed_epoch")

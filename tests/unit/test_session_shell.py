@@ -1,0 +1,326 @@
+"""A session's I/O around the core: order, what is done when, and what a failure costs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+
+from services.verifier.engine.types import BlockStatus, Engine, EngineOutput
+from services.verifier.session_shell import Chain, SessionShell
+from shared.bus import Bus, Received
+from shared.errors import BrokerUnavailable, StoreUnavailable
+from shared.protocol import (
+    Block,
+    Cancel,
+    DraftsMessage,
+    Fault,
+    GenerationParams,
+    Prompt,
+    ReplyRoute,
+    Tokens,
+    Topic,
+    Verdict,
+    VerdictsMessage,
+)
+from shared.store import Claim, CommitResult, SessionState, SessionStatus, Store
+
+ROUTE = ReplyRoute(gateway="g", partition=0)
+
+
+# --- the chain ----------------------------------------------------------------------------------------------------
+
+
+async def test_steps_run_in_order_one_at_a_time() -> None:
+    chain, ran = Chain(), list[str]()
+
+    async def step(name: str) -> None:
+        ran.append(f"{name} begins")
+        await asyncio.sleep(0)
+        ran.append(f"{name} ends")
+
+    chain.put(lambda: step("first"))
+    chain.put(lambda: step("second"))
+    await chain.drained()
+    assert ran == ["first begins", "first ends", "second begins", "second ends"]
+
+
+async def test_a_step_may_put_another_which_is_waited_for() -> None:
+    chain, ran = Chain(), list[str]()
+
+    async def inner() -> None:
+        ran.append("inner")
+
+    async def outer() -> None:
+        chain.put(inner)
+        ran.append("outer")
+
+    chain.put(outer)
+    await chain.drained()
+    assert ran == ["outer", "inner"]
+
+
+async def test_a_step_that_is_cancelled_does_not_take_the_rest_along() -> None:
+    chain, ran = Chain(), list[str]()
+
+    async def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    async def closing() -> None:
+        ran.append("closed")
+
+    chain.put(cancelled)
+    chain.put(closing)
+    await chain.drained()
+    assert ran == ["closed"]
+
+
+# --- a shell among stand-ins --------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Store:
+    """Redis, of which a test decides when it answers."""
+
+    committed: list[int] = field(default_factory=list)
+    answers: asyncio.Event = field(default_factory=asyncio.Event)
+    notes: int = 0
+    most_notes: int = 0
+    released: list[int] = field(default_factory=list)
+    away: bool = False
+
+    async def claim(self, session: str, *, epoch: int, owner: str) -> Claim:
+        if self.away:
+            raise StoreUnavailable("no answer from Redis")
+        state = SessionState(
+            session=session,
+            status=SessionStatus.OPEN,
+            epoch=epoch,
+            base=0,
+            prompt_length=1,
+            params=GenerationParams(max_tokens=100),
+            model="m",
+            verifier="v",
+            partition=0,
+            owner=owner,
+            reply=ROUTE,
+            finish_reason=None,
+            last_round=-1,
+            last_base=-1,
+            created_ms=0,
+            touched_ms=0,
+        )
+        return Claim(state, (1,), (), False)
+
+    async def commit(self, session: str, *, base: int, tokens: Tokens, **_: object) -> CommitResult:
+        self.committed[base:] = tokens
+        return CommitResult(len(self.committed), False)
+
+    async def set_round(self, session: str, **_: object) -> bool:
+        self.notes += 1
+        self.most_notes = max(self.most_notes, self.notes)
+        await self.answers.wait()
+        self.notes -= 1
+        return True
+
+    async def release(self, session: str, *, epoch: int, owner: str) -> bool:
+        self.released.append(epoch)
+        return True
+
+
+@dataclass
+class _Bus:
+    """Kafka, which acknowledges when a test lets it."""
+
+    sent: list[VerdictsMessage] = field(default_factory=list)
+    acknowledges: asyncio.Event = field(default_factory=asyncio.Event)
+    away: bool = False
+
+    async def send(self, message: VerdictsMessage, **_: object) -> None:
+        self.sent.append(message)
+        await self.acknowledges.wait()
+        if self.away:
+            raise BrokerUnavailable("Kafka did not take a message")
+
+
+@dataclass
+class _Engine:
+    """Says the next number for whatever is asked."""
+
+    outputs: asyncio.Queue[EngineOutput] = field(default_factory=asyncio.Queue)
+    closed: list[str] = field(default_factory=list)
+    silent: bool = False
+
+    async def open(
+        self, session: str, prompt: Tokens, committed: Tokens, params: GenerationParams
+    ) -> AsyncIterator[EngineOutput]:
+        yield EngineOutput((10,))
+        while True:
+            yield await self.outputs.get()
+
+    async def submit(self, session: str, base: int, tokens: Tokens) -> BlockStatus:
+        if not self.silent:
+            self.outputs.put_nowait(EngineOutput((10 + base,)))
+        return BlockStatus.ARMED
+
+    async def close(self, session: str) -> None:
+        self.closed.append(session)
+
+
+class _Host:
+    """The service around a shell."""
+
+    incarnation = "v/1"
+
+    def __init__(self) -> None:
+        self.redis, self.kafka, self.model = _Store(), _Bus(), _Engine()
+        self.engine = cast(Engine, self.model)
+        self.store = cast(Store, self.redis)
+        self.bus = cast(Bus, self.kafka)
+        self.read: list[int] = []
+        self.held: set[str] = set()
+        self.forgotten: list[str] = []
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    async def take_place(self, shell: SessionShell) -> bool:
+        self.held.add(shell.session)
+        return True
+
+    def leave_place(self, shell: SessionShell) -> None:
+        self.held.discard(shell.session)
+
+    def forget(self, session: str) -> None:
+        self.forgotten.append(session)
+
+    def done(self, received: Received[DraftsMessage]) -> None:
+        self.read.append(received.offset)
+
+    def background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+
+class Dialogue:
+    """A shell that is fed messages."""
+
+    def __init__(self) -> None:
+        self.host = _Host()
+        self.shell = SessionShell("s", self.host, max_block=4, chain=Chain())
+        self._offset = 0
+
+    def receive(self, message: DraftsMessage) -> None:
+        self.shell.receive(Received(message, Topic.DRAFTS, 0, self._offset, None, 0))
+        self._offset += 1
+
+    def prompt(self) -> None:
+        self.receive(Prompt(session="s", epoch=1, reply=ROUTE))
+
+    def block(self, number: int, base: int, *tokens: int) -> None:
+        self.receive(Block(session="s", epoch=1, reply=ROUTE, round=number, base=base, tokens=tokens))
+
+    async def sent(self, count: int) -> Any:
+        """The `count`-th answer."""
+        await until(lambda: len(self.host.kafka.sent) >= count)
+        return self.host.kafka.sent[count - 1]
+
+
+async def until(holds: Any) -> None:
+    end_s = time.monotonic() + 5
+    while not holds():
+        assert time.monotonic() < end_s, "not in time"
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def dialogue() -> AsyncIterator[Dialogue]:
+    dialogue = Dialogue()
+    yield dialogue
+    dialogue.host.redis.answers.set()
+    dialogue.host.kafka.acknowledges.set()
+    dialogue.receive(Cancel(session="s", epoch=9, reason="end"))
+    await dialogue.shell.chain.drained()
+    await asyncio.gather(*dialogue.host.tasks)
+
+
+async def test_a_message_is_done_when_its_answer_is_acknowledged_and_not_before(dialogue: Dialogue) -> None:
+    dialogue.prompt()
+    assert isinstance(await dialogue.sent(1), Verdict)
+    assert dialogue.host.read == []
+    dialogue.host.kafka.acknowledges.set()
+    await until(lambda: dialogue.host.read == [0])
+
+
+async def test_a_round_that_begins_before_the_last_answer_is_acknowledged_does_not_hold_it_up(
+    dialogue: Dialogue,
+) -> None:
+    dialogue.prompt()
+    await dialogue.sent(1)
+    dialogue.host.model.silent = True
+    dialogue.block(1, 1, 7)
+    dialogue.host.kafka.acknowledges.set()
+    await until(lambda: dialogue.host.read == [0])
+    assert dialogue.shell.unanswered == 1
+
+
+async def test_an_answer_that_kafka_did_not_take_is_left_to_be_asked_for_again(dialogue: Dialogue) -> None:
+    dialogue.host.kafka.away = True
+    dialogue.host.kafka.acknowledges.set()
+    dialogue.prompt()
+    first = await dialogue.sent(1)
+    await until(lambda: dialogue.host.read == [0])
+    dialogue.host.kafka.away = False
+    dialogue.prompt()
+    again = await dialogue.sent(2)
+    assert (again.round, again.tokens) == (first.round, first.tokens)
+
+
+async def test_of_the_notes_of_rounds_one_is_under_way_at_a_time(dialogue: Dialogue) -> None:
+    dialogue.host.kafka.acknowledges.set()
+    dialogue.prompt()
+    await dialogue.sent(1)
+    for number in range(1, 20):
+        dialogue.block(number, number, 7)
+        await dialogue.sent(number + 1)
+    assert dialogue.host.redis.most_notes == 1
+    dialogue.host.redis.answers.set()
+    await until(lambda: not dialogue.host.tasks)
+
+
+async def test_a_place_is_left_once_the_engine_has_let_go(dialogue: Dialogue) -> None:
+    dialogue.prompt()
+    await dialogue.sent(1)
+    assert dialogue.host.held == {"s"}
+    dialogue.receive(Cancel(session="s", epoch=1, reason="client left"))
+    assert dialogue.host.forgotten == ["s"]
+    assert dialogue.host.held == {"s"}
+    await dialogue.shell.chain.drained()
+    assert dialogue.host.model.closed == ["s"]
+    assert dialogue.host.held == set()
+    assert dialogue.host.redis.released == [1]
+
+
+async def test_a_store_that_is_away_is_a_fault_with_when_to_try_again(dialogue: Dialogue) -> None:
+    dialogue.host.redis.away = True
+    dialogue.prompt()
+    fault = await dialogue.sent(1)
+    assert isinstance(fault, Fault)
+    assert (fault.code, fault.retry_after_s) == ("store_unavailable", 0.5)
+
+
+async def test_a_defect_in_the_stream_is_a_fault_that_keeps_the_log_to_itself(
+    dialogue: Dialogue, caplog: pytest.LogCaptureFixture
+) -> None:
+    dialogue.prompt()
+    await dialogue.sent(1)
+    dialogue.host.model.outputs.put_nowait(cast(EngineOutput, None))
+    dialogue.block(1, 1, 7)
+    fault = await dialogue.sent(2)
+    assert isinstance(fault, Fault)
+    assert fault.code == "internal_error"
+    assert "NoneType" not in fault.message
+    assert "NoneType" in caplog.text
