@@ -59,8 +59,24 @@ STARTS: Final = (
     *("Compose a", "Help me", "Hi", "Hello", "Is it", "Are", "Does", "The", "Given", "Edit", "Extract"),
 )
 QUESTIONS: Final = (
-    *("who played", "who sang", "who wrote", "who was the first", "who is the", "who won the", "who invented"),
-    *("when did", "when was the", "when is the", "where is", "where was", "where does", "what is the name of"),
+    *(
+        "who played",
+        "who sang",
+        "who wrote",
+        "who was the first",
+        "who is the",
+        "who won the",
+        "who invented",
+    ),
+    *(
+        "when did",
+        "when was the",
+        "when is the",
+        "where is",
+        "where was",
+        "where does",
+        "what is the name of",
+    ),
     *("what year did", "what does", "what is the", "what was the", "which country", "how many", "how long"),
     *("how old is", "in which", "name the", "is the", "what kind of"),
 )
@@ -76,7 +92,12 @@ CODE: Final = (
     *("Write a SQL query", "Write an HTML page", "Fix this code:\n", "Write a script"),
 )
 SUMMARY_LEADS: Final = (
-    *("Summarize: ", "Summarize the following text: ", "Summarize this article:\n\n", "Give a short summary of: "),
+    *(
+        "Summarize: ",
+        "Summarize the following text: ",
+        "Summarize this article:\n\n",
+        "Give a short summary of: ",
+    ),
     *("Sum up the main points of this report:\n\n", "TL;DR: "),
 )
 DOCUMENT_STARTS: Final = (
@@ -197,7 +218,9 @@ def conversation(
     while reserved < length:
         header = system + USER if not segments else NEXT_USER
         if long and not segments and documents and rng.random() < 0.8:
-            user = _quoted(rng, header, "\n\n".join(rng.sample(documents, min(len(documents), rng.randint(1, 3)))))
+            user = _quoted(
+                rng, header, "\n\n".join(rng.sample(documents, min(len(documents), rng.randint(1, 3))))
+            )
         elif long and not segments:
             user = _document(rng, header, *LONG_DOCUMENT)
         elif segments and rng.random() < 0.4:

@@ -174,7 +174,9 @@ def special_tokens(tokenizer: Tokenizer) -> list[int]:
     """Ids of all special tokens but the end of a turn."""
     end = tokenizer.token_to_id(END_OF_TURN)
     if end is None:
-        raise ModelFilesError(f"the tokenizer has no {END_OF_TURN}: a ChatML model is needed to talk to itself")
+        raise ModelFilesError(
+            f"the tokenizer has no {END_OF_TURN}: a ChatML model is needed to talk to itself"
+        )
     added = tokenizer.get_added_tokens_decoder()
     return sorted(number for number, token in added.items() if token.special and number != end)
 
@@ -203,14 +205,18 @@ def read_shard(path: Path) -> Shard:
                 raise ModelFilesError(f"{path} is no shard of training data ({FORMAT})")
             return Shard(opened.get_tensor("tokens").to(torch.int32), opened.get_tensor("roles"))
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelFilesError(f"{path} can't be read ({error}); delete it and run `outrider train data`") from None
+        raise ModelFilesError(
+            f"{path} can't be read ({error}); delete it and run `outrider train data`"
+        ) from None
 
 
 def shards(directory: Path) -> list[Path]:
     """The shards of a data directory in order; raises `ModelFilesError` when there is none."""
     found = sorted(directory.glob("shard-*.safetensors"))
     if not found:
-        raise ModelFilesError(f"{directory} holds no shards; run `outrider train data --out {directory}` first")
+        raise ModelFilesError(
+            f"{directory} holds no shards; run `outrider train data --out {directory}` first"
+        )
     return found
 
 
@@ -252,7 +258,9 @@ def make_data(
     return total
 
 
-def documents(directory: Path, tokenizer: Tokenizer, plan: DataPlan, shard: int, least: int = 120) -> list[str]:
+def documents(
+    directory: Path, tokenizer: Tokenizer, plan: DataPlan, shard: int, least: int = 120
+) -> list[str]:
     """Answers of `least` tokens or more in the last shard of short streams before `shard`, as text."""
     before = next((number for number in range(shard - 1, -1, -1) if not plan.shape(number)[2]), None)
     if before is None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,19 +24,20 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from services.draft_gateway.drafting.distilled import FORMAT, PATTERN, config_of, read_distilled
 from services.draft_gateway.drafting.packed import (
     BITS,
     pack,
     product_codes,
     product_rows,
     quantize_rows,
+    unpack,
 )
-from training.data import Progress, batches
 from training.conversations import Role
+from training.data import batches
 from training.llama import Kernels, Llama, LlamaConfig, Target, copy_layers, fake_quantize, linear
 from training.progress import Clock, Journal, rate
 
-FORMAT: Final = "outrider-draft/1"
 MATRICES: Final = ("qkv", "out", "gate_up", "down")
 GROUP: Final = 6
 
@@ -70,7 +71,9 @@ class DraftModel(nn.Module):
     rare_books: Tensor
     rare: Tensor
 
-    def __init__(self, config: LlamaConfig, vocabulary: Tensor, rare_codes: Tensor, rare_books: Tensor) -> None:
+    def __init__(
+        self, config: LlamaConfig, vocabulary: Tensor, rare_codes: Tensor, rare_books: Tensor
+    ) -> None:
         super().__init__()
         self.config = config
         self.decoder = Llama(config)
@@ -87,7 +90,9 @@ class DraftModel(nn.Module):
         self.register_buffer("rare", product_rows(rare_codes, rare_books.float()), persistent=False)
 
     @classmethod
-    def from_target(cls, target: Target, vocabulary: Tensor, layers: Sequence[int], *, seed: int) -> DraftModel:
+    def from_target(
+        cls, target: Target, vocabulary: Tensor, layers: Sequence[int], *, seed: int
+    ) -> DraftModel:
         """A draft that starts from layers of `target` and speaks `vocabulary` (its token ids, ascending)."""
         with torch.no_grad():
             embedding = target.embedding.detach().float()
@@ -218,7 +223,9 @@ class DraftTrainer:
         self.step = 0
         self.spent_s = 0.0
         held = [max(1, min(len(rows) // 50, 64)) for rows in tokens]
-        self._held = [(rows[:count], role[:count]) for rows, role, count in zip(tokens, roles, held, strict=True)]
+        self._held = [
+            (rows[:count], role[:count]) for rows, role, count in zip(tokens, roles, held, strict=True)
+        ]
         self._tokens = [rows[count:] for rows, count in zip(tokens, held, strict=True)]
         self._roles = [rows[count:] for rows, count in zip(roles, held, strict=True)]
         self._dtype = target.embedding.dtype
@@ -312,7 +319,11 @@ class DraftTrainer:
         """Loss and agreement (at temperature 0) on streams that are never trained on."""
         loss_sum, agreed_sum, count = 0.0, 0.0, 0
         fast = self._loss, self.target.decoder.kernels, self.draft.decoder.kernels
-        self._loss, self.target.decoder.kernels, self.draft.decoder.kernels = distillation, Kernels(), Kernels()
+        self._loss, self.target.decoder.kernels, self.draft.decoder.kernels = (
+            distillation,
+            Kernels(),
+            Kernels(),
+        )
         for tokens, roles in self._held:
             loss, agreed, weights = self.losses(tokens.long(), roles, 0.9)
             greedy = weights >= 1
@@ -349,8 +360,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     part.rename(path)
 
 
-def write_draft(path: Path, draft: DraftModel, header: dict[str, str]) -> int:
-    """Writes the six-bit draft with its header; returns its size in bytes."""
+def write_draft(
+    directory: Path, draft: DraftModel, header: Mapping[str, str], file_bytes: int = 15 << 20
+) -> int:
+    """Writes the six-bit draft with its header, in files of at most about `file_bytes`; returns its size in bytes."""
     tensors: dict[str, Tensor] = {
         "draft_vocab": draft.vocabulary.int(),
         "rare_codes": draft.rare_codes,
@@ -365,9 +378,50 @@ def write_draft(path: Path, draft: DraftModel, header: dict[str, str]) -> int:
     for name, weight in weights.items():
         values, scales = quantize_rows(weight.detach())
         tensors[f"{name}.packed"], tensors[f"{name}.scales"] = pack(values), scales
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     full = {"format": FORMAT, "config": json.dumps(draft.config.as_json()), **header}
-    part = path.with_suffix(".part")
-    save_file(plain, part, metadata=full)
-    part.rename(path)
-    return path.stat().st_size
+    return write_files(directory, tensors, full, file_bytes)
+
+
+def write_files(
+    directory: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], file_bytes: int
+) -> int:
+    """Writes `draft-1.safetensors`, …, each with the header; returns the bytes of all."""
+    groups: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        held = sum(other.nbytes for other in groups[-1].values())
+        if groups[-1] and held + tensor.nbytes > file_bytes:
+            groups.append({})
+        groups[-1][name] = tensor.detach().cpu().contiguous()
+    directory.mkdir(parents=True, exist_ok=True)
+    for old in directory.glob(PATTERN):
+        old.unlink()
+    total = 0
+    for number, group in enumerate(groups, start=1):
+        path = directory / f"draft-{number}.safetensors"
+        save_file(group, path, metadata={**header, "files": str(len(groups))})
+        total += path.stat().st_size
+    return total
+
+
+def read_draft(directory: Path) -> DraftModel:
+    """A written draft as a model to measure with (weights as rounded, arithmetic as on the CPU's int8 kernels).
+
+    Raises `ModelFilesError` when there is none.
+    """
+    header, tensors = read_distilled(directory)
+    config = LlamaConfig.from_json(config_of(header))
+    draft = DraftModel(config, tensors["draft_vocab"].long(), tensors["rare_codes"], tensors["rare_books"])
+
+    def weight(name: str) -> Tensor:
+        return unpack(tensors[f"{name}.packed"]).float() * tensors[f"{name}.scales"][:, None]
+
+    state = {"head": weight("head"), "decoder.norm": tensors["norm"]}
+    for index in range(config.num_hidden_layers):
+        state.update(
+            {f"decoder.layers.{index}.{name}": weight(f"layers.{index}.{name}") for name in MATRICES}
+        )
+        for name in ("attention_norm", "mlp_norm"):
+            state[f"decoder.layers.{index}.{name}"] = tensors[f"layers.{index}.{name}"]
+    draft.load_state_dict(state, strict=False)
+    draft.bits = BITS
+    return draft.requires_grad_(False).eval()

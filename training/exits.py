@@ -17,9 +17,11 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from shared.errors import ModelFilesError
 from training.data import batches
 from training.draft import DraftModel, answer_positions, choices
 from training.llama import Kernels, Target
@@ -285,3 +287,32 @@ def write_exits(
     save_file(tensors, part, metadata={"format": FORMAT, "layers": ",".join(exits), **header})
     part.rename(path)
     return path.stat().st_size
+
+
+def read_exits(path: Path, *, eps: float) -> tuple[dict[int, Exit], Tensor]:
+    """Written exits by layer, in float32, and their vocabulary; `ModelFilesError` when the file holds none."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelFilesError(f"the exits {path} can't be read ({error})") from None
+    if header.get("format") != FORMAT:
+        raise ModelFilesError(f"{path} holds no exits ({FORMAT}) but {header.get('format')!r}")
+    exits: dict[int, Exit] = {}
+    for layer in header["layers"].split(","):
+        own = {
+            name.removeprefix(f"{layer}."): tensor.float()
+            for name, tensor in tensors.items()
+            if name.startswith(f"{layer}.")
+        }
+        plan = ExitPlan(
+            layers=(int(layer),),
+            width=len(own["gate.weight"]),
+            judge_width=len(own["judge.first.weight"]),
+            judge_rank=len(own["judge.state.weight"]),
+        )
+        exit_ = Exit(own["gate.weight"].shape[1], plan, eps)
+        exit_.load_state_dict(own)
+        exits[int(layer)] = exit_.requires_grad_(False).eval()
+    return exits, tensors["exit_vocab"].long()

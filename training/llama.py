@@ -70,7 +70,9 @@ class LlamaConfig:
                 max_position_embeddings=int(fields.get("max_position_embeddings", 2048)),
             )
         except KeyError as missing:
-            raise ModelFilesError(f"config.json lacks {missing}: a Llama-family checkpoint is needed") from None
+            raise ModelFilesError(
+                f"config.json lacks {missing}: a Llama-family checkpoint is needed"
+            ) from None
         if int(fields.get("head_dim") or config.head_dim) != config.head_dim:
             raise ModelFilesError("config.json: head_dim differs from hidden_size / num_attention_heads")
         return config
@@ -242,11 +244,18 @@ class Llama(nn.Module):
         self.kernels = Kernels()
         self.bits = 0
 
+    def truncated(self, count: int) -> Llama:
+        """The first `count` layers as a model of its own, sharing the weights."""
+        part = Llama.__new__(Llama)
+        nn.Module.__init__(part)
+        part.config = self.config.with_layers(count)
+        part.layers = nn.ModuleList(list(self.layers)[:count])
+        part.norm, part.kernels, part.bits = self.norm, self.kernels, self.bits
+        return part
+
     def normed(self, hidden: Tensor) -> Tensor:
         """The last norm: what the LM head reads."""
-        return F.rms_norm(
-            hidden, (hidden.shape[-1],), self.norm.to(hidden.dtype), self.config.rms_norm_eps
-        )
+        return F.rms_norm(hidden, (hidden.shape[-1],), self.norm.to(hidden.dtype), self.config.rms_norm_eps)
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine `[tokens, 1, head_dim / 2]` of flat positions."""
@@ -266,7 +275,9 @@ class Llama(nn.Module):
         heads = self.config.num_attention_heads
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            parts = (part.view(rows, length, -1, part.shape[-1]).transpose(1, 2) for part in (query, key, value))
+            parts = (
+                part.view(rows, length, -1, part.shape[-1]).transpose(1, 2) for part in (query, key, value)
+            )
             query, key, value = parts
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
             return mixed.transpose(1, 2).reshape(rows * length, heads, -1)
@@ -309,30 +320,37 @@ class Llama(nn.Module):
         return hidden.view(embedded.shape)
 
     def ragged(
-        self, embedded: Tensor, positions: Tensor, cache: KeyValueCache, keep: Iterable[int] = ()
+        self,
+        embedded: Tensor,
+        positions: Tensor,
+        cache: KeyValueCache,
+        keep: Iterable[int] = (),
+        cache_rows: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """A pass over `[rows, new, hidden]` at `positions` `[rows, new]` (rising in a row), each row on its own.
 
-        What the cache holds at and after a row's first new position is overwritten or not looked at.
+        What the cache holds at and after a row's first new position is overwritten or not looked at. `cache_rows` says
+        which rows of the cache these are, if not all.
         """
         rows, new, width = embedded.shape
         kv_heads = self.config.num_key_value_heads
         reach = int(positions.max()) + 1
-        row = torch.arange(rows, device=embedded.device)[:, None]
+        everyone = cache_rows is None
+        row = torch.arange(rows, device=embedded.device) if cache_rows is None else cache_rows
         seen = torch.arange(reach, device=embedded.device) <= positions[:, None, :, None]
 
         def at_layer(index: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
             keys, values = cache.keys[index], cache.values[index]
 
             def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-                keys[row, :, positions] = key.view(rows, new, kv_heads, -1)
-                values[row, :, positions] = value.view(rows, new, kv_heads, -1)
+                keys[row[:, None], :, positions] = key.view(rows, new, kv_heads, -1)
+                values[row[:, None], :, positions] = value.view(rows, new, kv_heads, -1)
                 width = query.shape[-1]
                 grouped = query.view(rows, new, kv_heads, -1, width).permute(0, 2, 3, 1, 4)
                 mixed = F.scaled_dot_product_attention(
                     grouped.reshape(rows, kv_heads, -1, width),
-                    keys[:, :, :reach],
-                    values[:, :, :reach],
+                    keys[:, :, :reach] if everyone else keys[row, :, :reach],
+                    values[:, :, :reach] if everyone else values[row, :, :reach],
                     attn_mask=seen.repeat(1, 1, grouped.shape[2], 1),
                 )
                 mixed = mixed.view(rows, kv_heads, -1, new, width).permute(0, 3, 1, 2, 4)
@@ -427,7 +445,9 @@ def _fused_state(tensors: Mapping[str, Tensor], config: LlamaConfig) -> dict[str
         state[f"{to}.qkv"] = torch.cat(attention)
         state[f"{to}.out"] = take(f"{source}.self_attn.o_proj.weight")
         state[f"{to}.mlp_norm"] = take(f"{source}.post_attention_layernorm.weight")
-        state[f"{to}.gate_up"] = torch.cat([take(f"{source}.mlp.{part}_proj.weight") for part in ("gate", "up")])
+        state[f"{to}.gate_up"] = torch.cat(
+            [take(f"{source}.mlp.{part}_proj.weight") for part in ("gate", "up")]
+        )
         state[f"{to}.down"] = take(f"{source}.mlp.down_proj.weight")
     return state
 

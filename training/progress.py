@@ -52,5 +52,8 @@ class Journal:
         """One line, in the file and for the reader."""
         with self._path.open("a") as opened:
             opened.write(json.dumps({"run": name, **figures}) + "\n")
-        shown = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value:,}" for key, value in figures.items())
+        shown = ", ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value:,}"
+            for key, value in figures.items()
+        )
         self._say(f"{name}: {shown}")

@@ -65,7 +65,10 @@ def greedy(
 
 @torch.inference_mode()
 def along(
-    texts: Sequence[Sequence[int]], score: Callable[[Tensor], Tensor], device: torch.device, rows_at_once: int = 8
+    texts: Sequence[Sequence[int]],
+    score: Callable[[Tensor], Tensor],
+    device: torch.device,
+    rows_at_once: int = 8,
 ) -> list[Tensor]:
     """`score` of every position of every text, causal: `[length, …]` each. Texts of like length go together."""
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))

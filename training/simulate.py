@@ -47,13 +47,14 @@ class Play:
         self._length = torch.tensor([len(text.prompt) + 1 for text in texts], device=device)
         self._words = draft.words_of(self._text.clamp(min=0))
         self._first = draft.first_seen(self._text.clamp(min=0), self._words)
-        self._target_cache = KeyValueCache(target.config, len(texts), reach, device, dtype)
+        self._trunk = target.decoder.truncated(max(exits, default=1))
+        self._target_cache = KeyValueCache(self._trunk.config, len(texts), reach, device, dtype)
         self._draft_cache = KeyValueCache(draft.config, len(texts), reach, device, dtype)
         tokens = self._text[:, : int(self._length.max())].clamp(min=0)
         for at in range(0, len(texts), 16):
             part = tokens[at : at + 16]
             rows = slice(at, at + len(part))
-            target.decoder.aligned(target.embed(part), 0, self._target_cache.rows(rows.start, rows.stop))
+            self._trunk.aligned(target.embed(part), 0, self._target_cache.rows(rows.start, rows.stop))
             draft.decoder.aligned(draft.embed(part, dtype), 0, self._draft_cache.rows(rows.start, rows.stop))
 
     @property
@@ -63,22 +64,22 @@ class Play:
 
     @torch.inference_mode()
     def round(self) -> Record:
-        """Plays one round everywhere; returns the records of the rounds whose verdict the text holds."""
-        length = self._length.clamp(max=int(self._text.shape[1]) - self.block - 1)
-        drafts, edge_tokens, edge_scores = self._draft(length)
+        """Plays one round of every active text; returns the records of those whose verdict the text holds."""
+        rows = self.active.nonzero()[:, 0]
+        length, text = self._length[rows], self._text[rows]
+        drafts, edge_tokens, edge_scores = self._draft(rows, length, text)
         place = torch.arange(self.block + 1, device=length.device)
-        context = self._text.gather(1, length[:, None] - 1)
-        block = torch.cat((context, drafts), dim=1)
+        block = torch.cat((text.gather(1, length[:, None] - 1), drafts), dim=1)
         positions = length[:, None] - 1 + place
-        _, kept = self.target.decoder.ragged(
-            self.target.embed(block.clamp(min=0)), positions, self._target_cache, self.exits
+        _, kept = self._trunk.ragged(
+            self.target.embed(block), positions, self._target_cache, self.exits, cache_rows=rows
         )
-        truth = self._text.gather(1, length[:, None] + place)
+        truth = text.gather(1, length[:, None] + place)
         accepted = (drafts == truth[:, :-1]).long().cumprod(dim=1).sum(dim=1)
         following = truth.gather(1, accepted[:, None])[:, 0]
-        whole = self.active & (following >= 0)
+        whole = following >= 0
         record: Record = {
-            "text": whole.nonzero()[:, 0],
+            "text": rows[whole],
             "drafts": drafts[whole],
             "edge_tokens": edge_tokens[whole],
             "edge_scores": edge_scores[whole],
@@ -87,20 +88,19 @@ class Play:
         }
         for layer, exit_ in self.exits.items():
             record.update(self._exit(layer, exit_, kept[layer][whole], drafts[whole], edge_scores[whole]))
-        self._length = self._length + torch.where(self.active, accepted + 1, 0)
+        self._length[rows] = length + accepted + 1
         return {name: tensor.cpu() for name, tensor in record.items()}
 
-    def _draft(self, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _draft(self, rows: Tensor, length: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The block, and the draft's best tokens and their log-probabilities at each of its places and the next."""
-        back = torch.arange(-CATCH_UP, 0, device=length.device)
-        positions = length[:, None] + back
-        tokens = self._text.gather(1, positions)
+        positions = length[:, None] + torch.arange(-CATCH_UP, 0, device=length.device)
+        tokens = text.gather(1, positions)
         drafts, best_tokens, best_scores = [], [], []
-        unseen = self._first >= length[:, None]
+        unseen = self._first[rows] >= length[:, None]
         ids = self.draft.token_ids(self._words)
         for place in range(self.block + 1):
-            embedded = self.draft.embed(tokens.clamp(min=0), self._dtype)
-            hidden, _ = self.draft.decoder.ragged(embedded, positions, self._draft_cache)
+            embedded = self.draft.embed(tokens, self._dtype)
+            hidden, _ = self.draft.decoder.ragged(embedded, positions, self._draft_cache, cache_rows=rows)
             scores = self.draft.logits(hidden[:, -1], self._words).float()
             scores[:, len(self.draft.vocabulary) :].masked_fill_(unseen, -torch.inf)
             best, column = scores.log_softmax(dim=-1).topk(WIDTH, dim=-1)
@@ -117,7 +117,7 @@ class Play:
             exit_,
             self.target,
             self._exit_head,
-            hidden.reshape(rows * width, -1),
+            hidden.flatten(0, 1),
             padded.flatten(),
             edge_scores[:, :, 0].flatten(),
         )
@@ -148,6 +148,7 @@ def play_rounds(
         play = Play(target, draft, exits, exit_vocabulary, [texts[index] for index in group], block)
         while bool(play.active.any()):
             record = play.round()
-            record["text"] = torch.tensor(group)[record["text"]]
-            parts.append(record)
+            if len(record["text"]):
+                record["text"] = torch.tensor(group)[record["text"]]
+                parts.append(record)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
