@@ -142,7 +142,10 @@ class Engine(Protocol):
         """Have a block verified: `tokens` continue the session's first `base` output tokens; may be empty.
 
         What was generated past `base` meanwhile is trimmed from the block's front where it agrees; otherwise the block
-        is stale. Raises `InvalidRequest` when it is longer than `max_block` or holds a token outside the vocabulary,
+        is stale. An armed block is answered by exactly one output, also when the session is preempted over it; so is a
+        queued one, unless a newer block takes its place or it proves stale. A session never speaks unasked.
+
+        Raises `InvalidRequest` when the block is longer than `max_block` or holds a token outside the vocabulary,
         `EngineError` when the engine is dead.
         """
 
