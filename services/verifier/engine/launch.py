@@ -85,13 +85,13 @@ def build(settings: VerifierSettings, checkpoint: Checkpoint, options: EngineOpt
     Blocks for seconds, so call it in a thread, within `engine_environment`. Raises `EngineError` when vLLM is not the
     one that we know, and else what vLLM raises.
     """
+    check_compatible()  # before anything of vLLM is imported that another version may not have
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine import utils
     from vllm.v1.executor import Executor
 
     from services.verifier.engine.client import EngineClient
 
-    check_compatible()
     _check_platform()
     _register_models()
     config = AsyncEngineArgs(**_arguments(settings, checkpoint, options)).create_engine_config()
