@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from services.draft_gateway.drafting.engine import Draft, DraftEngine, DraftRequest, Dropped, none_dropped
 from services.draft_gateway.drafting.llama import LlamaDraft
 from services.draft_gateway.drafting.lookup import PromptLookup
+from services.verifier.engine.types import EngineStats
 from shared.protocol import GenerationParams, Tokens
 from shared.text import Tokenizer
 from tests.integration.whole import Answer, Whole, whole
@@ -36,7 +37,7 @@ pytestmark = [
 
 PROMPTS = 40
 PROMPT_TOKENS = 48
-MAX_TOKENS = 20
+MAX_TOKENS = 12
 EARLY = 0.95
 
 
@@ -146,15 +147,30 @@ def assert_early(answers: Sequence[Answer], what: str) -> None:
     assert hinted >= EARLY * rounds
 
 
-@pytest.mark.parametrize("hints", [True, False], ids=["hints", "no hints"])
-@pytest.mark.parametrize("draft", ["lookup", "model", "right", "wrong", "random"])
-async def test_sixteen_sessions_at_a_time_stream_what_the_target_says(
+RUNS = [
+    ("lookup", True),
+    ("lookup", False),
+    ("model", True),
+    ("model", False),
+    ("right", True),
+    ("wrong", True),
+    ("random", True),
+    ("random", False),
+]
+
+
+@pytest.mark.parametrize(
+    ("draft", "hints"), RUNS, ids=[f"{d}-{'hints' if h else 'no hints'}" for d, h in RUNS]
+)
+async def test_sixteen_sessions_at_a_time_stream_what_the_target_says_and_compute_it_once(
     bench: Bench, draft: str, hints: bool
 ) -> None:
-    prompts = bench.prompts[:16] if not hints and draft in ("right", "wrong") else bench.prompts
-    answers = await bench.whole.stream_all(draft, prompts, MAX_TOKENS, at_a_time=16, hints=hints)
-    assert_exact(Bench(bench.whole, prompts, bench.truth[: len(prompts)]), answers, draft)
+    before = await bench.whole.engine.stats()
+    answers = await bench.whole.stream_all(draft, bench.prompts, MAX_TOKENS, at_a_time=16, hints=hints)
+    after = await bench.whole.engine.stats()
+    assert_exact(bench, answers, draft)
     assert_early(answers, f"{draft}, 16 sessions")
+    assert_once(bench, answers, before, after)
     report = [answer.outrider for answer in answers]
     if not hints:
         assert sum(usage["hits"] for usage in report) == 0
@@ -164,19 +180,8 @@ async def test_sixteen_sessions_at_a_time_stream_what_the_target_says(
         assert sum(usage["accepted"] for usage in report) == 0
 
 
-@pytest.mark.parametrize("draft", ["lookup", "right"])
-async def test_one_session_at_a_time_streams_what_the_target_says(bench: Bench, draft: str) -> None:
-    answers = await bench.whole.stream_all(draft, bench.prompts, MAX_TOKENS, at_a_time=1)
-    assert_exact(bench, answers, draft)
-    assert_early(answers, f"{draft}, one session")
-
-
-async def test_every_token_is_computed_once(bench: Bench) -> None:
+def assert_once(bench: Bench, answers: Sequence[Answer], before: EngineStats, after: EngineStats) -> None:
     """Scheduled tokens are those of the first prefills and, for every round, its block and one more."""
-    before = await bench.whole.engine.stats()
-    answers = await bench.whole.stream_all("random", bench.prompts, MAX_TOKENS, at_a_time=16)
-    after = await bench.whole.engine.stats()
-    assert_exact(bench, answers, "random")
     rounds = sum(answer.outrider["rounds"] for answer in answers)
     drafted = sum(answer.outrider["drafted"] for answer in answers)
     prompt_tokens = sum(len(prompt) for prompt in bench.prompts)
@@ -188,7 +193,18 @@ async def test_every_token_is_computed_once(bench: Bench) -> None:
     assert after.scheduled_tokens - before.scheduled_tokens == prompt_tokens - cached + rounds + drafted
 
 
+async def test_one_session_at_a_time_streams_what_the_target_says(bench: Bench) -> None:
+    """Each prompt by itself, the drafts taking turns."""
+    drafts = ["lookup", "model", "right", "wrong", "random"]
+    answers = [
+        await bench.whole.stream(drafts[number % len(drafts)], prompt, MAX_TOKENS)
+        for number, prompt in enumerate(bench.prompts)
+    ]
+    assert_exact(bench, answers, "one session")
+    assert_early(answers, "one session")
+
+
 async def test_the_text_of_a_stream_is_the_text_of_its_tokens(bench: Bench, target_model: Path) -> None:
     tokenizer = Tokenizer.load(target_model)
-    (answer,) = await bench.whole.stream_all("lookup", bench.prompts[:1], 60, at_a_time=1)
+    (answer,) = await bench.whole.stream_all("lookup", bench.prompts[:1], 40, at_a_time=1)
     assert answer.text == tokenizer.decode(answer.tokens)

@@ -104,9 +104,7 @@ async def whole(
     before = dict(os.environ)
     os.environ.update(common)
     try:
-        verifier_settings = VerifierSettings(
-            max_sessions=24, max_model_len=512, engine_threads=2, idle_ttl_s=300
-        )
+        verifier_settings = VerifierSettings(max_sessions=24, max_model_len=512, idle_ttl_s=300)
         engine = VllmEngine(verifier_settings)
         verifier = VerifierService(verifier_settings, engine)
         kv_session = KvSessionService(KvSessionSettings())
