@@ -208,6 +208,7 @@ class Directory:
             logger.info("close of %s ignored: %s", message.session, error)
             return
         metrics.CLOSED.labels(state.status).inc()
+        self.fleet.left(state.verifier, time.monotonic())
         if message.detach:
             await self._announce_evicted(state, message.reason)
         else:

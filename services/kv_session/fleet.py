@@ -12,7 +12,7 @@ from typing import Final
 
 from shared.protocol import Heartbeat
 
-# A session placed so long before a heartbeat arrives is counted in it.
+# A session placed (or gone) so long before a heartbeat arrives is counted (or not) in it.
 COUNTED_AFTER_S: Final = 0.1
 FORGOTTEN_AFTER_S: Final = 600.0
 
@@ -34,6 +34,7 @@ class Fleet:
         self._listening_since_s = now_s
         self._seen: dict[str, Sighting] = {}
         self._placed_s: defaultdict[str, deque[float]] = defaultdict(deque)
+        self._left_s: defaultdict[str, deque[float]] = defaultdict(deque)
 
     def hear(self, heartbeat: Heartbeat, now_s: float) -> None:
         """A heartbeat has come. The partitions it names are no one else's any more."""
@@ -43,18 +44,23 @@ class Fleet:
                 lessened = sighting.heartbeat.model_copy(update={"partitions": kept})
                 self._seen[name] = Sighting(lessened, sighting.heard_s)
         self._seen[heartbeat.verifier] = Sighting(heartbeat, now_s)
-        placed_s = self._placed_s[heartbeat.verifier]
-        while placed_s and placed_s[0] < now_s - COUNTED_AFTER_S:
-            placed_s.popleft()
+        for since_s in (self._placed_s[heartbeat.verifier], self._left_s[heartbeat.verifier]):
+            while since_s and since_s[0] < now_s - COUNTED_AFTER_S:
+                since_s.popleft()
 
     def placed(self, verifier: str, now_s: float) -> None:
         """A session has been placed there; it counts until a heartbeat does."""
         self._placed_s[verifier].append(now_s)
 
+    def left(self, verifier: str, now_s: float) -> None:
+        """A session has gone from there; its place is free before a heartbeat says so."""
+        self._left_s[verifier].append(now_s)
+
     def load(self, verifier: str) -> int:
-        """Sessions with live KV there, those just placed included."""
+        """Sessions with live KV there, with those just placed and without those just gone."""
         sighting = self._seen.get(verifier)
-        return (sighting.heartbeat.sessions if sighting else 0) + len(self._placed_s[verifier])
+        counted = sighting.heartbeat.sessions if sighting else 0
+        return max(0, counted + len(self._placed_s[verifier]) - len(self._left_s[verifier]))
 
     def known(self) -> list[Sighting]:
         """Every verifier heard of lately, by name, alive or not."""
@@ -91,3 +97,4 @@ class Fleet:
             if now_s - sighting.heard_s > FORGOTTEN_AFTER_S:
                 del self._seen[name]
                 self._placed_s.pop(name, None)
+                self._left_s.pop(name, None)

@@ -20,7 +20,8 @@ class KvSessionSettings(CommonSettings):
     )
     sweep_s: Seconds = Field(1.0, description="Time between sweeps for dead verifiers and expired sessions.")
     placement_wait_s: Seconds = Field(
-        3.0, description="How long opening a session waits for a verifier when none is ready, before it is refused."
+        3.0,
+        description="How long opening a session waits for a verifier when none is ready, before it is refused.",
     )
     prefix_block: Positive = Field(
         32, description="Tokens of a prefix block, the unit of shared-prefix affinity."

@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 from fastapi import FastAPI
 
 from services.verifier import metrics
-from services.verifier.engine.types import Engine, EngineInfo, ExitReport
+from services.verifier.engine.types import Engine, EngineInfo, EngineStats, ExitReport
 from services.verifier.session_shell import Chain, SessionShell
 from services.verifier.settings import VerifierSettings
 from shared.bus import Bus, Reader, Received
@@ -63,6 +63,8 @@ class VerifierService:
         self._drafts: Reader[DraftsMessage] | None = None
         self._partitions: tuple[int, ...] = ()
         self._stopping = False
+        self._asked: asyncio.Task[EngineStats] | None = None
+        self._stats: EngineStats | None = None
         self._beat = asyncio.Event()
 
     async def readiness(self) -> Readiness:
@@ -280,10 +282,23 @@ class VerifierService:
                 async with asyncio.timeout(self.settings.heartbeat_s):
                     await self._beat.wait()
 
+    async def _figures(self) -> EngineStats:
+        """The engine's figures; the last ones where it is too busy to answer in time for a heartbeat."""
+        if self._asked is None:
+            self._asked = asyncio.create_task(self.engine.stats())
+        if self._stats is None:
+            await asyncio.wait([self._asked])
+        else:
+            await asyncio.wait([self._asked], timeout=self.settings.heartbeat_s / 2)
+        if self._asked.done():
+            self._stats, self._asked = self._asked.result(), None
+        assert self._stats is not None
+        return self._stats
+
     async def _send_heartbeat(self) -> None:
         info = self._info
         assert info is not None
-        stats = await self.engine.stats()
+        stats = await self._figures()
         metrics.SESSIONS.set(len(self._holding))
         metrics.ENGINE_SESSIONS.labels("parked").set(stats.parked)
         metrics.ENGINE_SESSIONS.labels("running").set(stats.running)
@@ -341,6 +356,8 @@ class VerifierService:
             await chain.drained()
 
     async def _wind_up(self) -> None:
+        if self._asked is not None:
+            self._asked.cancel()
         for task in list(self._background):
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)

@@ -290,6 +290,20 @@ def test_sessions_just_placed_count_until_a_heartbeat_counts_them() -> None:
     assert fleet.load("a") == 4
 
 
+def test_a_session_that_has_gone_makes_room_before_a_heartbeat_says_so() -> None:
+    fleet = a_fleet([a_heartbeat("a", sessions=2)])
+    fleet.left("a", 1.0)
+    assert fleet.load("a") == 1
+    fleet.placed("a", 1.1)
+    fleet.left("a", 1.2)
+    assert fleet.load("a") == 1  # one that came and went between two heartbeats counts for nothing
+    fleet.hear(a_heartbeat("a", sessions=1), 2.0)
+    assert fleet.load("a") == 1
+    fleet.left("a", 2.1)
+    fleet.left("a", 2.1)
+    assert fleet.load("a") == 0
+
+
 def test_silence_means_absence_only_after_listening_for_long_enough() -> None:
     fleet = Fleet(timeout_s=TIMEOUT_S, now_s=100.0)
     assert not fleet.settled(100.0 + TIMEOUT_S)
