@@ -87,6 +87,10 @@ class Fleet:
         holders = (heartbeat for heartbeat in self.alive(now_s) if partition in heartbeat.partitions)
         return next(holders, None)
 
+    def deaf(self, now_s: float) -> None:
+        """No heartbeat could arrive until now, so that silence means nothing yet."""
+        self._listening_since_s = now_s
+
     def settled(self, now_s: float) -> bool:
         """Whether it has listened long enough for silence to mean absence."""
         return now_s - self._listening_since_s > self._timeout_s

@@ -98,15 +98,20 @@ class KvSessionService:
                 await self.store.ping()
         except (StoreUnavailable, TimeoutError):
             missing.append("Redis does not answer")
-        try:
-            async with asyncio.timeout(PROBE_S):
-                await self.bus.ensure_topics(())
-        except (BrokerUnavailable, TimeoutError):
+        if not await self._broker_answers():
             missing.append("Kafka does not answer")
         notes = list(self.store.info.warnings)
         if not self.directory.fleet.ready(time.monotonic()):
             notes.append("no verifier is ready: sessions are refused")
         return Readiness(missing=missing, notes=notes)
+
+    async def _broker_answers(self) -> bool:
+        try:
+            async with asyncio.timeout(PROBE_S):
+                await self.bus.ensure_topics(())
+        except (BrokerUnavailable, TimeoutError):
+            return False
+        return True
 
     def sweep_soon(self) -> None:
         """Sweep now rather than at the next tick."""
@@ -178,7 +183,13 @@ class KvSessionService:
                 continue
 
     async def _sweep(self, *, thorough: bool) -> None:
-        """One replica sweeps at a time; should two do so, the epochs keep their moves apart."""
+        """One replica sweeps at a time; should two do so, the epochs keep their moves apart.
+
+        While the broker is away no verifier can be heard, so none counts as gone.
+        """
+        if not await self._broker_answers():
+            self.directory.fleet.deaf(time.monotonic())
+            raise BrokerUnavailable(f"Kafka at {self.settings.kafka} does not answer")
         await self.directory.refresh()
         lease_s = max(5 * self.settings.sweep_s, 5.0)
         if not await self.store.acquire(SWEEP_LEASE, self.settings.kv_session_name, lease_s):

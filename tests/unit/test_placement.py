@@ -308,6 +308,9 @@ def test_silence_means_absence_only_after_listening_for_long_enough() -> None:
     fleet = Fleet(timeout_s=TIMEOUT_S, now_s=100.0)
     assert not fleet.settled(100.0 + TIMEOUT_S)
     assert fleet.settled(100.1 + TIMEOUT_S)
+    fleet.deaf(200.0)
+    assert not fleet.settled(200.0 + TIMEOUT_S)
+    assert fleet.settled(200.1 + TIMEOUT_S)
 
 
 def test_a_verifier_gone_for_long_is_forgotten() -> None:
