@@ -118,7 +118,8 @@ FOLLOW_UPS: Final = (
 
 def _weighted(rng: random.Random, choices: Sequence[tuple[float, float]]) -> float:
     values, weights = zip(*choices, strict=True)
-    return rng.choices(values, weights)[0]
+    chosen: float = rng.choices(values, weights)[0]
+    return chosen
 
 
 def _user(

@@ -295,6 +295,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def held_out_count(streams: int) -> int:
+    """How many of a group's first streams are never trained on."""
+    return max(1, min(streams // 50, 64))
+
+
 def batches(
     tokens: Sequence[Tensor], roles: Sequence[Tensor], *, batch_tokens: int, seed: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:

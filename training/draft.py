@@ -34,7 +34,7 @@ from services.draft_gateway.drafting.packed import (
     unpack,
 )
 from training.conversations import Role
-from training.data import batches
+from training.data import batches, held_out_count
 from training.llama import Kernels, Llama, LlamaConfig, Target, copy_layers, fake_quantize, linear
 from training.progress import Clock, Journal, rate
 
@@ -138,7 +138,8 @@ class DraftModel(nn.Module):
     def words_of(self, tokens: Tensor) -> Tensor:
         """The rare words (ascending) that `tokens` hold, as `logits` takes them."""
         slots = self.slots[tokens.flatten()] - len(self.vocabulary)
-        return slots[slots >= 0].unique()
+        words: Tensor = torch.unique(slots[slots >= 0])
+        return words
 
     def first_seen(self, tokens: Tensor, words: Tensor) -> Tensor:
         """Where in each row of `tokens` `[rows, length]` each of `words` comes first; `length` where it doesn't."""
@@ -222,7 +223,7 @@ class DraftTrainer:
         self.target, self.draft, self.plan = target, draft, plan
         self.step = 0
         self.spent_s = 0.0
-        held = [max(1, min(len(rows) // 50, 64)) for rows in tokens]
+        held = [held_out_count(len(rows)) for rows in tokens]
         self._held = [
             (rows[:count], role[:count]) for rows, role, count in zip(tokens, roles, held, strict=True)
         ]
@@ -286,7 +287,7 @@ class DraftTrainer:
                 break
             self.draft.bits = BITS if done >= plan.quantize_after else 0
             loss, agreed, weights = self.losses(tokens, roles, 0.6)
-            loss.backward()
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
             for optimizer, peak in self.optimizers:
                 for group in optimizer.param_groups:

@@ -10,6 +10,7 @@ its first rejection, so one pass over a text trains every position.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shared.errors import ModelFilesError
-from training.data import batches
+from training.data import batches, held_out_count
 from training.draft import DraftModel, answer_positions, choices
 from training.llama import Kernels, Target
+from training.outcomes import Calibration
 from training.progress import Clock, Journal, rate
 
 FORMAT: Final = "outrider-exits/1"
@@ -52,6 +54,14 @@ class ExitPlan:
     max_seconds: float | None = None
     save_every: int = 500
     say_every: int = 50
+
+
+def fitting_width(target: Target, count: int, share: float = 0.039) -> int:
+    """The width of `count` adapters that, with their judges, have `share` of the target's parameters."""
+    whole = sum(parameter.numel() for parameter in target.parameters())
+    hidden = target.config.hidden_size
+    judge = ExitPlan(layers=()).judge_rank * 2 * hidden + 13_000
+    return max(8, int((share * whole / count - judge) / (3 * hidden)) // 8 * 8)
 
 
 class Judge(nn.Module):
@@ -159,7 +169,7 @@ class ExitTrainer:
             {str(layer): Exit(hidden, plan, target.config.rms_norm_eps) for layer in plan.layers}
         ).to(device)
         self.step, self.spent_s = 0, 0.0
-        held = [max(1, min(len(rows) // 50, 64)) for rows in tokens]
+        held = [held_out_count(len(rows)) for rows in tokens]
         self._tokens = [rows[count:] for rows, count in zip(tokens, held, strict=True)]
         self._roles = [rows[count:] for rows, count in zip(roles, held, strict=True)]
         self._token_loss: Callable[..., Tensor] = token_loss
@@ -190,8 +200,8 @@ class ExitTrainer:
             hidden, _ = self.draft.decoder.full(self.draft.embed(tokens, said.dtype))
             picked: list[Tensor] = []
             sure: list[Tensor] = []
-            for rows, states in zip(tokens.split(8), hidden.split(8), strict=True):
-                best, log_prob = choices(self.draft, rows, states)
+            for rows, part in zip(torch.split(tokens, 8), torch.split(hidden, 8), strict=True):
+                best, log_prob = choices(self.draft, rows, part)
                 picked.append(best.flatten())
                 sure.append(log_prob.flatten())
         states = {layer: state.flatten(0, 1)[positions] for layer, state in kept.items()}
@@ -232,7 +242,7 @@ class ExitTrainer:
                 break
             torch.manual_seed(plan.seed * 1_000_003 + self.step)
             loss, figures = self.losses(tokens, roles)
-            loss.backward()
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(self.exits.parameters(), 1.0)
             for optimizer, peak in self.optimizers:
                 for group in optimizer.param_groups:
@@ -276,7 +286,7 @@ def token_loss(log_q: Tensor, wanted: Tensor, weights: Tensor, hard: float) -> T
 
 
 def write_exits(
-    path: Path, exits: Mapping[str, nn.Module], vocabulary: Tensor, header: dict[str, str], dtype: torch.dtype
+    path: Path, exits: nn.ModuleDict, vocabulary: Tensor, header: dict[str, str], dtype: torch.dtype
 ) -> int:
     """Writes exit modules with their header; returns the size in bytes."""
     tensors = {"exit_vocab": vocabulary.int().cpu()}
@@ -287,6 +297,26 @@ def write_exits(
     save_file(tensors, part, metadata={"format": FORMAT, "layers": ",".join(exits), **header})
     part.rename(path)
     return path.stat().st_size
+
+
+def read_calibrations(path: Path) -> dict[str, Calibration]:
+    """The calibrations in a file of exits, by layer and for the "edge"; plain ones where it has none."""
+    with safe_open(path, framework="pt") as opened:
+        header = opened.metadata() or {}
+    found = json.loads(header.get("calibration", "{}"))
+    names = ["edge", *header.get("layers", "").split(",")]
+    return {name: Calibration.from_json(found[name]) if name in found else Calibration() for name in names}
+
+
+def write_calibrations(path: Path, fitted: Mapping[str, Calibration]) -> None:
+    """Puts calibrations into the header of a file of exits."""
+    with safe_open(path, framework="pt") as opened:
+        header = opened.metadata() or {}
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    header["calibration"] = json.dumps({name: found.as_json() for name, found in fitted.items()})
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata=header)
+    part.rename(path)
 
 
 def read_exits(path: Path, *, eps: float) -> tuple[dict[int, Exit], Tensor]:

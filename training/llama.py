@@ -85,7 +85,8 @@ def fake_quantize(weight: Tensor, bits: int) -> Tensor:
     most = 2 ** (bits - 1) - 1
     scale = weight.detach().abs().amax(dim=-1, keepdim=True).clamp(min=1e-8) / most
     rounded = (weight / scale).round().clamp(-most, most) * scale
-    return weight + (rounded - weight).detach()
+    straight: Tensor = weight + (rounded - weight).detach()
+    return straight
 
 
 def fake_quantize_activations(values: Tensor) -> Tensor:
@@ -126,7 +127,8 @@ def attention_input(
     heads, kv_heads, width = shape
     normed = F.rms_norm(hidden, (hidden.shape[-1],), norm.to(hidden.dtype), eps)
     mixed = linear(normed, weight, bits)
-    query, key, value = mixed.view(-1, heads + 2 * kv_heads, width).split((heads, kv_heads, kv_heads), dim=1)
+    parts = mixed.view(-1, heads + 2 * kv_heads, width)
+    query, key, value = torch.split(parts, [heads, kv_heads, kv_heads], dim=1)
     return rotate(query, cos, sin), rotate(key, cos, sin), value
 
 
@@ -151,7 +153,8 @@ def attend_by_products(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attention of few queries over many keys as two batched products: `[rows, heads, few or many, head_dim]`."""
     scores = query @ keys.transpose(-1, -2)
     shares = (scores.float() * query.shape[-1] ** -0.5).softmax(dim=-1).to(values.dtype)
-    return shares @ values
+    mixed: Tensor = shares @ values
+    return mixed
 
 
 @dataclass(slots=True)
@@ -421,6 +424,8 @@ def load_target(directory: Path, *, device: str | torch.device, dtype: torch.dty
         target = Target(config)
     state = _fused_state(tensors, config)
     target.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
+    if "lm_head.weight" not in tensors:
+        target.head = target.embedding
     # cuDNN's attention builds a plan for every new length, which costs more than the attention itself
     torch.backends.cuda.enable_cudnn_sdp(False)
     return target.to(device).requires_grad_(False).eval()

@@ -136,7 +136,7 @@ class DistilledNetwork:
     def words(self, tokens: Sequence[int]) -> Words | None:
         """The context's tokens that the vocabulary lacks."""
         rare = self._slots[torch.tensor(tokens)] - len(self._vocabulary)
-        rare = rare[rare >= 0].unique()
+        rare = torch.unique(rare[rare >= 0])
         if not len(rare):
             return None
         return Words(self._rare_ids[rare], product_rows(self._rare_codes[rare], self._rare_books))
