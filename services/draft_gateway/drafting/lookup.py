@@ -60,6 +60,8 @@ class _Index:
 
     def __init__(self) -> None:
         self._tokens: Tokens = ()
+        self.matched = 0
+        """Tokens of the suffix that `earlier` found last."""
         self._singles = _Chain()
         self._pairs = _Chain()
 
@@ -86,7 +88,9 @@ class _Index:
             if agreeing == best:
                 found.append(earlier)
         if not found and end:
+            best = 1
             found = [earlier for earlier, _ in zip(self._singles.before(end), range(WITNESSES), strict=False)]
+        self.matched = best if found else 0
         return found[:WITNESSES]
 
     def _agreeing(self, end: int) -> int:
@@ -147,6 +151,10 @@ class PromptLookup:
         while len(self._indexes) > MOST_SESSIONS:
             self._indexes.popitem(last=False)
         return index
+
+    def matched(self, session: str) -> int:
+        """How many tokens of the context's end the session's last draft had found earlier."""
+        return self._index(session).matched
 
     def forget(self, session: str) -> None:
         """Drop the session's index."""
