@@ -650,32 +650,6 @@ async def test_without_redis_it_is_not_ready_and_goes_on_when_redis_is_back(
         assert (await world.state("before")).epoch == 1
 
 
-async def test_a_verifier_that_kafka_kept_from_being_heard_is_not_gone(
-    own_kafka: Broker, redis_url: str
-) -> None:
-    settings = settings_for(own_kafka, redis_url, verifier_timeout_s=3.0)
-    both = {"a": a_heartbeat("a", (0, 1)), "b": a_heartbeat("b", (2, 3))}
-    async with a_world(settings) as world, serving(settings) as http:
-        for heartbeat in both.values():
-            await world.beat(heartbeat)
-        late = (await world.opened("before")).verifier
-        world.silence(late)
-        own_kafka.kill()
-        response = await http.get("/readyz")
-        assert (response.status_code, response.json()["reasons"]) == (503, ["Kafka does not answer"])
-        await asyncio.sleep(settings.verifier_timeout_s)  # the outage outlasts what a silent verifier has
-        own_kafka.start()
-        assert (await world.opened("after")).verifier != late
-        await world.beat(both[late])
-
-        async def settled() -> bool:
-            listed = (await http.get("/v1/verifiers")).json()["verifiers"]
-            return sum(each["takes_sessions"] for each in listed) == len(both)
-
-        await until(settled, "both verifiers are heard")
-        assert (await world.state("before")).epoch == 1
-
-
 # --- expiry -------------------------------------------------------------------------------------------------------
 
 
