@@ -93,7 +93,7 @@ class Play:
 
     def _draft(self, rows: Tensor, length: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The block, and the draft's best tokens and their log-probabilities at each of its places and the next."""
-        positions = length[:, None] + torch.arange(-CATCH_UP, 0, device=length.device)
+        positions = (length[:, None] + torch.arange(-CATCH_UP, 0, device=length.device)).clamp(min=0)
         tokens = text.gather(1, positions)
         drafts, best_tokens, best_scores = [], [], []
         unseen = self._first[rows] >= length[:, None]

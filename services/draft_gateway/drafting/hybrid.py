@@ -1,9 +1,10 @@
 """Prompt lookup where its match is long, a draft model elsewhere, chosen by what each has been worth so far.
 
 A lookup is free, a model's draft is not, so the choice is made before the model runs: by how many tokens of the suffix
-the lookup found again. For every such length, and for the model, it keeps the accepted tokens a draft has earned; what
-was accepted is read off later contexts of the session, far enough back that nothing there is still an assumption. New
-sessions start from what all sessions have taught, and that from figures measured in training.
+the lookup found again. For every such length it keeps the accepted tokens that lookups and the model's drafts have
+earned (both are worth more where text repeats itself). What was accepted is read off later contexts of the session, far
+enough back that nothing there is still an assumption. New sessions start from what all sessions have taught, and that
+from figures measured with the pair that ships.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from services.draft_gateway.drafting.engine import (
 from services.draft_gateway.drafting.lookup import LONGEST, PromptLookup
 from shared.protocol import Tokens
 
-PRIOR_LOOKUP: Final = (0.0, 0.5, 0.9, 1.5, 2.1, 2.7, 3.4)
-"""Accepted tokens of a five-token lookup, by matched length; measured on the target's own text."""
-PRIOR_MODEL: Final = 2.3
+PRIOR_LOOKUP: Final = (0.0, 0.7, 1.6, 2.1, 2.4, 2.7, 3.9)
+"""Accepted tokens of a five-token lookup, by matched length, measured with the pair that ships."""
+PRIOR_MODEL: Final = (2.0, 2.0, 2.4, 2.7, 3.0, 3.1, 4.1)
+"""The same of the draft model's blocks."""
 PRIOR_DRAFTS: Final = 30.0
 SESSION_DRAFTS: Final = 12.0
 FORGETTING: Final = 0.98
@@ -63,15 +65,16 @@ class Worths:
     def __init__(self, parent: Worths | None = None) -> None:
         if parent is None:
             self._lookup = [_Worth(prior * PRIOR_DRAFTS, PRIOR_DRAFTS) for prior in PRIOR_LOOKUP]
-            self._model = _Worth(PRIOR_MODEL * PRIOR_DRAFTS, PRIOR_DRAFTS)
+            self._model = [_Worth(prior * PRIOR_DRAFTS, PRIOR_DRAFTS) for prior in PRIOR_MODEL]
         else:
             self._lookup = [worth.child() for worth in parent._lookup]
-            self._model = parent._model.child()
+            self._model = [worth.child() for worth in parent._model]
         self._parent = parent
 
     def prefers_lookup(self, matched: int) -> bool:
         """Whether a lookup with a match of so many tokens promises more than the model."""
-        return matched > 0 and self._lookup[min(matched, LONGEST)].mean >= self._model.mean
+        place = min(matched, LONGEST)
+        return matched > 0 and self._lookup[place].mean >= self._model[place].mean
 
     def saw_lookup(self, matched: int, accepted: float) -> None:
         """A lookup was worth so much."""
@@ -79,11 +82,11 @@ class Worths:
         if self._parent is not None:
             self._parent.saw_lookup(matched, accepted)
 
-    def saw_model(self, accepted: float) -> None:
-        """A draft of the model was worth so much."""
-        self._model.saw(accepted)
+    def saw_model(self, matched: int, accepted: float) -> None:
+        """A draft of the model was worth so much, where a lookup had found so many tokens again."""
+        self._model[min(matched, LONGEST)].saw(accepted)
         if self._parent is not None:
-            self._parent.saw_model(accepted)
+            self._parent.saw_model(matched, accepted)
 
 
 @dataclass(slots=True)
@@ -167,5 +170,5 @@ class HybridDraft:
             if guess.matched:
                 session.worths.saw_lookup(guess.matched, common_prefix(guess.looked_up, truth))
             if guess.modelled is not None:
-                session.worths.saw_model(common_prefix(guess.modelled, truth))
+                session.worths.saw_model(guess.matched, common_prefix(guess.modelled, truth))
         session.guesses = kept
