@@ -151,7 +151,11 @@ def stack(
         kafka_flavor=kafka_broker.flavor,
         redis=redis_server.url,
         gateways=2,
-        environment={"OUTRIDER_TOPIC_PREFIX": f"{name}-", "OUTRIDER_REDIS_PREFIX": f"{name}:"},
+        environment={
+            "OUTRIDER_TOPIC_PREFIX": f"{name}-",
+            "OUTRIDER_REDIS_PREFIX": f"{name}:",
+            "OUTRIDER_STALL_TIMEOUT_S": "300",  # a verifier takes minutes to come back on a busy machine
+        },
         supervise=True,
         die_with_parent=True,
     )

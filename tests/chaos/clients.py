@@ -16,7 +16,7 @@ import httpx
 
 from shared.protocol import Tokens
 
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0
 
 
 class StreamBroken(AssertionError):

@@ -650,6 +650,41 @@ async def test_without_redis_it_is_not_ready_and_goes_on_when_redis_is_back(
         assert (await world.state("before")).epoch == 1
 
 
+async def test_a_verifier_that_kafka_kept_from_being_heard_is_not_gone(
+    own_kafka: Broker, redis_url: str
+) -> None:
+    settings = settings_for(own_kafka, redis_url, verifier_timeout_s=8.0, bus_deadline_s=60.0)
+    both = {"a": a_heartbeat("a", (0, 1)), "b": a_heartbeat("b", (2, 3))}
+    async with a_world(settings) as world, serving(settings) as http:
+        for heartbeat in both.values():
+            await world.beat(heartbeat)
+        late = (await world.opened("before")).verifier
+
+        async def heard() -> set[str]:
+            listed = (await http.get("/v1/verifiers")).json()["verifiers"]
+            return {each["verifier"] for each in listed if each["alive"]}
+
+        async def nobody_is_heard() -> bool:
+            return not await heard()
+
+        async def the_other_is_heard() -> bool:
+            return await heard() == both.keys() - {late}
+
+        async def both_are_heard() -> bool:
+            return await heard() == both.keys()
+
+        world.silence(late)
+        await asyncio.sleep(2 * BEAT_S)  # its last heartbeat is on its way no more
+        own_kafka.kill(signal.SIGSTOP)
+        await until(nobody_is_heard, "the outage outlasts what a silent verifier has")
+        own_kafka.kill(signal.SIGCONT)
+        await until(the_other_is_heard, "the other verifier is heard first")
+        await asyncio.sleep(5 * settings.sweep_s)
+        await world.beat(both[late])
+        await until(both_are_heard, "both verifiers are heard")
+        assert (await world.state("before")).epoch == 1
+
+
 # --- expiry -------------------------------------------------------------------------------------------------------
 
 

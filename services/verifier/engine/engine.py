@@ -353,7 +353,8 @@ class VllmEngine:
             return error
         if self._state is not _State.STOPPED:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._failed.wait(), FAILURE_GRACE_S)
+                async with asyncio.timeout(FAILURE_GRACE_S):
+                    await self._failed.wait()
         if self._failure is not None:
             mend = _mend(self._failure.text)
             return EngineError(f"the engine has failed: {self._failure.kind}: {self._failure.text}{mend}")
