@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import uvloop
 from pydantic import SecretStr
 
 from loadtest.timer_verifier import TIMER_LOG, TIMER_MS
@@ -48,11 +49,14 @@ START_DEADLINE_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is measured: `batches` sessions of `rounds` rounds each, after `warmup` rounds that don't count."""
+    """What is measured: `batches` sessions of `rounds` rounds each, each after `settle` rounds that don't count.
+
+    A batch that doesn't count goes before them: a broker that has just started runs interpreted.
+    """
 
     batches: int = 5
     rounds: int = 200
-    warmup: int = 20
+    settle: int = 20
     timer_ms: float = 20.0
     kafka: str = "apache"
 
@@ -163,15 +167,16 @@ async def measure(settings: CommonSettings, options: Options) -> list[Round]:
     try:
         async with Store(settings) as store:
             rounds: list[Round] = []
-            for batch in range(options.batches):
-                rounds.extend(await _batch(store, uplink, f"hop-{time.time_ns()}-{batch}", options))
+            for batch in range(options.batches + 1):
+                measured = await _batch(store, uplink, f"hop-{time.time_ns()}-{batch}", options)
+                rounds.extend(measured if batch else [])
             return rounds
     finally:
         await uplink.stop()
 
 
 async def _batch(store: Store, uplink: KafkaUplink, name: str, options: Options) -> list[Round]:
-    count = options.rounds + options.warmup
+    count = options.rounds + options.settle
     opened = OpenSession(
         session=name,
         reply=uplink.reply,
@@ -183,7 +188,7 @@ async def _batch(store: Store, uplink: KafkaUplink, name: str, options: Options)
     session = _Session(name, uplink, 0)
     await session.start()
     rounds = [await session.round() for _ in range(count)]
-    return rounds[options.warmup :]
+    return rounds[options.settle :]
 
 
 def report(
@@ -295,11 +300,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
     options = Options(batches=arguments.batches, rounds=arguments.rounds, timer_ms=arguments.timer_ms)
-    with (
-        tempfile.TemporaryDirectory(prefix="outrider-hop-") as folder,
-        parts(Path(folder), options, arguments.kafka, arguments.redis) as (settings, log, kafka),
-    ):
-        rounds = asyncio.run(measure(settings, options))
+    with tempfile.TemporaryDirectory(prefix="outrider-hop-") as folder:
+        with parts(Path(folder), options, arguments.kafka, arguments.redis) as (settings, log, kafka):
+            rounds = uvloop.run(measure(settings, options))
         found = report(rounds, read_passes(log), replace(options, kafka=kafka))
     print(show(found))
     if arguments.out is not None:

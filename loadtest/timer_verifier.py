@@ -26,7 +26,7 @@ from services.verifier.engine.types import (
 )
 from services.verifier.service import VerifierService
 from services.verifier.settings import VerifierSettings
-from shared.http import load_settings, run_service
+from shared.http import load_settings, run_loop, run_service
 from shared.protocol import FinishReason, GenerationParams, Outcome, Tokens
 from shared.telemetry import configure_logging
 
@@ -46,6 +46,7 @@ class TimerEngine:
         self._sessions: dict[str, tuple[asyncio.Queue[EngineOutput], int, int]] = {}
         self._on_exit: OnExit | None = None
         self._passes = 0
+        self._records: list[dict[str, float | str]] = []
 
     async def start(self, on_exit: OnExit) -> EngineInfo:
         """Nothing to load."""
@@ -110,7 +111,7 @@ class TimerEngine:
                 "submitted_ms": submitted_s * 1000,
                 "ended_ms": time.monotonic() * 1000,
             }
-            self._log.write(json.dumps(record) + "\n")
+            self._records.append(record)
         outputs.put_nowait(EngineOutput(said, reason))
 
     async def close(self, session: str) -> None:
@@ -140,8 +141,9 @@ class TimerEngine:
         )
 
     async def stop(self) -> None:
-        """Nothing to stop; what was logged is flushed."""
+        """Nothing to stop; write what was noted, so that no writing falls into a round."""
         if self._log is not None:
+            self._log.writelines(json.dumps(record) + "\n" for record in self._records)
             self._log.flush()
 
     def healthy(self) -> bool:
@@ -159,7 +161,7 @@ def main() -> int:
             settings, step_ms=float(os.environ.get(TIMER_MS, "20")), log=log if path else None
         )
         service = VerifierService(settings, engine)
-        return asyncio.run(
+        return run_loop(
             run_service(service.run, service.app, host=settings.verifier_host, port=settings.verifier_port)
         )
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 
 from services.draft_gateway.service import DraftGateway
 from services.draft_gateway.settings import GatewaySettings
-from shared.http import build_service, load_settings, run_service
+from shared.http import build_service, load_settings, run_loop, run_service
 from shared.telemetry import configure_logging
 
 
@@ -16,7 +15,7 @@ def main() -> int:
     settings = load_settings(GatewaySettings)
     configure_logging(settings.log_level, settings.log_format, "draft-gateway")
     gateway = build_service(lambda: DraftGateway(settings))
-    return asyncio.run(
+    return run_loop(
         run_service(gateway.serve, gateway.app, host=settings.gateway_host, port=settings.gateway_port)
     )
 

@@ -452,6 +452,9 @@ class Generation:
         task = asyncio.get_running_loop().create_task(logged(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(
+            lambda _: work.close()
+        )  # cancelled before its first step, it would never be awaited
         return task
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 
 from services.kv_session.service import KvSessionService
 from services.kv_session.settings import KvSessionSettings
-from shared.http import build_service, load_settings, run_service
+from shared.http import build_service, load_settings, run_loop, run_service
 from shared.telemetry import configure_logging
 
 
@@ -15,7 +14,7 @@ def main() -> int:
     """Run until SIGTERM or SIGINT; exit code 1 when it can't start or loses what it can't do without."""
     settings = load_settings(KvSessionSettings)
     configure_logging(settings.log_level, settings.log_format, settings.kv_session_name)
-    return asyncio.run(_serve(settings))
+    return run_loop(_serve(settings))
 
 
 async def _serve(settings: KvSessionSettings) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 
 from services.verifier.engine.engine import VllmEngine
 from services.verifier.service import VerifierService
 from services.verifier.settings import VerifierSettings
-from shared.http import build_service, load_settings, run_service
+from shared.http import build_service, load_settings, run_loop, run_service
 from shared.telemetry import configure_logging
 
 
@@ -17,7 +16,7 @@ def main() -> int:
     settings = load_settings(VerifierSettings)
     configure_logging(settings.log_level, settings.log_format, settings.verifier_name)
     service = build_service(lambda: VerifierService(settings, VllmEngine(settings)))
-    return asyncio.run(
+    return run_loop(
         run_service(service.run, service.app, host=settings.verifier_host, port=settings.verifier_port)
     )
 
