@@ -49,6 +49,15 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"
 
 
+class Policy(StrEnum):
+    """What a verifier does with a session that has nothing to verify."""
+
+    LATENCY = "latency"
+    """It goes on by itself (the AR floor), so that no draft and no link makes the session slower than the target alone."""
+    COST = "cost"
+    """It waits for a block: fewer passes a token."""
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="null")
 
@@ -77,6 +86,7 @@ class GenerationParams(_Frozen):
     ignore_eos: bool = False
     temperature: Literal[0] = 0
     seed: int = 0
+    policy: Policy = Policy.LATENCY
 
 
 class Outcome(_Frozen):
@@ -199,6 +209,25 @@ class Block(Message):
     tokens: Tokens
 
 
+class Forward(Message):
+    """A block for a verdict that is still to come: what follows if `parent`'s outcome is (`accepted`, `next_token`).
+
+    `parent` is the round of a block, or of a forward, sent before; `round` is this one's own number. The verifier that
+    ends `parent` with that outcome goes on with it at once; otherwise it is dropped without an answer. `base` is what
+    the sender knew to be committed.
+    """
+
+    topic: ClassVar[Topic] = Topic.DRAFTS
+    kind: Literal["forward"] = "forward"
+    reply: ReplyRoute
+    round: Count
+    base: Count
+    parent: Count
+    accepted: Count
+    next_token: TokenId
+    tokens: Tokens
+
+
 class Cancel(Message):
     """Stop at once, also in mid-pass, and free the session's KV."""
 
@@ -229,8 +258,9 @@ class Verdict(Message):
     """A round's outcome, already committed: `tokens` follow the first `base` committed tokens.
 
     `tokens` are the `accepted` draft tokens and then the target's own next token; an end of sequence, a stop token or
-    a limit may cut them short (`finish_reason` says so). `verify_ms` is from the block's arrival at the verifier to the
-    engine's answer, `commit_ms` the commit.
+    a limit may cut them short (`finish_reason` says so). `taken` is the round of the forward that the verifier has gone
+    on with already. `verify_ms` is from the block's arrival at the verifier (or the start of its pass, if it had to
+    wait) to the engine's answer, `commit_ms` the commit; `rows` are those of all sessions' passes that ran then.
     """
 
     topic: ClassVar[Topic] = Topic.VERDICTS
@@ -240,8 +270,24 @@ class Verdict(Message):
     accepted: Count
     tokens: Tokens
     finish_reason: FinishReason | None = None
+    taken: Count | None = None
     verify_ms: float = 0.0
     commit_ms: float = 0.0
+    rows: Count = 0
+
+
+class Floor(Message):
+    """What the target went on to say by itself, already committed: `tokens` follow the first `base` committed tokens."""
+
+    topic: ClassVar[Topic] = Topic.VERDICTS
+    kind: Literal["floor"] = "floor"
+    base: Count
+    tokens: Tokens
+    finish_reason: FinishReason | None = None
+    taken: Count | None = None
+    verify_ms: float = 0.0
+    commit_ms: float = 0.0
+    rows: Count = 0
 
 
 class Stale(Message):
@@ -313,9 +359,9 @@ class DeadLetter(_Frozen):
 
 SessionsMessage = OpenSession | CloseSession | TouchSession
 PlacementsMessage = Placed | Evicted | Closed | Refused
-DraftsMessage = Prompt | Block | Cancel
+DraftsMessage = Prompt | Block | Forward | Cancel
 ExitsMessage = Hint
-VerdictsMessage = Verdict | Stale | Fault
+VerdictsMessage = Verdict | Floor | Stale | Fault
 AnyMessage = (
     SessionsMessage
     | PlacementsMessage
