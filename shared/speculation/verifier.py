@@ -1,25 +1,33 @@
-"""The verifier side of a session: claim, verify one block at a time, commit, then answer.
+"""The verifier side of a session: claim, verify, commit, answer, and never stand still.
 
-Everything that changes the state of a session at the verifier lives in this file. It does no I/O and knows no clock.
+Everything that changes the state of a session at the verifier lives in this file. It does no I/O and knows no clock but
+the times that are handed in.
 
     phase       waits for                          left by
     NEW         the first message                  Received → CLAIMING
     CLAIMING    Redis: who owns the session?       Claimed → PREFILLING, or PARKED (its KV is still live)
-    PREFILLING  the engine's first token           EngineAnswered → COMMITTING
-    PARKED      a block                            Received → VERIFYING
-    VERIFYING   the engine's pass                  EngineAnswered → COMMITTING
-    COMMITTING  Redis: compare, append             Committed → PARKED (and the verdict goes out) or ENDED
+    PREFILLING  the engine's first token           EngineAnswered → PARKED
+    PARKED      something to verify                a draft, or the floor → VERIFYING
+    VERIFYING   the engine's pass                  EngineAnswered → PARKED
     ENDED       nothing: the session is forgotten here; its tokens are in Redis
 
-One message at a time is *open*: the one whose answer is awaited. What arrives meanwhile waits (only the latest is kept:
-a gateway has one open round). Nothing is published before it is committed. A commit that finds the epoch or the base
-changed commits nothing: somebody else extends the session now, and this side lets go of it.
+Beside the phase, which is the engine's side, *results* are on their way to Redis, one commit at a time: when a pass
+ends, the next one starts at once, while its tokens are still being committed. Nothing is published before it is
+committed. A commit that finds the epoch or the base changed commits nothing: somebody else extends the session now, and
+this side lets go of it.
 
-Left open for what comes next: `_park`, where a matching forward would start at once and the AR floor would take over.
+What there is to verify are *drafts*, each a path of tokens from a base on. A block may be verified as soon as its path
+agrees with what the target has said; what was said meanwhile is trimmed from its front. A forward may be verified when
+the outcome that it assumes has come true. Of several, the newest goes first: its sender knew most.
+
+With nothing to verify, the policy decides. Under `cost` the session waits. Under `latency` the *AR floor* takes over: the
+target goes on by itself, with what the verifier finds by prompt lookup, else one token a pass. It waits a moment where
+that gives more tokens a second (`patience_ms`), and no longer than a gateway has been heard from (`MOST_AHEAD`).
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -32,8 +40,11 @@ from shared.protocol import (
     ExitsMessage,
     Fault,
     FinishReason,
+    Floor,
+    Forward,
     Hint,
     Outcome,
+    Policy,
     Prompt,
     ReplyRoute,
     Stale,
@@ -51,8 +62,29 @@ class Phase(StrEnum):
     PREFILLING = "prefilling"
     PARKED = "parked"
     VERIFYING = "verifying"
-    COMMITTING = "committing"
     ENDED = "ended"
+
+
+MOST_AHEAD: Final = 64
+"""Tokens that the floor may say beyond the last base that a gateway has named: who has gone needs no more."""
+MOST_DRAFTS: Final = 32
+"""Drafts kept a session; beyond it the oldest forward goes."""
+MOST_PATHS: Final = 128
+"""Drafts that a forward may name as its parent."""
+MOST_RESULTS: Final = 2
+"""Results that may wait for Redis before no further pass is started."""
+NO_ROUND: Final = -1
+"""The round of a pass that no draft asked for."""
+MEMORY: Final = 0.8
+"""How much of a running mean is kept a step."""
+
+FloorDraft = Callable[[Sequence[int]], Tokens]
+"""From the committed tokens to what the verifier itself would draft, perhaps nothing."""
+
+
+def no_draft(committed: Sequence[int]) -> Tokens:
+    """The floor without prompt lookup."""
+    return ()
 
 
 # --- events -------------------------------------------------------------------------------------------
@@ -75,6 +107,7 @@ class Claimed:
     last_round: int = -1
     last_base: int = -1
     finish_reason: FinishReason | None = None
+    policy: Policy = Policy.COST
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +163,16 @@ class Evict:
     reason: str
 
 
-VerifierEvent = Received | Claimed | Refused | Failed | EngineAnswered | ExitSeen | Committed | Evict
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """The time that `SetTimer` asked for is over."""
+
+    timer: int
+
+
+VerifierEvent = (
+    Received | Claimed | Refused | Failed | EngineAnswered | ExitSeen | Committed | Evict | TimerFired
+)
 
 
 # --- actions ------------------------------------------------------------------------------------------
@@ -153,7 +195,7 @@ class OpenEngine:
 
 @dataclass(frozen=True, slots=True)
 class Verify:
-    """Verify `tokens` after `base` committed tokens, in one pass."""
+    """Verify `tokens` after the first `base` tokens that the engine has said, in one pass. `round` may be `NO_ROUND`."""
 
     round: int
     base: int
@@ -198,34 +240,138 @@ class Forget:
     """Drop this session's state here."""
 
 
-VerifierAction = Claim | OpenEngine | Verify | Commit | Publish | CloseEngine | Release | Forget
+@dataclass(frozen=True, slots=True)
+class SetTimer:
+    """Report `TimerFired(timer)` after `delay_ms`; only the latest timer counts."""
+
+    timer: int
+    delay_ms: float
+
+
+VerifierAction = Claim | OpenEngine | Verify | Commit | Publish | CloseEngine | Release | Forget | SetTimer
 
 
 # --- state --------------------------------------------------------------------------------------------
 
 _HELD: Final = (Phase.PREFILLING, Phase.PARKED, Phase.VERIFYING)
-"""Phases in which the session is ours in Redis and nothing is asked of Redis."""
+"""Phases in which the session is ours in Redis, as far as we know."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """Tokens that may follow: `path` from position `base` on, of which the first `assumed` are a forward's outcome."""
+
+    message: Prompt | Block | Forward
+    base: int
+    path: Tokens
+    assumed: int = 0
+
+    @property
+    def round(self) -> int:
+        return self.message.round
+
+    @property
+    def asks(self) -> bool:
+        """Somebody waits for an answer; a forward that comes to nothing gets none."""
+        return not isinstance(self.message, Forward)
+
+    def left(self, said: Sequence[int]) -> Tokens | None:
+        """What follows all that was said since; None when the path has been left."""
+        since = max(0, len(said) - self.base)
+        return self.path[since:] if self.path[:since] == tuple(said[self.base :][: len(self.path)]) else None
+
+    def ready(self, said: Sequence[int]) -> bool:
+        """Whether a pass can verify it now: its outcome has come true, and there is something left (or it is empty)."""
+        since = len(said) - self.base
+        if since < self.assumed or self.left(said) is None:
+            return False
+        return since < len(self.path) or (self.asks and since == len(self.path) == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What the engine runs: a draft's tokens, or none's."""
+
+    base: int
+    tokens: Tokens
+    draft: _Draft | None = None
+    since_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What a pass said, on its way to Redis."""
+
+    ran: _Pass
+    tokens: Tokens
+    finish_reason: FinishReason | None
+
+
+@dataclass(slots=True)
+class _Pace:
+    """What the floor's patience rests on: running means, None before the first measurement."""
+
+    pass_ms: float | None = None
+    tokens: float | None = None
+    wait_ms: float | None = None
+    since_ms: float | None = None
+    """When the engine last ended a pass and had no draft for the next one."""
+
+    def saw_pass(self, elapsed_ms: float, tokens: int) -> None:
+        self.pass_ms = _mean(self.pass_ms, elapsed_ms)
+        self.tokens = _mean(self.tokens, tokens)
+
+    def saw_draft(self, now_ms: float) -> None:
+        if self.since_ms is not None:
+            self.wait_ms = _mean(self.wait_ms, now_ms - self.since_ms)
+            self.since_ms = None
+
+
+def patience_ms(pass_ms: float | None, tokens: float | None, wait_ms: float | None) -> float:
+    """How long to wait for a block before the floor takes over; all times in ms.
+
+    With T a pass, E the tokens that a block's pass yields and w the wait for a block: waiting gives E tokens in w + T.
+    A pass of the floor first gives 1 + E in 2 T, as the block comes meanwhile and its first token is trimmed. So
+    waiting pays when w < T (E - 1) / (E + 1), and not beyond that.
+    """
+    if pass_ms is None or tokens is None or wait_ms is None:
+        return 0.0
+    bound_ms = pass_ms * (tokens - 1) / (tokens + 1)
+    return bound_ms if wait_ms < bound_ms else 0.0
 
 
 class VerifierSession:
     """One session, seen from the verifier. Feed it events one at a time, carry out its actions in order."""
 
-    def __init__(self, session: str, *, max_block: int) -> None:
+    def __init__(self, session: str, *, max_block: int, floor_draft: FloorDraft = no_draft) -> None:
         self.session: Final = session
         self._max_block: Final = max_block
+        self._floor_draft: Final = floor_draft
         self._phase = Phase.NEW
         self._epoch = 0
         self._gateway = ""
-        self._committed: list[int] = []
-        self._finish_reason: FinishReason | None = None
-        self._open: Prompt | Block | None = None
-        self._waiting: Prompt | Block | None = None
-        self._submitted = 0  # tokens of the open block that were already committed when it was submitted
-        self._uncommitted: list[int] = []
-        self._ending: FinishReason | None = None  # how the uncommitted tokens end the generation
-        self._verdict: Verdict | None = None
+        self._policy = Policy.COST
+        self._said: list[int] = []  # committed tokens, then those of `_results`
+        self._results: deque[_Result] = deque()
+        self._committing = False
+        self._ending: FinishReason | None = None  # how what was said ends
+        self._finish_reason: FinishReason | None = None  # how what is committed ends
         self._engine_open = False
+        self._running: _Pass | None = None
+        self._drafts: dict[int, _Draft] = {}  # by round
+        self._paths: OrderedDict[int, _Draft] = OrderedDict()  # what a forward may follow
+        self._arrived: list[
+            Prompt | Block | Forward
+        ] = []  # during a claim, or in an epoch still to be claimed
+        self._stale_later: list[Prompt | Block] = []  # to be told when what was said is committed
+        self._verdict: Verdict | None = None
+        self._route: ReplyRoute | None = None
+        self._acknowledged = 0
+        self._last_round = NO_ROUND
         self._evicting: Evict | None = None
+        self._pace = _Pace()
+        self._timer = 0
+        self._patient = False  # the floor waits for a block
 
     @property
     def phase(self) -> Phase:
@@ -240,141 +386,202 @@ class VerifierSession:
     @property
     def base(self) -> int:
         """Committed tokens."""
-        return len(self._committed)
+        return len(self._said) - sum(len(result.tokens) for result in self._results)
 
     @property
     def idle(self) -> bool:
         """Parked, with nothing to do."""
-        return self._phase is Phase.PARKED
+        return self._phase is Phase.PARKED and not self._results
 
-    @property
-    def settled(self) -> bool:
-        """Nobody waits for an answer."""
-        return self._open is None and self._waiting is None
+    def waits_for(self, round: int) -> bool:
+        """Whether a message of that round is still to be verified or answered here."""
+        if self._phase is Phase.ENDED:
+            return False
+        if round in self._drafts or any(message.round == round for message in self._arrived):
+            return True
+        passes = [self._running, *(result.ran for result in self._results)]
+        return any(
+            ran is not None and ran.draft is not None and ran.draft.round == round for ran in passes
+        ) or any(message.round == round for message in self._stale_later)
 
-    def handle(self, event: VerifierEvent) -> list[VerifierAction]:
-        """The actions that `event` calls for. Events of no use give none."""
+    def handle(self, event: VerifierEvent, now_ms: float = 0.0) -> list[VerifierAction]:
+        """The actions that `event`, which happened at `now_ms`, calls for. Events of no use give none."""
         if self._phase is Phase.ENDED:
             return []
-        return _HANDLERS[type(event)](self, event)
+        return _HANDLERS[type(event)](self, event, now_ms)
 
     # --- messages -------------------------------------------------------------------------------------
 
-    def _received(self, event: Received) -> list[VerifierAction]:
+    def _received(self, event: Received, now_ms: float) -> list[VerifierAction]:
         message = event.message
         if isinstance(message, Cancel):
             return self._cancelled(message)
-        match self._phase:
-            case Phase.NEW:
-                return self._claim(message)
-            case Phase.PARKED:
-                return self._answer(message)
-            case _:
-                if self._open is None or not _same(message, self._open):
-                    self._waiting = message
-                return []
+        if self._phase is Phase.NEW:
+            if isinstance(message, Forward):  # its parent was answered by a process that is no more
+                return self._let_go(release=False)
+            return self._claim([message])
+        if self._phase is Phase.CLAIMING or message.epoch > self._epoch:
+            self._keep_for_claim(message)
+            return self._claim_newer()
+        return self._take(message, now_ms)
 
-    def _claim(self, message: Prompt | Block) -> list[VerifierAction]:
+    def _keep_for_claim(self, message: Prompt | Block | Forward) -> None:
+        if not any(_same(message, other) for other in self._arrived):
+            self._arrived.append(message)
+            del self._arrived[:-MOST_DRAFTS]
+
+    def _claim(self, messages: list[Prompt | Block | Forward]) -> list[VerifierAction]:
         self._phase = Phase.CLAIMING
-        self._open = message
-        return [Claim(message.epoch, message.reply.gateway)]
+        self._arrived = messages
+        first = next(message for message in messages if not isinstance(message, Forward))
+        return [Claim(first.epoch, first.reply.gateway)]
+
+    def _claim_newer(self) -> list[VerifierAction]:
+        """Ask for the session in the newer epoch, once nothing of this one is under way."""
+        if self._phase is not Phase.PARKED or self._results:
+            return []
+        newer = [message for message in self._arrived if message.epoch > self._epoch]
+        if not any(not isinstance(message, Forward) for message in newer):
+            return []
+        return self._claim(newer)
 
     def _cancelled(self, message: Cancel) -> list[VerifierAction]:
         """Stop at once. A commit under way ends by itself: its tokens are true, only nobody waits for them."""
-        asked_since = [asked.epoch for asked in (self._open, self._waiting) if asked is not None]
-        if message.epoch < max(self._epoch, *asked_since, 0):
+        if message.epoch < max(self._epoch, *(each.epoch for each in self._arrived), 0):
             return []
-        return self._let_go(release=self._phase in _HELD or self._phase is Phase.COMMITTING)
+        return self._let_go(release=self._phase in _HELD)
 
-    def _answer(self, message: Prompt | Block) -> list[VerifierAction]:
-        """Answer a message while the session is parked: verify it, or say why there is nothing to verify."""
-        if message.epoch > self._epoch:
-            return self._claim(message)
-        known = self._answer_without_pass(message)
-        if known is not None:
-            return [known]
-        self._phase = Phase.VERIFYING
-        self._open = message
-        self._submitted = self.base - message.base
-        return [Verify(message.round, self.base, _tokens(message)[self._submitted :])]
+    def _take(self, message: Prompt | Block | Forward, now_ms: float) -> list[VerifierAction]:
+        """Take in a draft of this epoch (or an older one) while the session is held here."""
+        actions = self._consider(message)
+        if message.epoch == self._epoch:
+            self._acknowledged = max(self._acknowledged, message.base)
+            self._route = message.reply
+        kept = self._drafts.get(message.round)
+        if kept is not None and kept.ready(self._said):
+            self._pace.saw_draft(now_ms)
+        return [*actions, *self._go_on(now_ms), *self._end()]
 
-    def _answer_without_pass(self, message: Prompt | Block) -> Publish | None:
-        """The answer to a message that leaves nothing to verify, or None.
-
-        Draft tokens that were committed since the block's base are trimmed where they agree.
-        """
+    def _consider(self, message: Prompt | Block | Forward) -> list[VerifierAction]:
+        """Keep a draft that may yet be verified; answer a message that can't."""
+        if isinstance(message, Forward):
+            self._consider_forward(message)
+            return []
         if message.epoch < self._epoch:
-            return self._stale(message)
-        tokens = _tokens(message)
-        if message.base > self.base:
-            text = f"the block builds on {message.base} committed tokens, the session has {self.base}"
-            return self._fault(message, "protocol_error", text)
-        if len(tokens) > self._max_block:
-            text = f"a block of {len(tokens)} tokens is longer than {self._max_block}, the longest that is verified"
-            return self._fault(message, "invalid_request", text)
+            return [self._stale(message)]
+        if (wrong := self._wrong(message)) is not None:
+            return [wrong]
         if self._verdict is not None and _answers(self._verdict, message):
-            return Publish(self._verdict, message.reply)
-        since = tuple(self._committed[message.base :])
-        agrees = tokens[: len(since)] == since and (len(tokens) > len(since) or not since)
-        if self._finish_reason is not None or not agrees:
-            return self._stale(message)
+            return [Publish(self._verdict, message.reply)]
+        if self._under_way(message.round):
+            return []
+        draft = _Draft(message, message.base, _tokens(message))
+        if self._ending is not None or not self._may_follow(draft):
+            return self._tell_stale(message)
+        self._keep(draft)
+        return []
+
+    def _wrong(self, message: Prompt | Block) -> Publish | None:
+        if len(_tokens(message)) > self._max_block + MOST_AHEAD:
+            text = (
+                f"a block of {len(_tokens(message))} tokens is longer than {self._max_block + MOST_AHEAD}, the "
+                "longest that is looked at"
+            )
+            return self._fault(message, "invalid_request", text)
         return None
+
+    def _consider_forward(self, message: Forward) -> None:
+        parent = self._paths.get(message.parent)
+        if message.epoch < self._epoch or self._under_way(message.round) or parent is None:
+            return
+        own = parent.path[parent.assumed :]
+        if message.accepted > len(own) or len(message.tokens) > self._max_block + MOST_AHEAD:
+            return
+        assumed = (*parent.path[: parent.assumed], *own[: message.accepted], message.next_token)
+        draft = _Draft(message, parent.base, (*assumed, *message.tokens), len(assumed))
+        if self._ending is None and draft.left(self._said) is not None:
+            self._keep(draft)
+
+    def _may_follow(self, draft: _Draft) -> bool:
+        left = draft.left(self._said)
+        return left is not None and (bool(left) or len(self._said) <= draft.base)
+
+    def _under_way(self, round: int) -> bool:
+        passes = [self._running, *(result.ran for result in self._results)]
+        return any(ran is not None and ran.draft is not None and ran.draft.round == round for ran in passes)
+
+    def _keep(self, draft: _Draft) -> None:
+        self._drafts[draft.round] = draft
+        self._paths[draft.round] = draft
+        self._paths.move_to_end(draft.round)
+        self._last_round = max(self._last_round, draft.round)
+        if len(self._paths) > MOST_PATHS:
+            self._paths.popitem(last=False)
+        if len(self._drafts) > MOST_DRAFTS:
+            oldest = next((number for number, kept in self._drafts.items() if not kept.asks), None)
+            if oldest is not None:
+                del self._drafts[oldest]
 
     # --- claims ---------------------------------------------------------------------------------------
 
-    def _claimed(self, event: Claimed) -> list[VerifierAction]:
+    def _claimed(self, event: Claimed, now_ms: float) -> list[VerifierAction]:
         if self._phase is not Phase.CLAIMING:
             return []
-        message = self._open
-        assert message is not None
-        live = self._engine_open and tuple(self._committed) == event.committed
+        arrived, self._arrived = self._arrived, []
+        committed = tuple(self._said[: self.base])
+        live = self._engine_open and committed == event.committed
         stopped: list[VerifierAction] = [CloseEngine()] if self._engine_open and not live else []
-        self._engine_open = live
-        self._epoch = event.epoch
-        self._gateway = event.gateway
+        first = next(message for message in arrived if not isinstance(message, Forward))
+        asked = first.epoch
+        self._epoch, self._gateway, self._policy = event.epoch, event.gateway, event.policy
         self._finish_reason = event.finish_reason
-        self._committed = list(event.committed)
-        if live and self._uncommitted:  # the engine went on while we claimed
-            self._waiting = self._waiting or message
-            self._open = None
-            return self._commit()
+        self._verdict = None
+        self._route = first.reply
+        self._acknowledged = first.base
+        self._last_round = max(self._last_round, event.last_round)
+        self._phase = Phase.PARKED
+        self._drafts.clear()
+        self._paths.clear()
+        if not live:
+            self._said = list(event.committed)
+            self._results.clear()
+            self._ending = event.finish_reason
+            self._engine_open = False
+        # What made us claim was current when it came, so it counts in our epoch.
+        newer = [message for message in arrived if message.epoch > max(asked, event.epoch)]
+        current = [
+            message.model_copy(update={"epoch": event.epoch}) if message.epoch == asked else message
+            for message in arrived
+            if message not in newer
+        ]
+        answers: list[VerifierAction] = []
+        for message in current:
+            answers += self._recalled(event, message) or self._consider(message)
+        self._arrived = newer
         if live:
-            self._phase = Phase.PARKED
-            self._open = None
-            return [*self._answer(self._as_claimed(message)), *self._park()]
-        self._uncommitted.clear()
-        return [*stopped, *self._restore(event, message)]
+            return [*answers, *self._commit_next(), *self._go_on(now_ms), *self._end()]
+        return [*stopped, *answers, *self._restore(now_ms)]
 
-    def _restore(self, event: Claimed, message: Prompt | Block) -> list[VerifierAction]:
-        """Answer what asked for the claim and what waits; KV is restored when there is something to verify."""
-        waiting, self._waiting = self._waiting, None
-        self._verdict = self._recalled(event, message)
-        known = self._answer_without_pass(self._as_claimed(message))
-        if known is None:
-            self._phase = Phase.PREFILLING
-            self._open = self._as_claimed(message)
-            self._waiting = waiting
-            self._submitted = self.base - message.base
-            self._engine_open = True
-            return [OpenEngine(event.committed)]
-        if waiting is None:
-            return [known, *self._let_go(release=True)]
-        if waiting.epoch > event.epoch:
-            return [known, *self._claim(waiting)]
-        if waiting.epoch < message.epoch:
-            return [known, self._stale(waiting), *self._let_go(release=True)]
-        return [known, *self._restore(event, waiting)]
+    def _restore(self, now_ms: float) -> list[VerifierAction]:
+        """Prefill where there is something to verify; the pass' token answers a message that asks for just that."""
+        asking = next((draft for draft in self._drafts.values() if draft.asks), None)
+        if asking is None:
+            return self._claim_newer() or self._let_go(release=True)
+        if not asking.path:
+            del self._drafts[asking.round]
+        self._running = _Pass(len(self._said), (), None if asking.path else asking, now_ms)
+        self._phase = Phase.PREFILLING
+        self._engine_open = True
+        return [OpenEngine(tuple(self._said))]
 
-    def _as_claimed(self, message: Prompt | Block) -> Prompt | Block:
-        """The message that made us claim: it was current when it came, so it counts in our epoch."""
-        return message.model_copy(update={"epoch": self._epoch})
-
-    def _recalled(self, event: Claimed, message: Prompt | Block) -> Verdict | None:
+    def _recalled(self, event: Claimed, message: Prompt | Block | Forward) -> list[VerifierAction]:
         """The verdict of the last round, from what Redis says of it: a block sent twice gets the same answer."""
-        if event.last_base < 0 or not (message.round == event.last_round and message.base == event.last_base):
-            return None
+        if isinstance(message, Forward) or event.last_base < 0 or message.epoch < self._epoch:
+            return []
+        if not (message.round == event.last_round and message.base == event.last_base):
+            return []
         tokens = event.committed[event.last_base :]
-        return Verdict(
+        verdict = Verdict(
             session=self.session,
             epoch=event.epoch,
             round=event.last_round,
@@ -383,133 +590,240 @@ class VerifierSession:
             tokens=tokens,
             finish_reason=event.finish_reason,
         )
+        return [Publish(verdict, message.reply)]
 
     # --- passes ---------------------------------------------------------------------------------------
 
-    def _engine_answered(self, event: EngineAnswered) -> list[VerifierAction]:
+    def _go_on(self, now_ms: float) -> list[VerifierAction]:
+        """Start the next pass, if there is something to verify, or let the floor take over."""
+        if self._phase is not Phase.PARKED or not self._engine_open or len(self._results) >= MOST_RESULTS:
+            return []
+        if any(message.epoch > self._epoch for message in self._arrived):
+            return []
+        stale = self._prune()
+        ready = [
+            draft
+            for draft in self._drafts.values()
+            if draft.ready(self._said) and (draft.asks or self._evicting is None)
+        ]
+        if ready:
+            draft = max(ready, key=lambda each: each.round)
+            left = draft.left(self._said) or ()
+            del self._drafts[draft.round]
+            return [*stale, self._verify(draft, left[: self._max_block], now_ms)]
+        if not self._results:
+            stale += self._refuse_ahead()
+        if self._evicting is not None or self._policy is Policy.COST or self._patient:
+            return stale
+        if self._pace.since_ms is None:
+            self._pace.since_ms = now_ms
+            patience = patience_ms(self._pace.pass_ms, self._pace.tokens, self._pace.wait_ms)
+            if patience > 0.0:
+                self._patient = True
+                self._timer += 1
+                return [*stale, SetTimer(self._timer, patience)]
+        return [*stale, *self._floor(now_ms)]
+
+    def _verify(self, draft: _Draft | None, tokens: Tokens, now_ms: float) -> Verify:
+        self._phase = Phase.VERIFYING
+        self._running = _Pass(len(self._said), tokens, draft, now_ms)
+        self._patient = False
+        return Verify(NO_ROUND if draft is None else draft.round, len(self._said), tokens)
+
+    def _floor(self, now_ms: float) -> list[VerifierAction]:
+        """One pass that nobody asked for."""
+        if len(self._said) - self._acknowledged >= MOST_AHEAD:
+            return []
+        return [self._verify(None, self._floor_draft(self._said)[: self._max_block], now_ms)]
+
+    def _timer_fired(self, event: TimerFired, now_ms: float) -> list[VerifierAction]:
+        if event.timer != self._timer or not self._patient:
+            return []
+        self._patient = False
+        return self._go_on(now_ms)
+
+    def _prune(self) -> list[VerifierAction]:
+        """Forget drafts that can't follow any more; who waits for one is told."""
+        told: list[VerifierAction] = []
+        for number, draft in list(self._drafts.items()):
+            message = draft.message
+            if isinstance(message, Forward):
+                if not draft.left(self._said):
+                    del self._drafts[number]
+            elif not self._may_follow(draft):
+                del self._drafts[number]
+                told += self._tell_stale(message)
+        return told
+
+    def _refuse_ahead(self) -> list[VerifierAction]:
+        """Nothing is under way that could lead to the base of a block that is ahead of the session."""
+        told: list[VerifierAction] = []
+        for number, draft in list(self._drafts.items()):
+            if draft.base > len(self._said):
+                del self._drafts[number]
+                text = f"the block builds on {draft.base} committed tokens, the session has {self.base}"
+                told.append(self._fault(draft.message, "protocol_error", text))
+        return told
+
+    def _engine_answered(self, event: EngineAnswered, now_ms: float) -> list[VerifierAction]:
         if not self._engine_open:
             return []
-        self._uncommitted.extend(event.tokens)
+        ran = self._running or _Pass(len(self._said), ())
+        if self._phase is Phase.VERIFYING and ran.draft is not None:
+            self._pace.saw_pass(now_ms - ran.since_ms, len(event.tokens))
+        self._running = None
+        self._said.extend(event.tokens)
+        self._results.append(_Result(ran, event.tokens, event.finish_reason))
         self._ending = event.finish_reason
         if event.finish_reason is not None:
             self._engine_open = False
-        if self._phase in (Phase.COMMITTING, Phase.CLAIMING):
-            return []  # a second step's tokens: committed after what is under way
-        return self._commit()
-
-    def _commit(self) -> list[VerifierAction]:
-        tokens = tuple(self._uncommitted)
-        drafted, accepted = 0, 0
-        if self._phase is Phase.VERIFYING and self._open is not None:
-            submitted = _tokens(self._open)[self._submitted :]
-            drafted, accepted = len(submitted), _accepted(submitted, tokens)
-        self._phase = Phase.COMMITTING
-        number = self._open.round if self._open is not None else -1
-        return [
-            Commit(self._epoch, number, self.base, tokens, self._ending, drafted, accepted),
-        ]
-
-    def _exit_seen(self, event: ExitSeen) -> list[VerifierAction]:
-        message = self._open
-        if self._phase is not Phase.VERIFYING or message is None or event.base != self.base:
+        if self._phase is Phase.CLAIMING:  # it went on by itself: committed after the claim
             return []
-        outcomes = tuple(
-            Outcome(
-                accepted=outcome.accepted + self._submitted,
-                next_token=outcome.next_token,
-                confidence=outcome.confidence,
-            )
-            for outcome in event.outcomes
-        )
+        self._phase = Phase.PARKED
+        return [*self._go_on(now_ms), *self._commit_next()]
+
+    def _exit_seen(self, event: ExitSeen, now_ms: float) -> list[VerifierAction]:
+        ran = self._running
+        if self._phase is not Phase.VERIFYING or ran is None or event.base != ran.base or ran.draft is None:
+            return []
+        draft = ran.draft
+        trimmed = ran.base - draft.base - draft.assumed
         hint = Hint(
             session=self.session,
             epoch=self._epoch,
-            round=message.round,
-            base=message.base,
+            round=draft.round,
+            base=draft.message.base,
             layer=event.layer,
-            outcomes=outcomes,
+            outcomes=tuple(
+                Outcome(
+                    accepted=outcome.accepted + trimmed,
+                    next_token=outcome.next_token,
+                    confidence=outcome.confidence,
+                )
+                for outcome in event.outcomes
+            ),
             elapsed_ms=event.elapsed_ms,
         )
-        return [Publish(hint, message.reply)]
+        return [Publish(hint, draft.message.reply)]
 
     # --- commits --------------------------------------------------------------------------------------
 
-    def _commit_done(self, event: Committed) -> list[VerifierAction]:
-        if self._phase is not Phase.COMMITTING:
+    def _commit_next(self) -> list[VerifierAction]:
+        if self._committing or not self._results:
             return []
-        count = event.base - self.base
-        self._committed.extend(self._uncommitted[:count])
-        del self._uncommitted[:count]
-        if self._uncommitted:
-            return self._commit()
-        self._phase = Phase.PARKED
-        self._finish_reason = self._ending
-        return [*self._publish_verdict(), *self._park()]
+        self._committing = True
+        result = self._results[0]
+        ran = result.ran
+        drafted, accepted = (
+            (0, 0) if ran.draft is None else (len(ran.tokens), _accepted(ran.tokens, result.tokens))
+        )
+        number = self._last_round if ran.draft is None else ran.draft.round
+        return [
+            Commit(self._epoch, number, self.base, result.tokens, result.finish_reason, drafted, accepted)
+        ]
 
-    def _publish_verdict(self) -> list[VerifierAction]:
-        message, self._open = self._open, None
-        if message is None or message.base > self.base:
+    def _commit_done(self, event: Committed, now_ms: float) -> list[VerifierAction]:
+        if not self._committing:
             return []
-        tokens = tuple(self._committed[message.base :])
+        self._committing = False
+        result = self._results.popleft()
+        self._finish_reason = result.finish_reason
+        told: list[VerifierAction] = [self._publish(result)]
+        if not self._results:
+            late, self._stale_later = self._stale_later, []
+            told += [self._stale(message) for message in late]
+        return [*self._go_on(now_ms), *told, *self._commit_next(), *self._end()]
+
+    def _publish(self, result: _Result) -> Publish:
+        """What was committed, as the verdict of the draft that was verified, or as the floor's."""
+        running = self._running.draft if self._running is not None else None
+        taken = running.round if running is not None and not running.asks else None
+        ran, draft = result.ran, result.ran.draft
+        if draft is None:
+            floor = Floor(
+                session=self.session,
+                epoch=self._epoch,
+                base=ran.base,
+                tokens=result.tokens,
+                finish_reason=result.finish_reason,
+                taken=taken,
+            )
+            return Publish(floor, self._reply)
+        base = draft.message.base if draft.asks else ran.base
+        tokens = tuple(self._said[base : ran.base + len(result.tokens)])
         self._verdict = Verdict(
             session=self.session,
             epoch=self._epoch,
-            round=message.round,
-            base=message.base,
-            accepted=_accepted(_tokens(message), tokens),
+            round=draft.round,
+            base=base,
+            accepted=_accepted(_tokens(draft.message) if draft.asks else ran.tokens, tokens),
             tokens=tokens,
-            finish_reason=self._finish_reason,
+            finish_reason=result.finish_reason,
+            taken=taken,
         )
-        return [Publish(self._verdict, message.reply)]
+        return Publish(self._verdict, draft.message.reply)
 
-    def _park(self) -> list[VerifierAction]:
-        """Nothing is open: take up what waits (a forward or the AR floor would start here), or leave when done."""
-        actions: list[VerifierAction] = []
-        if self._phase is Phase.PARKED and self._waiting is not None:
-            message, self._waiting = self._waiting, None
-            actions += self._answer(message)
-        if self._phase is Phase.PARKED and (self._evicting is not None or self._finish_reason is not None):
-            actions += self._let_go(release=True)
-        return actions
+    def _end(self) -> list[VerifierAction]:
+        """Leave when the generation is complete, or when the KV is wanted; claim when a newer epoch asks for it."""
+        if self._phase is not Phase.PARKED or self._results:
+            return []
+        if self._finish_reason is not None:
+            told = [
+                self._stale(draft.message)
+                for draft in self._drafts.values()
+                if not isinstance(draft.message, Forward)
+            ]
+            self._drafts.clear()
+            return [*told, *(self._claim_newer() or self._let_go(release=True))]
+        claim = self._claim_newer()
+        if claim or self._evicting is None:
+            return claim
+        return self._let_go(release=True)
 
     # --- ends -----------------------------------------------------------------------------------------
 
-    def _refused(self, event: Refused) -> list[VerifierAction]:
-        """The session moved on without us: tell the one who waits where it stands, and let go."""
+    def _asking(self) -> list[Prompt | Block | Forward]:
+        """Messages whose senders wait, a forward being verified among them."""
+        passes = [self._running, *(result.ran for result in self._results)]
+        messages = [
+            *(ran.draft.message for ran in passes if ran is not None and ran.draft is not None),
+            *(draft.message for draft in self._drafts.values() if draft.asks),
+            *self._stale_later,
+            *(message for message in self._arrived if not isinstance(message, Forward)),
+        ]
+        return list({(message.epoch, message.round): message for message in messages}.values())
+
+    def _refused(self, event: Refused, now_ms: float) -> list[VerifierAction]:
+        """The session moved on without us: tell who waits where it stands, and let go."""
         answers: list[VerifierAction] = []
-        for message in (self._open, self._waiting):
-            if message is not None:
-                # `event.tokens` begin at `event.since`: a message that builds on more is told from its own base on.
-                stale = Stale(
-                    session=self.session,
-                    epoch=event.epoch,
-                    round=message.round,
-                    base=event.base,
-                    since=event.since,
-                    tokens=event.tokens,
-                    gateway=event.gateway,
-                    finish_reason=event.finish_reason,
-                )
-                answers.append(Publish(stale, message.reply))
+        for message in self._asking():
+            # `event.tokens` begin at `event.since`: a message that builds on more is told from its own base on.
+            stale = Stale(
+                session=self.session,
+                epoch=event.epoch,
+                round=message.round,
+                base=event.base,
+                since=event.since,
+                tokens=event.tokens,
+                gateway=event.gateway,
+                finish_reason=event.finish_reason,
+            )
+            answers.append(Publish(stale, message.reply))
         return [*answers, *self._let_go(release=False)]
 
-    def _failed(self, event: Failed) -> list[VerifierAction]:
+    def _failed(self, event: Failed, now_ms: float) -> list[VerifierAction]:
         answers: list[VerifierAction] = [
-            self._fault(message, event.code, event.message, event.retry_after_s)
-            for message in (self._open, self._waiting)
-            if message is not None
+            self._fault(message, event.code, event.message, event.retry_after_s) for message in self._asking()
         ]
-        return [*answers, *self._let_go(release=self._phase in _HELD)]
+        return [*answers, *self._let_go(release=self._phase in _HELD and not self._committing)]
 
-    def _evict(self, event: Evict) -> list[VerifierAction]:
-        if self._phase is Phase.PARKED:
-            return self._let_go(release=True)
-        self._evicting = event  # after the round that is open and what waits
-        return []
+    def _evict(self, event: Evict, now_ms: float) -> list[VerifierAction]:
+        self._evicting = event  # after what runs, is being committed, or waits to be verified
+        return self._end()
 
     def _let_go(self, *, release: bool) -> list[VerifierAction]:
         self._phase = Phase.ENDED
-        self._open = self._waiting = None
+        self._drafts.clear()
         ends: list[VerifierAction] = []
         if self._engine_open:
             ends.append(CloseEngine())
@@ -520,22 +834,39 @@ class VerifierSession:
 
     # --- answers --------------------------------------------------------------------------------------
 
+    @property
+    def _reply(self) -> ReplyRoute:
+        assert self._route is not None
+        return self._route
+
+    def _tell_stale(self, message: Prompt | Block) -> list[VerifierAction]:
+        """Say where the session stands, as soon as what was said is committed."""
+        if self._results:
+            self._stale_later.append(message)
+            return []
+        return [self._stale(message)]
+
     def _stale(self, message: Prompt | Block) -> Publish:
-        since = min(message.base, self.base)
+        base = self.base
+        since = min(message.base, base)
         stale = Stale(
             session=self.session,
             epoch=self._epoch,
             round=message.round,
-            base=self.base,
+            base=base,
             since=since,
-            tokens=tuple(self._committed[since:]),
+            tokens=tuple(self._said[since:base]),
             gateway=self._gateway,
             finish_reason=self._finish_reason,
         )
         return Publish(stale, message.reply)
 
     def _fault(
-        self, message: Prompt | Block, code: str, text: str, retry_after_s: float | None = None
+        self,
+        message: Prompt | Block | Forward,
+        code: str,
+        text: str,
+        retry_after_s: float | None = None,
     ) -> Publish:
         fault = Fault(
             session=self.session,
@@ -548,9 +879,13 @@ class VerifierSession:
         return Publish(fault, message.reply)
 
 
-def _tokens(message: Prompt | Block) -> Tokens:
+def _mean(mean: float | None, value: float) -> float:
+    return value if mean is None else MEMORY * mean + (1 - MEMORY) * value
+
+
+def _tokens(message: Prompt | Block | Forward) -> Tokens:
     """The draft tokens of a message; a prompt is an empty block."""
-    return message.tokens if isinstance(message, Block) else ()
+    return () if isinstance(message, Prompt) else message.tokens
 
 
 def _accepted(block: Sequence[int], tokens: Sequence[int]) -> int:
@@ -563,7 +898,7 @@ def _accepted(block: Sequence[int], tokens: Sequence[int]) -> int:
     return accepted
 
 
-def _same(message: Prompt | Block, other: Prompt | Block) -> bool:
+def _same(message: Prompt | Block | Forward, other: Prompt | Block | Forward) -> bool:
     return (message.epoch, message.round, message.base) == (other.epoch, other.round, other.base)
 
 
@@ -580,4 +915,5 @@ _HANDLERS: Final[Mapping[type, Callable[..., list[VerifierAction]]]] = {
     ExitSeen: VerifierSession._exit_seen,
     Committed: VerifierSession._commit_done,
     Evict: VerifierSession._evict,
+    TimerFired: VerifierSession._timer_fired,
 }

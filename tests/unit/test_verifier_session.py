@@ -7,8 +7,11 @@ from shared.protocol import (
     Cancel,
     Fault,
     FinishReason,
+    Floor,
+    Forward,
     Hint,
     Outcome,
+    Policy,
     Prompt,
     ReplyRoute,
     Stale,
@@ -16,6 +19,8 @@ from shared.protocol import (
     Verdict,
 )
 from shared.speculation.verifier import (
+    MOST_AHEAD,
+    NO_ROUND,
     Claim,
     Claimed,
     CloseEngine,
@@ -32,9 +37,12 @@ from shared.speculation.verifier import (
     Received,
     Refused,
     Release,
+    SetTimer,
+    TimerFired,
     VerifierAction,
     VerifierSession,
     Verify,
+    patience_ms,
 )
 
 ROUTE = ReplyRoute(gateway="g", partition=3)
@@ -146,9 +154,13 @@ def test_a_block_on_tokens_that_nobody_committed_is_a_fault() -> None:
 
 
 def test_a_block_longer_than_allowed_is_a_fault_that_names_the_limit() -> None:
-    (answer,) = published(parked().handle(block(1, 1, 1, 2, 3, 4, 5)))
+    (answer,) = published(parked().handle(block(1, 1, *range(4 + MOST_AHEAD + 1))))
     assert isinstance(answer, Fault)
-    assert "longer than 4" in answer.message
+    assert f"longer than {4 + MOST_AHEAD}" in answer.message
+
+
+def test_of_a_block_longer_than_a_pass_takes_the_first_tokens_are_verified() -> None:
+    assert parked().handle(block(1, 1, 1, 2, 3, 4, 5)) == [Verify(1, 1, (1, 2, 3, 4))]
 
 
 def test_an_older_epoch_changes_nothing_and_is_told_the_epoch() -> None:
@@ -179,9 +191,21 @@ def test_a_takeover_answers_the_block_that_caused_it_in_the_new_epoch() -> None:
     session = VerifierSession("s", max_block=4)
     session.handle(block(5, 2, 12, epoch=1))
     assert session.handle(Claimed(epoch=2, committed=(10, 11), gateway="g")) == [OpenEngine((10, 11))]
-    assert session.handle(EngineAnswered((12,))) == [Commit(2, 5, 2, (12,), None, 0, 0)]
-    assert published(session.handle(Committed(3))) == [
-        Verdict(session="s", epoch=2, round=5, base=2, accepted=0, tokens=(12,))
+    assert session.handle(EngineAnswered((13,))) == [Commit(2, 5, 2, (13,), None, 0, 0)]
+    floor, stale = published(session.handle(Committed(3)))
+    assert floor == Floor(session="s", epoch=2, base=2, tokens=(13,))
+    assert stale == Stale(session="s", epoch=2, round=5, base=3, since=2, tokens=(13,), gateway="g")
+
+
+def test_a_block_that_restores_the_kv_is_verified_after_the_token_that_restoring_gives() -> None:
+    session = VerifierSession("s", max_block=4)
+    session.handle(block(5, 2, 12, 13, epoch=1))
+    session.handle(Claimed(epoch=1, committed=(10, 11), gateway="g"))
+    assert session.handle(EngineAnswered((12,)))[0] == Verify(5, 3, (13,))
+    session.handle(Committed(3))
+    session.handle(EngineAnswered((13, 14)))
+    assert published(session.handle(Committed(5))) == [
+        Verdict(session="s", epoch=1, round=5, base=2, accepted=2, tokens=(12, 13, 14))
     ]
 
 
@@ -258,8 +282,8 @@ def test_eviction_waits_for_what_waits_too() -> None:
     session.handle(block(1, 1, 11))
     session.handle(block(2, 3, 12))
     session.handle(Evict("moved"))
-    session.handle(EngineAnswered((11, 5)))
-    assert session.handle(Committed(3))[-1] == Verify(2, 3, (12,))
+    assert session.handle(EngineAnswered((11, 5)))[0] == Verify(2, 3, (12,))
+    session.handle(Committed(3))
     session.handle(EngineAnswered((12, 6)))
     assert session.handle(Committed(5))[1:] == [CloseEngine(), Release(1), Forget()]
 
@@ -278,8 +302,7 @@ def test_what_waits_during_a_claim_is_answered_after_it() -> None:
     session.handle(block(1, 1, 11, epoch=2))
     session.handle(block(2, 3, 12, epoch=2))
     session.handle(Claimed(epoch=2, committed=(10,), gateway="g"))
-    session.handle(EngineAnswered((11, 5)))
-    assert session.handle(Committed(3))[-1] == Verify(2, 3, (12,))
+    assert session.handle(EngineAnswered((11, 5)))[0] == Verify(2, 3, (12,))
 
 
 def test_what_waits_is_answered_when_the_claim_was_for_something_older() -> None:
@@ -304,9 +327,10 @@ def test_kv_is_restored_for_what_waits_when_the_claim_was_for_something_older() 
     assert len(published(actions)) == 1
     assert actions[1:] == [OpenEngine((10, 11, 5))]
     session.handle(EngineAnswered((12,)))
-    (verdict,) = published(session.handle(Committed(4)))
-    assert isinstance(verdict, Verdict)
-    assert (verdict.round, verdict.base, verdict.tokens) == (2, 3, (12,))
+    floor, stale = published(session.handle(Committed(4)))
+    assert isinstance(floor, Floor)
+    assert isinstance(stale, Stale)
+    assert (stale.round, stale.base, stale.tokens) == (2, 4, (12,))
 
 
 def test_what_waits_in_a_newer_epoch_than_the_claims_is_claimed_in_turn() -> None:
@@ -349,8 +373,8 @@ def test_a_cancel_during_the_commit_gives_the_session_back() -> None:
 
 def test_a_token_that_nobody_asked_for_is_committed_and_the_next_block_takes_it_into_account() -> None:
     session = parked()
-    assert session.handle(EngineAnswered((11,))) == [Commit(1, -1, 1, (11,), None, 0, 0)]
-    assert session.handle(Committed(2)) == []
+    assert session.handle(EngineAnswered((11,))) == [Commit(1, 0, 1, (11,), None, 0, 0)]
+    assert published(session.handle(Committed(2))) == [Floor(session="s", epoch=1, base=1, tokens=(11,))]
     assert session.handle(block(1, 1, 11, 12)) == [Verify(1, 2, (12,))]
 
 
@@ -358,9 +382,7 @@ def test_the_latest_message_waits_for_the_open_one() -> None:
     session = parked()
     session.handle(block(1, 1, 11))
     session.handle(block(2, 1, 11, 12))
-    session.handle(EngineAnswered((11,)))
-    actions = session.handle(Committed(2))
-    assert actions[-1] == Verify(2, 2, (12,))
+    assert session.handle(EngineAnswered((11,)))[0] == Verify(2, 2, (12,))
 
 
 def test_a_failed_pass_is_a_fault_that_may_be_tried_again() -> None:
@@ -371,3 +393,192 @@ def test_a_failed_pass_is_a_fault_that_may_be_tried_again() -> None:
     assert isinstance(fault, Fault)
     assert fault.retry_after_s == 0.5
     assert actions[1:] == [CloseEngine(), Release(1), Forget()]
+
+
+# --- forwards and the floor -----------------------------------------------------------------------------
+
+
+def forward(
+    number: int, parent: int, accepted: int, next_token: int, *tokens: int, base: int = 1
+) -> Received:
+    return Received(
+        Forward(
+            session="s",
+            epoch=1,
+            reply=ROUTE,
+            round=number,
+            base=base,
+            parent=parent,
+            accepted=accepted,
+            next_token=next_token,
+            tokens=tokens,
+        )
+    )
+
+
+def on_the_floor() -> VerifierSession:
+    """A parked session whose policy is latency: the floor runs."""
+    session = VerifierSession("s", max_block=4)
+    session.handle(prompt())
+    session.handle(Claimed(epoch=1, committed=(), gateway="g", policy=Policy.LATENCY))
+    assert session.handle(EngineAnswered((10,)))[0] == Verify(NO_ROUND, 1, ())
+    session.handle(Committed(1))
+    return session
+
+
+def test_a_forward_whose_outcome_comes_true_is_verified_in_the_very_next_step() -> None:
+    session = parked()
+    session.handle(block(1, 1, 11, 12))
+    assert session.handle(forward(2, 1, 1, 50, 51, 52)) == []
+    assert session.handle(forward(3, 1, 2, 13, 14, 15)) == []
+    assert session.handle(EngineAnswered((11, 12, 13))) == [
+        Verify(3, 4, (14, 15)),
+        Commit(1, 1, 1, (11, 12, 13), None, 2, 2),
+    ]
+    (verdict,) = published(session.handle(Committed(4)))
+    assert isinstance(verdict, Verdict)
+    assert (verdict.round, verdict.taken) == (1, 3)
+
+
+def test_a_forward_of_another_outcome_is_dropped_without_an_answer() -> None:
+    session = parked()
+    session.handle(block(1, 1, 11, 12))
+    session.handle(forward(2, 1, 1, 50, 51, 52))
+    assert session.waits_for(2)
+    session.handle(EngineAnswered((11, 12, 13)))
+    assert not session.waits_for(2)
+    assert len(published(session.handle(Committed(4)))) == 1
+
+
+def test_forwards_may_follow_forwards() -> None:
+    session = parked()
+    session.handle(block(1, 1, 11))
+    session.handle(forward(2, 1, 1, 12, 13))
+    session.handle(forward(3, 2, 1, 14, 15))
+    assert session.handle(EngineAnswered((11, 12)))[0] == Verify(2, 3, (13,))
+    assert session.handle(EngineAnswered((13, 14))) == []  # the store lags by more than it may
+    assert session.handle(Committed(3))[0] == Verify(3, 5, (15,))
+
+
+def test_a_forward_that_comes_after_its_outcome_is_verified_like_a_block() -> None:
+    session = parked()
+    session.handle(block(1, 1, 11))
+    session.handle(EngineAnswered((11, 12)))
+    session.handle(Committed(3))
+    assert session.handle(forward(2, 1, 1, 12, 13, 14)) == [Verify(2, 3, (13, 14))]
+    session.handle(EngineAnswered((13, 99)))
+    assert published(session.handle(Committed(5))) == [
+        Verdict(session="s", epoch=1, round=2, base=3, accepted=1, tokens=(13, 99))
+    ]
+
+
+def test_a_forward_of_an_unknown_parent_changes_nothing() -> None:
+    session = parked()
+    assert session.handle(forward(2, 7, 0, 11, 12)) == []
+    assert session.idle
+
+
+def test_hints_for_a_forward_count_from_its_own_tokens() -> None:
+    session = parked()
+    session.handle(block(1, 1, 11))
+    session.handle(forward(2, 1, 1, 12, 13, 14))
+    session.handle(EngineAnswered((11, 12)))
+    (hint,) = published(
+        session.handle(ExitSeen(3, 24, (Outcome(accepted=1, next_token=5, confidence=0.5),), 1.0))
+    )
+    assert isinstance(hint, Hint)
+    assert (hint.round, hint.outcomes[0].accepted) == (2, 1)
+
+
+def test_the_floor_goes_on_by_itself_and_says_so() -> None:
+    session = on_the_floor()
+    assert session.handle(EngineAnswered((11,)))[0] == Verify(NO_ROUND, 2, ())
+    assert published(session.handle(Committed(2))) == [Floor(session="s", epoch=1, base=1, tokens=(11,))]
+
+
+def test_a_late_block_is_trimmed_by_what_the_floor_has_said() -> None:
+    session = on_the_floor()
+    assert session.handle(block(1, 1, 11, 12, 13)) == []
+    assert session.handle(EngineAnswered((11,)))[0] == Verify(1, 2, (12, 13))
+    session.handle(Committed(2))
+    session.handle(EngineAnswered((12, 13, 14)))
+    (verdict,) = published(session.handle(Committed(5)))
+    assert isinstance(verdict, Verdict)
+    assert (verdict.base, verdict.accepted, verdict.tokens) == (1, 3, (11, 12, 13, 14))
+
+
+def test_a_late_block_that_disagrees_with_the_floor_is_stale() -> None:
+    session = on_the_floor()
+    session.handle(block(1, 1, 77, 12))
+    assert session.handle(EngineAnswered((11,)))[0] == Verify(NO_ROUND, 2, ())
+    floor, stale = published(session.handle(Committed(2)))
+    assert isinstance(floor, Floor)
+    assert stale == Stale(session="s", epoch=1, round=1, base=2, since=1, tokens=(11,), gateway="g")
+
+
+def test_the_floor_uses_what_the_verifier_finds_by_itself() -> None:
+    session = VerifierSession("s", max_block=4, floor_draft=lambda said: (said[-1] + 1, said[-1] + 2))
+    session.handle(prompt())
+    session.handle(Claimed(epoch=1, committed=(), gateway="g", policy=Policy.LATENCY))
+    assert session.handle(EngineAnswered((10,)))[0] == Verify(NO_ROUND, 1, (11, 12))
+
+
+def test_the_floor_stops_when_the_gateway_has_not_been_heard_of_and_goes_on_when_it_has() -> None:
+    session = on_the_floor()
+    for base in range(1, MOST_AHEAD):
+        session.handle(EngineAnswered((100,)))
+        session.handle(Committed(base + 1))
+    assert not [action for action in session.handle(EngineAnswered((100,))) if isinstance(action, Verify)]
+    session.handle(Committed(MOST_AHEAD + 1))
+    assert session.idle
+    assert session.handle(block(9, MOST_AHEAD + 1)) == [Verify(9, MOST_AHEAD + 1, ())]
+
+
+def test_under_the_cost_policy_a_session_waits() -> None:
+    session = parked()
+    session.handle(block(1, 1, 11))
+    assert session.handle(EngineAnswered((11, 12))) == [Commit(1, 1, 1, (11, 12), None, 1, 1)]
+
+
+def test_the_floor_waits_for_a_block_that_is_worth_it_and_no_longer() -> None:
+    session = on_the_floor()
+    session.handle(EngineAnswered((11,)), 100.0)
+    session.handle(Committed(2), 100.0)
+    session.handle(block(1, 2, 12, 13, 14), 110.0)
+    session.handle(EngineAnswered((12,)), 200.0)
+    session.handle(EngineAnswered((13, 14, 15)), 300.0)  # 3 tokens in 100 ms; blocks come after some 110 ms
+    (timer,) = [
+        action
+        for base in (3, 6)
+        for action in session.handle(Committed(base), 300.0)
+        if isinstance(action, SetTimer | Verify)
+    ]
+    assert isinstance(timer, Verify)
+    assert patience_ms(100.0, 3.0, 40.0) == 50.0
+    assert patience_ms(100.0, 3.0, 60.0) == 0.0
+    assert patience_ms(None, None, None) == 0.0
+
+
+def test_when_its_patience_ends_the_floor_takes_over() -> None:
+    session = on_the_floor()
+    session.handle(EngineAnswered((11,)), 0.0)
+    session.handle(Committed(2), 0.0)
+    now = 1.0
+    base = 2
+    session.handle(block(1, 2, 100, 100, 100, 100), now)
+    session.handle(EngineAnswered((100,)), now)
+    session.handle(Committed(base := base + 1), now)
+    timers: list[SetTimer] = []
+    for number in range(2, 8):
+        actions = session.handle(EngineAnswered((100,) * 3), now := now + 100.0)
+        actions += session.handle(Committed(base := base + 3), now)
+        timers = [action for action in actions if isinstance(action, SetTimer)]
+        if timers:
+            break
+        session.handle(block(number, base, 100, 100, 100), now := now + 1.0)
+        if any(isinstance(action, Verify) and action.round == NO_ROUND for action in actions):
+            session.handle(EngineAnswered((100,)), now)
+            session.handle(Committed(base := base + 1), now)
+    (timer,) = timers
+    assert session.handle(TimerFired(timer.timer - 1), now) == []
+    assert session.handle(TimerFired(timer.timer), now) == [Verify(NO_ROUND, base, ())]
