@@ -97,6 +97,36 @@ def test_drafts_are_the_models_own_greedy_tokens(tmp_path: Path, overrides: dict
         assert all(0 < confidence <= 1 for confidence in draft.confidences)
 
 
+def test_a_draft_tells_what_else_it_might_have_said_and_what_may_follow(tmp_path: Path) -> None:
+    llama = model()
+    drafting = engine(saved(tmp_path, llama))
+    requests = [DraftRequest("s", lane, context(lane, 30), 3, beyond=lane != 1) for lane in range(3)]
+    for request, draft in zip(requests, drafting.draft(requests), strict=True):
+        text = (*request.context, *draft.tokens)
+        with torch.inference_mode():
+            logits = llama(torch.tensor([text])).logits[0, len(request.context) - 1 :]
+        best = logits.softmax(dim=-1).topk(4, dim=-1)
+        told = best.indices.tolist()[: 3 + request.beyond]
+        assert [[token for token, _ in place] for place in draft.alternatives] == told
+        for place, expected in zip(draft.alternatives, best.values.tolist(), strict=False):
+            assert [sure for _, sure in place] == pytest.approx(expected, abs=1e-4)
+        assert draft.tokens == tuple(place[0][0] for place in draft.alternatives[:3])
+        assert draft.confidences == tuple(place[0][1] for place in draft.alternatives[:3])
+
+
+def test_looking_beyond_a_draft_is_a_step_that_the_next_one_is_spared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafting = engine(saved(tmp_path, model()))
+    prompt = context(1, 50)
+    computed = counted_tokens(monkeypatch)
+    (draft,) = drafting.draft([DraftRequest("s", 0, prompt, 3, beyond=True)])
+    assert computed == [50, 1, 1, 1]
+    computed.clear()
+    drafting.draft([DraftRequest("s", 0, (*prompt, *draft.tokens, 7), 2)])
+    assert computed == [1, 1]
+
+
 def test_a_cache_that_is_rolled_back_and_extended_drafts_like_a_new_one(tmp_path: Path) -> None:
     llama = model()
     drafting = engine(saved(tmp_path, llama))

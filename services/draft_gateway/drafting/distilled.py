@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.draft_gateway.drafting.network import Layer, Projection, Words
+from services.draft_gateway.drafting.network import Choices, Layer, Projection, Words
 from services.draft_gateway.drafting.packed import product_rows, unpack
 from shared.errors import ModelFilesError
 
@@ -141,18 +141,13 @@ class DistilledNetwork:
             return None
         return Words(self._rare_ids[rare], product_rows(self._rare_codes[rare], self._rare_books))
 
-    def choose(self, hidden: Tensor, words: Words | None) -> tuple[Tensor, Tensor]:
+    def choose(self, hidden: Tensor, words: Words | None) -> Choices:
         """See `Network`."""
         logits = self._head(hidden)
-        best, row = logits.max(dim=-1)
-        total = logits.logsumexp(dim=-1)
-        token = self._vocabulary[row]
-        if words is not None:
-            extra = F.linear(hidden, words.rows)
-            other, place = extra.max(dim=-1)
-            token = torch.where(other > best, words.ids[place], token)
-            best, total = torch.maximum(best, other), torch.logaddexp(total, extra.logsumexp(dim=-1))
-        return token, (best - total).exp()
+        if words is None:
+            return Choices.of(logits, self._vocabulary)
+        with_words = torch.cat((logits, F.linear(hidden, words.rows)), dim=-1)
+        return Choices.of(with_words, torch.cat((self._vocabulary, words.ids)))
 
 
 def _layer(tensors: Mapping[str, Tensor], prefix: str) -> Layer:

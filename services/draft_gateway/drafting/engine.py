@@ -11,20 +11,35 @@ from shared.protocol import Tokens
 
 @dataclass(frozen=True, slots=True)
 class DraftRequest:
-    """Continue `context` (prompt, committed and assumed tokens) by at most `length` tokens, for one lane of a session."""
+    """Continue `context` (prompt, committed and assumed tokens) by at most `length` tokens, for one lane of a session.
+
+    `beyond` asks a model also what may follow the last drafted token: one step more.
+    """
 
     session: str
     lane: int
     context: Tokens
     length: int
+    beyond: bool = False
+
+
+Alternative = tuple[int, float]
+"""A token and the draft engine's probability of it."""
+Alternatives = tuple[tuple[Alternative, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Drafted tokens, perhaps fewer than asked for or none, each with the engine's own probability that it is right."""
+    """Drafted tokens, perhaps fewer than asked for or none, each with the engine's own probability that it is right.
+
+    `alternatives` are, for each drafted token, what might have stood in its place: a few tokens, likeliest first, the
+    drafted one among them. One entry more, where asked for and found: what may follow the last token. Empty where the
+    engine can't say.
+    """
 
     tokens: Tokens
     confidences: tuple[float, ...]
+    alternatives: Alternatives = ()
 
 
 EMPTY = Draft((), ())

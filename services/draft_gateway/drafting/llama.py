@@ -32,13 +32,14 @@ from services.draft_gateway.drafting.distilled import (
 )
 from services.draft_gateway.drafting.engine import (
     EMPTY,
+    Alternative,
     Draft,
     DraftRequest,
     Dropped,
     common_prefix,
     none_dropped,
 )
-from services.draft_gateway.drafting.network import FloatNetwork, Network, Words
+from services.draft_gateway.drafting.network import Choices, FloatNetwork, Network, Words
 from services.draft_gateway.drafting.shape import LlamaShape, check_weights
 from shared.errors import ModelFilesError
 from shared.models import read_config, target_sha256, tokenizer_sha256, verify, weight_files
@@ -93,6 +94,7 @@ class _Run:
     session: _Session
     requests: list[DraftRequest]
     lengths: list[int]
+    """Tokens to draft for each lane."""
     words: Words | None
     cache: Cache
     shared: int
@@ -100,8 +102,8 @@ class _Run:
     start: int
     pending: Tensor
     """Tokens `[lanes, n]` that are not in the cache yet."""
-    drafted: list[list[int]]
-    confidences: list[list[float]]
+    choices: list[list[tuple[Alternative, ...]]]
+    """For each lane what the model would say, step by step; the first of each is drafted."""
 
     def segment(self, count: int) -> Segment:
         """The first `count` pending tokens, which are pending no more."""
@@ -111,25 +113,33 @@ class _Run:
         self.start = segment.end
         return segment
 
-    def add(self, tokens: Tensor, confidences: Tensor) -> None:
-        """The next token of each lane."""
-        self.pending = tokens[:, None]
-        for lane, (token, confidence) in enumerate(zip(tokens.tolist(), confidences.tolist(), strict=True)):
-            if len(self.drafted[lane]) < self.lengths[lane]:
-                self.drafted[lane].append(token)
-                self.confidences[lane].append(confidence)
+    def add(self, choices: Choices) -> None:
+        """The next step of each lane."""
+        self.pending = choices.tokens[:, :1]
+        rows = zip(choices.tokens.tolist(), choices.probabilities.tolist(), strict=True)
+        for lane, (tokens, probabilities) in enumerate(rows):
+            if self._lacks(lane):
+                self.choices[lane].append(tuple(zip(tokens, probabilities, strict=True)))
+
+    def _lacks(self, lane: int) -> bool:
+        return len(self.choices[lane]) < self.lengths[lane] + self.requests[lane].beyond
 
     def wanted(self, dropped: Dropped) -> bool:
-        """Whether a lane lacks tokens that somebody waits for."""
-        return any(
-            len(drafted) < length and not dropped(request)
-            for drafted, length, request in zip(self.drafted, self.lengths, self.requests, strict=True)
+        """Whether a lane lacks steps that somebody waits for."""
+        return any(self._lacks(lane) and not dropped(request) for lane, request in enumerate(self.requests))
+
+    def draft(self, lane: int) -> Draft:
+        """What was drafted for a lane so far."""
+        choices = self.choices[lane]
+        drafted = [best for best, *_ in choices[: self.lengths[lane]]]
+        return Draft(
+            tuple(token for token, _ in drafted), tuple(sure for _, sure in drafted), tuple(choices)
         )
 
     def leave(self) -> None:
         """Note what the caches hold now."""
         held = [
-            (*request.context, *drafted) for request, drafted in zip(self.requests, self.drafted, strict=True)
+            (*request.context, *self.draft(lane).tokens) for lane, request in enumerate(self.requests)
         ]
         if self.cache is self.session.cache:
             self.session.tokens = held[0][: self.start]
@@ -211,8 +221,8 @@ class LlamaDraft:
         self._advance(list(runs.values()), dropped)
         for indexes, run in runs.items():
             run.leave()
-            for index, tokens, confidences in zip(indexes, run.drafted, run.confidences, strict=True):
-                drafts[index] = Draft(tuple(tokens), tuple(confidences))
+            for lane, index in enumerate(indexes):
+                drafts[index] = run.draft(lane)
         self._evict()
         return drafts
 
@@ -255,8 +265,7 @@ class LlamaDraft:
             padding=padding,
             start=start,
             pending=torch.tensor(suffixes),
-            drafted=[[] for _ in requests],
-            confidences=[[] for _ in requests],
+            choices=[[] for _ in requests],
         )
 
     def _advance(self, runs: list[_Run], dropped: Dropped) -> None:
@@ -264,8 +273,8 @@ class LlamaDraft:
         runs = self._filled(runs, dropped)
         while runs:
             hidden = self._decoder.forward([run.segment(run.pending.shape[1]) for run in runs])
-            for run, tokens, confidences in zip(runs, *self._choose(runs, hidden), strict=True):
-                run.add(tokens, confidences)
+            for run, choices in zip(runs, self._choose(runs, hidden), strict=True):
+                run.add(choices)
             runs = [run for run in runs if run.wanted(dropped)]
 
     def _filled(self, runs: list[_Run], dropped: Dropped) -> list[_Run]:
@@ -294,17 +303,15 @@ class LlamaDraft:
         while run.pending.shape[1] > PREFILL_CHUNK:
             yield run.segment(PREFILL_CHUNK)
 
-    def _choose(self, runs: list[_Run], hidden: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """For each run the likeliest token of each lane and its probability: at once, unless their words differ."""
+    def _choose(self, runs: list[_Run], hidden: Tensor) -> list[Choices]:
+        """For each run the likeliest tokens of each lane: at once, unless their words differ."""
         sizes = [len(run.requests) for run in runs]
         if all(run.words is None for run in runs):
-            tokens, confidences = self._network.choose(hidden, None)
-            return list(torch.split(tokens, sizes)), list(torch.split(confidences, sizes))
-        chosen = [
+            return self._network.choose(hidden, None).split(sizes)
+        return [
             self._network.choose(rows, run.words)
             for run, rows in zip(runs, torch.split(hidden, sizes), strict=True)
         ]
-        return [tokens for tokens, _ in chosen], [confidences for _, confidences in chosen]
 
     def _evict(self) -> None:
         """Drop the sessions that were used longest ago while all together hold too much; one may stay."""

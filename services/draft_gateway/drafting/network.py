@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from torch import Tensor
 from shared.errors import ModelFilesError
 
 Projection = Callable[[Tensor], Tensor]
+
+CHOICES: Final = 4
+"""How many of the likeliest tokens of a position are told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,26 @@ class Words:
     rows: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """The likeliest tokens `[rows, n]`, best first, and their probabilities."""
+
+    tokens: Tensor
+    probabilities: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, ids: Tensor | None) -> Choices:
+        """From logits `[rows, columns]`; `ids` are the columns' tokens, None where a column is its token."""
+        best, columns = logits.topk(min(CHOICES, logits.shape[-1]), dim=-1)
+        probabilities = (best - logits.logsumexp(dim=-1, keepdim=True)).exp()
+        return cls(columns if ids is None else ids[columns], probabilities)
+
+    def split(self, sizes: Sequence[int]) -> list[Choices]:
+        """Those of so many rows each."""
+        parts = zip(self.tokens.split(list(sizes)), self.probabilities.split(list(sizes)), strict=True)
+        return [Choices(tokens, probabilities) for tokens, probabilities in parts]
+
+
 class Network(Protocol):
     """Weights, and what depends on how they are stored."""
 
@@ -53,8 +76,8 @@ class Network(Protocol):
         """What a context of `tokens` adds to the vocabulary."""
         ...
 
-    def choose(self, hidden: Tensor, words: Words | None) -> tuple[Tensor, Tensor]:
-        """The likeliest token of each row of normed hidden states `[rows, hidden]`, and its probability."""
+    def choose(self, hidden: Tensor, words: Words | None) -> Choices:
+        """The `CHOICES` likeliest tokens after each row of normed hidden states `[rows, hidden]`."""
         ...
 
 
@@ -85,12 +108,9 @@ class FloatNetwork:
         """None: the vocabulary is the same in every context."""
         return None
 
-    def choose(self, hidden: Tensor, words: Words | None) -> tuple[Tensor, Tensor]:
+    def choose(self, hidden: Tensor, words: Words | None) -> Choices:
         """See `Network`."""
-        logits = F.linear(hidden, self._head)
-        best, row = logits.max(dim=-1)
-        confidence = (best - logits.logsumexp(dim=-1)).exp()
-        return (row if self._vocabulary is None else self._vocabulary[row]), confidence
+        return Choices.of(F.linear(hidden, self._head), self._vocabulary)
 
 
 def _layer(weights: Mapping[str, Tensor], prefix: str) -> Layer:
