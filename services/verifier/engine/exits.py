@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from services.verifier.engine.channel import ExitMessage, Outlook
 from services.verifier.engine.exit_head import ExitHead
-from services.verifier.engine.outcomes import rank_outcomes
+from shared.speculation.outcomes import rank_outcomes
 from shared.errors import ModelFilesError
 
 FILE_FORMAT: Final = "outrider-exits/1"
