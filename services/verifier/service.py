@@ -29,6 +29,7 @@ from shared.protocol import (
     DraftsMessage,
     Evicted,
     Fault,
+    Forward,
     Heartbeat,
     Placed,
     PlacementsMessage,
@@ -63,6 +64,7 @@ class VerifierService:
         self._drafts: Reader[DraftsMessage] | None = None
         self._partitions: tuple[int, ...] = ()
         self._stopping = False
+        self.rows = 0
         self._asked: asyncio.Task[EngineStats] | None = None
         self._stats: EngineStats | None = None
         self._beat = asyncio.Event()
@@ -141,12 +143,20 @@ class VerifierService:
         message = received.message
         shell = self._shells.get(message.session)
         if shell is None:
-            if isinstance(message, Cancel):  # nothing is held here: nothing to free
+            if isinstance(
+                message, Cancel | Forward
+            ):  # nothing is held here: nothing to free, nothing to follow
                 self.done(received)
                 return
             chain = self._chains.get(message.session) or Chain()
             self._chains[message.session] = chain
-            shell = SessionShell(message.session, self, max_block=self.settings.max_block, chain=chain)
+            shell = SessionShell(
+                message.session,
+                self,
+                max_block=self.settings.max_block,
+                chain=chain,
+                floor_lookup=self.settings.floor_lookup,
+            )
             self._shells[message.session] = shell
         if shell.unanswered >= self.settings.session_queue and not isinstance(message, Cancel):
             self._refuse(received)
@@ -155,6 +165,9 @@ class VerifierService:
 
     def _refuse(self, received: Received[DraftsMessage]) -> None:
         message = received.message
+        if isinstance(message, Forward):
+            self.done(received)
+            return
         assert not isinstance(message, Cancel)
         fault = Fault(
             session=message.session,

@@ -11,15 +11,19 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from services.verifier import metrics
 from services.verifier.engine.types import BlockStatus, Engine, EngineOutput, ExitReport
 from shared.bus import Bus, Received
 from shared.errors import OutriderError
+from shared.lookup import Lookup
 from shared.protocol import (
+    Cancel,
     DraftsMessage,
     ExitsMessage,
+    Floor,
     GenerationParams,
     Hint,
     ReplyRoute,
@@ -35,6 +39,10 @@ log = logging.getLogger(__name__)
 
 Step = Callable[[], Coroutine[None, None, None]]
 RETRY_AFTER_S = 0.5
+FLOOR_LENGTH = 5
+"""Tokens that the floor looks up at a time."""
+FLOOR_MATCH = 4
+"""Tokens at the text's end that must have been found again: shorter matches are not worth the rows."""
 
 
 class Host(Protocol):
@@ -44,6 +52,8 @@ class Host(Protocol):
     store: Store
     bus: Bus
     incarnation: str
+    rows: int
+    """Rows of all passes under way."""
 
     async def take_place(self, shell: SessionShell) -> bool:
         """Whether this session may hold KV; an idle one may have to go first."""
@@ -91,17 +101,40 @@ class Chain:
                 self._task = asyncio.create_task(self._run())
 
 
+@dataclass(slots=True)
+class _Clock:
+    """When a pass began and ended, and its tokens were committed; `rows` are all sessions' at its end."""
+
+    began_s: float
+    rows: int
+    answered_s: float = 0.0
+    committed_s: float = 0.0
+
+    @property
+    def pass_ms(self) -> float:
+        return max(0.0, self.answered_s - self.began_s) * 1000
+
+    @property
+    def commit_ms(self) -> float:
+        return max(0.0, self.committed_s - self.answered_s) * 1000
+
+
 class SessionShell:
     """Carries out what `core.VerifierSession` decides for one session."""
 
-    def __init__(self, session: str, host: Host, *, max_block: int, chain: Chain) -> None:
+    def __init__(
+        self, session: str, host: Host, *, max_block: int, chain: Chain, floor_lookup: bool = True
+    ) -> None:
         self.session = session
         self.chain = chain
         self.partition = -1
         self.last_active_s = time.monotonic()
         self.kv_free = asyncio.Event()
         self._host = host
-        self._core = core.VerifierSession(session, max_block=max_block)
+        self._core = core.VerifierSession(
+            session, max_block=max_block, floor_draft=self._look_up if floor_lookup else core.no_draft
+        )
+        self._lookup: Lookup | None = None
         self._state: SessionState | None = None
         self._prompt: Tokens = ()
         self._reader: asyncio.Task[None] | None = None
@@ -111,7 +144,10 @@ class SessionShell:
         self._round: core.Verify | None = None
         self._noting = False
         self._closing = False
-        self._arrived_s = self._answered_s = self._committed_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._pass: _Clock | None = None
+        self._answered: deque[_Clock] = deque()  # passes whose tokens are still to be committed
+        self._published: _Clock | None = None
 
     @property
     def idle(self) -> bool:
@@ -134,8 +170,7 @@ class SessionShell:
         """Take in a message of the drafts topic."""
         self.last_active_s = time.monotonic()
         self.partition = received.partition
-        if self._core.settled:  # what comes while a round is open does not make it look shorter
-            self._arrived_s, self._trace = self.last_active_s, received.trace
+        self._trace = received.trace or self._trace
         self._unanswered.append(received)
         self.handle(core.Received(received.message))
 
@@ -145,16 +180,19 @@ class SessionShell:
 
     def handle(self, event: core.VerifierEvent) -> None:
         """Feed the core and do what it says."""
-        for action in self._core.handle(event):
+        for action in self._core.handle(event, time.monotonic() * 1000):
             self._act(action)
         answers, self._answers = self._answers, []
-        answered: list[Received[DraftsMessage]] = []
-        if self._core.settled:
-            answered, self._unanswered = self._unanswered, []
+        answered = [each for each in self._unanswered if not self._waits_for(each.message)]
+        if answered:
+            self._unanswered = [each for each in self._unanswered if self._waits_for(each.message)]
         if answers:
             self._host.background(self._send(answers, answered))
         else:
             self._done(answered)
+
+    def _waits_for(self, message: DraftsMessage) -> bool:
+        return not isinstance(message, Cancel) and self._core.waits_for(message.round)
 
     def _done(self, answered: Sequence[Received[DraftsMessage]]) -> None:
         for received in answered:
@@ -182,7 +220,13 @@ class SessionShell:
             case core.Publish(message=message, route=route):
                 self._publish(message, route)
             case core.Verify():
-                self._later(lambda: self._verify(action))
+                self._clock(1 + len(action.tokens))
+                self._host.background(self._verify(action))
+            case core.SetTimer(timer=timer, delay_ms=delay_ms):
+                self._stop_timer()
+                self._timer = asyncio.get_running_loop().call_later(
+                    delay_ms / 1000, lambda: self.handle(core.TimerFired(timer))
+                )
             case core.Commit():
                 self._later(lambda: self._commit(action))
             case core.Claim():
@@ -197,6 +241,8 @@ class SessionShell:
                 self._later(lambda: self._release(epoch))
             case core.Forget():
                 self._stop_reading()
+                self._stop_timer()
+                self._stop_clock()
                 if not self._closing:  # the engine has let go of it by itself, or never held it
                     self._host.leave_place(self)
                 self._host.forget(self.session)
@@ -206,13 +252,13 @@ class SessionShell:
             self._host.bus.post(message, partition=route.partition, trace=self._child_trace())
             metrics.HINTS.inc()
             return
-        if isinstance(message, Verdict):
-            verify_ms = (self._answered_s - self._arrived_s) * 1000
-            commit_ms = (self._committed_s - self._answered_s) * 1000
+        clock = self._published
+        if isinstance(message, Verdict | Floor) and clock is not None:
             message = message.model_copy(
                 update={
-                    "verify_ms": round(max(0.0, verify_ms), 3),
-                    "commit_ms": round(max(0.0, commit_ms), 3),
+                    "verify_ms": round(clock.pass_ms, 3),
+                    "commit_ms": round(clock.commit_ms, 3),
+                    "rows": clock.rows,
                 }
             )
         metrics.ANSWERS.labels(message.kind).inc()
@@ -264,6 +310,7 @@ class SessionShell:
                     last_round=state.last_round,
                     last_base=state.last_base,
                     finish_reason=state.finish_reason,
+                    policy=state.params.policy,
                 )
             )
 
@@ -274,7 +321,7 @@ class SessionShell:
             return ()
 
     async def _commit(self, action: core.Commit) -> None:
-        metrics.VERIFY_SECONDS.observe(max(0.0, self._answered_s - self._arrived_s))
+        clock = self._answered.popleft() if self._answered else None
         try:
             result = await self._host.store.commit(
                 self.session,
@@ -302,8 +349,11 @@ class SessionShell:
         except OutriderError as error:
             self.handle(_failed(error))
         else:
-            self._committed_s = time.monotonic()
-            metrics.COMMIT_SECONDS.observe(self._committed_s - self._answered_s)
+            if clock is not None:
+                clock.committed_s = time.monotonic()
+                metrics.VERIFY_SECONDS.observe(clock.pass_ms / 1000)
+                metrics.COMMIT_SECONDS.observe(clock.commit_ms / 1000)
+            self._published = clock
             metrics.COMMITTED_TOKENS.inc(len(action.tokens))
             metrics.DRAFTED_TOKENS.inc(action.drafted)
             metrics.ACCEPTED_TOKENS.inc(action.accepted)
@@ -319,6 +369,8 @@ class SessionShell:
             self.handle(core.Failed("unavailable", "the engine let go of the session", RETRY_AFTER_S))
             return
         # A stale block needs no answer of its own: the engine went on by itself, and what it said is on its way.
+        if action.round == core.NO_ROUND:
+            return
         self._round = action
         if not self._noting:
             self._noting = True
@@ -367,7 +419,7 @@ class SessionShell:
     async def _read(self, stream: AsyncIterator[EngineOutput]) -> None:
         try:
             async for output in stream:
-                self._answered_s = time.monotonic()
+                self._stop_clock(answered=True)
                 self.handle(core.EngineAnswered(output.tokens, output.finish_reason))
         except OutriderError as error:
             self.handle(_failed(error))
@@ -378,6 +430,40 @@ class SessionShell:
         if self._reader is not None and self._reader is not asyncio.current_task():
             self._reader.cancel()
         self._reader = None
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # --- clocks ---------------------------------------------------------------------------------------
+
+    def _clock(self, rows: int) -> None:
+        """A pass of so many rows begins. The rows that share it are those that are under way now."""
+        self._stop_clock()
+        self._host.rows += rows
+        self._pass = _Clock(time.monotonic(), rows)
+
+    def _stop_clock(self, *, answered: bool = False) -> None:
+        """The pass has ended, with an answer or without."""
+        clock, self._pass = self._pass, None
+        if clock is not None:
+            own, clock.rows = clock.rows, self._host.rows
+            self._host.rows -= own
+        if answered:
+            now_s = time.monotonic()
+            clock = clock or _Clock(now_s, 1)
+            clock.answered_s = now_s
+            self._answered.append(clock)
+
+    def _look_up(self, said: Sequence[int]) -> Tokens:
+        """What followed the newest earlier occurrence of a long enough end of the text; nothing where there is none."""
+        if self._lookup is None:
+            self._lookup = Lookup()
+        text = (*self._prompt, *said)
+        self._lookup.follow(text)
+        found, _ = self._lookup.draft(FLOOR_LENGTH)
+        return found if self._lookup.matched >= FLOOR_MATCH else ()
 
     async def _close_engine(self) -> None:
         try:

@@ -1,30 +1,43 @@
-"""The edge side of a session: drafts, lanes, hints, and what the client is shown.
+"""The edge side of a session: drafts, lanes, forwards, hints, and what the client is shown.
 
 Everything that changes the state of a session at the edge lives in this file. It does no I/O and knows no clock:
 events come in with the time at which they happened, actions go out.
 
-    phase      waits for                      left by
-    OPENING    the placement                  Opened → PREFILL or DRAFTING
-    PREFILL    the first verdict              VerdictArrived → DRAFTING
-    DRAFTING   the draft of the next block    Drafted → VERIFYING
-    VERIFYING  the verdict                    VerdictArrived → VERIFYING (hit) or DRAFTING (late, miss)
-    ENDED      nothing                        –
+    phase      waits for                                left by
+    OPENING    the placement                            Opened → PREFILL or DRAFTING
+    PREFILL    the first verdict                        VerdictArrived → DRAFTING
+    DRAFTING   the draft of the next block              Drafted → VERIFYING
+    VERIFYING  the verdict of the open lane             VerdictArrived, FloorArrived → VERIFYING or DRAFTING
+    FOLLOWING  what the target says by itself           FloorArrived → FOLLOWING or DRAFTING
+    ENDED      nothing                                  –
 
-The algorithm is that of Venkatesha, Kundu and Panda (arXiv 2505.21594): while a block is verified, every outcome that
-an early exit foresees with enough confidence starts a *lane*, a draft that assumes this outcome; the verdict picks the
-lane that assumed right. Three places are left open for what comes next: `_start_lanes` (lanes from the edge's own
-guesses, at the moment a block is sent), `_lane_ready` (a finished lane may be forwarded), `_length` (block length by
-measurement).
+A *lane* is a draft that assumes a path of tokens after a base. One lane is *open*: the verifier has it, as a block or as
+a forward, and its verdict is awaited. As it goes up, the edge starts lanes for the outcomes that its own draft makes
+likely, the likeliest first (`_expand`), and for what may follow them in turn: what is not sent before the verdict
+reaches the edge may be too late on a long link. A hint says what an early exit foresees: it re-ranks the outcomes of the
+lane it speaks of, which starts lanes, or stops some. A lane that is finished goes up before the verdict (`_forward`),
+if it is worth its bytes. What was committed decides: lanes that assumed otherwise are dropped, and the one that came
+true is open from then on. It is late if it is still being drafted, and a block if it had not been forwarded.
+
+When a lane is ready decides what it is worth. Its forward is in time, whatever the round trip, when it is drafted within
+the verify time, since the block and the forward travel equally long. A lane that is ready before the verdict arrives,
+within the verify time and the round trip, still saves the draft.
+
+The paper's algorithm (Venkatesha, Kundu and Panda, arXiv 2505.21594) is this with `guesses` and `forwards` off: lanes
+from hints alone, kept until the verdict.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from shared.protocol import Fault, FinishReason, Hint, Outcome, Stale, Tokens, Verdict
+from shared.protocol import Fault, FinishReason, Floor, Hint, Policy, Stale, Tokens, Verdict
+from shared.speculation.outcomes import Foresight, Ranked, guess_outcomes, mix
+from shared.speculation.pace import Clocks, Line, Mean, best_length, lanes_in
 
 
 class Phase(StrEnum):
@@ -34,6 +47,7 @@ class Phase(StrEnum):
     PREFILL = "prefill"
     DRAFTING = "drafting"
     VERIFYING = "verifying"
+    FOLLOWING = "following"
     ENDED = "ended"
 
 
@@ -45,19 +59,58 @@ class Source(StrEnum):
     CORRECTED = "corrected"
 
 
+class Origin(StrEnum):
+    """What a lane started from."""
+
+    NEED = "need"
+    """The next block had to be drafted."""
+    GUESS = "guess"
+    EXIT = "exit"
+
+
 @dataclass(frozen=True, slots=True)
 class EdgeConfig:
-    """How one session speculates. Lengths in tokens, times in ms."""
+    """How one session speculates. Lengths in tokens, times in ms.
+
+    `guesses` starts lanes as a block goes up, `hints` from what exits foresee, `forwards` sends them before the verdict;
+    `adaptive` chooses the length of each block by measurement, `block_length` at most. `policy` is the verifier's for
+    this session: whether it goes on by itself.
+    """
 
     gateway: str
     max_tokens: int
     block_length: int = 5
+    adaptive: bool = False
     stop_tokens: frozenset[int] = frozenset()
+    policy: Policy = Policy.COST
     hints: bool = True
-    hint_threshold: float = 0.2
+    guesses: bool = False
+    forwards: bool = False
+    lane_threshold: float = 0.05
     max_lanes: int = 4
+    forwards_per_token: float = 1.0
+    foresight: Foresight = field(default_factory=Foresight)
     round_timeout_ms: float = 2_000.0
     stall_timeout_ms: float = 120_000.0
+
+
+LANES_KEPT: Final = 24
+"""Lanes a session keeps, finished ones included; the least likely go first."""
+OUTCOMES: Final = 8
+"""Outcomes of a lane that are looked at."""
+MOST_AHEAD: Final = 24
+"""Tokens drafted beyond a block, for what the floor will have said when it arrives."""
+SURER: Final = 1.5
+"""By how much likelier an outcome must be for a lane to be stopped in its favour."""
+CREDIT: Final = 8.0
+"""Forwards that may be saved up."""
+ACKNOWLEDGE: Final = 24
+"""A gateway that only follows shows after so many tokens that it is there."""
+RESTS: Final = (16, 128)
+"""Tokens to follow, at first and at most, before a draft that was of no use is tried again."""
+
+# The likeliest token's place in a lane's alternatives and the probability it has there.
+Alternatives = tuple[tuple[tuple[int, float], ...], ...]
 
 
 # --- events ----------------------------------------------------------------------------------------
@@ -81,10 +134,12 @@ class Relocated:
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """A lane's draft is finished; it may be shorter than asked, or empty."""
+    """A lane's draft is finished; it may be shorter than asked, or empty. The rest is the engine's, see `Draft`."""
 
     lane: int
     tokens: Tokens
+    confidences: tuple[float, ...] = ()
+    alternatives: Alternatives = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +154,13 @@ class VerdictArrived:
     """A round's committed outcome."""
 
     verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class FloorArrived:
+    """What the target said by itself, committed."""
+
+    floor: Floor
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +195,7 @@ EdgeEvent = (
     | Drafted
     | HintArrived
     | VerdictArrived
+    | FloorArrived
     | StaleArrived
     | FaultArrived
     | TimerFired
@@ -163,13 +226,30 @@ class SendBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class SendForward:
+    """Send a lane up that follows `parent`'s outcome (`accepted`, `next_token`)."""
+
+    epoch: int
+    round: int
+    base: int
+    parent: int
+    accepted: int
+    next_token: int
+    tokens: Tokens
+
+
+@dataclass(frozen=True, slots=True)
 class StartDraft:
-    """Draft at most `length` tokens after the first `base` committed tokens and then `assumed`."""
+    """Draft at most `length` tokens after the first `base` committed tokens and then `assumed`.
+
+    `beyond` asks also what may follow the last one.
+    """
 
     lane: int
     base: int
     assumed: Tokens
     length: int
+    beyond: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +293,9 @@ class Fail:
     retry_after_s: float | None = None
 
 
-EdgeAction = SendPrompt | SendBlock | StartDraft | DropDraft | Deliver | SetTimer | Finish | Fail
+EdgeAction = (
+    SendPrompt | SendBlock | SendForward | StartDraft | DropDraft | Deliver | SetTimer | Finish | Fail
+)
 
 
 # --- state -----------------------------------------------------------------------------------------
@@ -221,42 +303,75 @@ EdgeAction = SendPrompt | SendBlock | StartDraft | DropDraft | Deliver | SetTime
 
 @dataclass(slots=True)
 class EdgeStatistics:
-    """What speculation did in this session, since this gateway drives it. Leads in ms, one a round and layer."""
+    """What speculation did in this session, since this gateway drives it. Leads in ms, one a round and layer.
+
+    `rounds` were verified; `passes` are those and the floor's. Of the lanes that came true, `hits` were finished (`taken`
+    before the verdict, by the verifier), `late` were not; `misses` are rounds that no lane had foreseen.
+    """
 
     rounds: int = 0
+    passes: int = 0
     drafted: int = 0
     accepted: int = 0
     tokens: int = 0
+    floor_tokens: int = 0
     hits: int = 0
+    hits_by_guess: int = 0
+    hits_by_exit: int = 0
+    taken: int = 0
     misses: int = 0
     late: int = 0
     hints: int = 0
     hinted_rounds: int = 0
     lanes: int = 0
+    forwards: int = 0
+    drafted_in_all: int = 0
     resent: int = 0
+    verify_ms: float = 0.0
     exit_lead_ms: dict[int, list[float]] = field(default_factory=dict)
 
     @property
     def tokens_per_round(self) -> float:
-        """Committed tokens a verified round (the first token of a prefill aside)."""
-        return self.tokens / self.rounds if self.rounds else 0.0
+        """Committed tokens a verified round (the first token of a prefill and the floor's aside)."""
+        return (self.tokens - self.floor_tokens) / self.rounds if self.rounds else 0.0
 
 
 @dataclass(slots=True)
 class _Lane:
-    base: int
-    assumed: Tokens
-    confidence: float
-    tokens: Tokens | None = None  # None while it is drafted
+    """A draft that assumes `assumed` after the first `base` tokens; `tokens` is None while it is drafted."""
 
-
-@dataclass(slots=True)
-class _Round:
     number: int
     base: int
-    tokens: Tokens
-    preemptive: bool = False
+    assumed: Tokens
+    probability: float
+    origin: Origin
+    started_ms: float
+    parent: int | None = None
+    """The lane whose outcome it assumes."""
+    outcome: tuple[int, int] = (0, 0)
+    tokens: Tokens | None = None
+    confidences: tuple[float, ...] = ()
+    alternatives: Alternatives = ()
+    round: int | None = None
+    """By what number the verifier knows it."""
+    sent_ms: float | None = None
+    """When it went up as a block."""
+    ranking: tuple[Ranked, ...] = ()
     hint_ms: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Tokens:
+        return (*self.assumed, *(self.tokens or ()))
+
+    def left(self, committed: Sequence[int]) -> Tokens | None:
+        """What of its path follows `committed`; None when that has left the path."""
+        since = len(committed) - self.base
+        path = self.path
+        return path[since:] if path[:since] == tuple(committed[self.base :][: len(path)]) else None
+
+    def came_true(self, committed: Sequence[int]) -> bool:
+        """All that it assumes is committed."""
+        return len(committed) - self.base >= len(self.assumed) and self.left(committed) is not None
 
 
 class EdgeSession:
@@ -268,12 +383,23 @@ class EdgeSession:
         self._epoch = 0
         self._committed: list[int] = []
         self._next_round = 0
-        self._round: _Round | None = None
+        self._prompt_round = 0
+        self._open: _Lane | None = None
         self._main: int | None = None  # the lane whose draft the next block waits for
-        self._lanes: dict[int, _Lane] = {}
+        self._lanes: dict[int, _Lane] = {}  # all but the open one
         self._next_lane = 0
         self._timer = 0
         self._progress_ms = 0.0
+        self._credit = CREDIT / 2
+        self._acknowledged = 0
+        self._rest, self._resting = 0, RESTS[0]
+        self._acceptance = Mean()
+        self._missed = Mean()
+        self._sharers = Mean()
+        self._floor_yield = Mean()
+        self._round_trip = Mean()
+        self._pass = Line()
+        self._step = Line()
         self.statistics: Final = EdgeStatistics()
 
     @property
@@ -312,16 +438,23 @@ class EdgeSession:
         self._next_round = event.round
         self._progress_ms = now_ms
         if self._committed:
-            return self._draft_next()
+            return self._draft_next(now_ms)
         self._phase = Phase.PREFILL
-        self._round = _Round(self._take_round(), 0, ())
-        return self._send()
+        self._prompt_round = self._take_round()
+        return self._ask()
 
     def _relocated(self, event: Relocated, now_ms: float) -> list[EdgeAction]:
         if self._phase is Phase.OPENING or event.epoch <= self._epoch:
             return []
-        self._epoch = event.epoch
-        return self._send_again()
+        self._enter(event.epoch)
+        return self._ask_again()
+
+    def _enter(self, epoch: int) -> None:
+        """In a new epoch the verifier knows of no forward sent before."""
+        if epoch > self._epoch:
+            self._epoch = epoch
+            for lane in self._lanes.values():
+                lane.round = None
 
     # --- drafts ------------------------------------------------------------------------------------
 
@@ -329,43 +462,93 @@ class EdgeSession:
         lane = self._lanes.get(event.lane)
         if lane is None or lane.tokens is not None:
             return []
-        lane.tokens = event.tokens
+        if event.tokens:
+            beside = 1 + sum(other.tokens is None for other in self._lanes.values() if other is not lane)
+            self._step.saw(beside, (now_ms - lane.started_ms) / len(event.tokens))
+        lane.tokens, lane.confidences, lane.alternatives = event.tokens, event.confidences, event.alternatives
+        self.statistics.drafted_in_all += len(event.tokens)
         if event.lane == self._main:
-            return self._send_lane(event.lane, preemptive=bool(lane.assumed))
-        return self._lane_ready(event.lane)
+            return self._use(lane, now_ms)
+        return [*self._forward(lane), *self._expand(now_ms)]
 
-    def _lane_ready(self, lane: int) -> list[EdgeAction]:
-        """A lane is finished before the verdict: it waits here (and could be forwarded from here)."""
-        return []
+    def _use(self, lane: _Lane, now_ms: float) -> list[EdgeAction]:
+        """The draft that was waited for is there: send it up as far as it is still ahead of what was committed."""
+        left = lane.left(self._committed)
+        if left or (left is not None and not lane.tokens and self._config.policy is Policy.COST):
+            return self._send_block(lane, now_ms)
+        del self._lanes[lane.number]
+        if left is not None and not lane.tokens:
+            return self._follow()
+        self._judge(lane)
+        return self._draft_next(now_ms)
 
-    def _length(self, base: int) -> int:
-        """Tokens to draft for a block on `base` committed tokens: what max_tokens leaves beside the target's own."""
-        return max(0, min(self._config.block_length, self._config.max_tokens - base - 1))
-
-    def _start(self, assumed: Tokens, confidence: float) -> tuple[int, list[EdgeAction]]:
-        lane, self._next_lane = self._next_lane, self._next_lane + 1
-        base = self.base if self._round is None else self._round.base
-        self._lanes[lane] = _Lane(base, assumed, confidence)
-        length = self._length(base + len(assumed))
+    def _start(
+        self, base: int, assumed: Tokens, length: int, now_ms: float, *, probability: float, origin: Origin
+    ) -> tuple[_Lane, list[EdgeAction]]:
+        number, self._next_lane = self._next_lane, self._next_lane + 1
+        lane = self._lanes[number] = _Lane(number, base, assumed, probability, origin, now_ms)
         if length == 0:
-            self._lanes[lane].tokens = ()
+            lane.tokens = ()
             return lane, []
-        return lane, [StartDraft(lane, base, assumed, length)]
+        return lane, [StartDraft(number, base, assumed, length, beyond=self._config.guesses)]
 
-    def _draft_next(self) -> list[EdgeAction]:
+    def _draft_next(self, now_ms: float) -> list[EdgeAction]:
+        """Draft a block on what is committed, or only follow where none is worth its while."""
+        self._open = None
+        if self._rest > 0:
+            return self._follow()
+        length = self._length(self.base)
+        if length and self._config.policy is Policy.LATENCY:
+            length = self._room(self.base, length + self._ahead(length))
+        if length == 0 and self._config.policy is Policy.LATENCY:
+            return self._follow()
         self._phase = Phase.DRAFTING
-        self._round = None
-        self._main, actions = self._start((), 1.0)
-        return actions or self._send_lane(self._main, preemptive=False)
+        lane, actions = self._start(self.base, (), length, now_ms, probability=1.0, origin=Origin.NEED)
+        self._main = lane.number
+        return actions or self._send_block(lane, now_ms)
 
-    def _drop(self, keep: int | None = None) -> list[EdgeAction]:
-        dropped: list[EdgeAction] = [
-            DropDraft(number)
-            for number, lane in self._lanes.items()
-            if number != keep and lane.tokens is None
-        ]
-        self._lanes = {number: lane for number, lane in self._lanes.items() if number == keep}
-        return dropped
+    def _room(self, position: int, length: int) -> int:
+        """`length`, as far as max_tokens leaves it beside the target's own token."""
+        return max(0, min(length, self._config.max_tokens - position - 1))
+
+    def _length(self, position: int) -> int:
+        """Tokens to draft for a block after `position` committed or assumed tokens."""
+        return self._room(position, self._best_length())
+
+    def _best_length(self) -> int:
+        longest = self._config.block_length
+        if not self._config.adaptive or not longest:
+            return longest
+        clocks = Clocks(
+            acceptance=self._acceptance(0.7),
+            pass_ms=self._pass,
+            sharers=self._sharers(1.0),
+            draft_ms=self._step(1),
+            round_trip_ms=self._round_trip(0.0),
+            missed=self._missed(0.5),
+        )
+        best = best_length(clocks, longest)
+        if best or self._config.policy is Policy.COST:
+            self._resting = RESTS[0]
+            return max(1, best)
+        self._rest, self._resting = self._resting, min(2 * self._resting, RESTS[1])
+        return 0
+
+    def _ahead(self, length: int) -> int:
+        """Tokens that the floor will have said when a block of `length` arrives: drafted as well, to be trimmed."""
+        pass_ms = self._pass(1)
+        if pass_ms <= 0.0:
+            return 0
+        late_ms = self._round_trip(0.0) + length * self._step(1)
+        return min(MOST_AHEAD, math.ceil(late_ms / pass_ms * self._floor_yield(1.0)))
+
+    def _follow(self) -> list[EdgeAction]:
+        """Draft nothing: the target goes on by itself."""
+        self._phase = Phase.FOLLOWING
+        self._main = None
+        if self.base - self._acknowledged < ACKNOWLEDGE:
+            return [self._later()]
+        return self._ask()
 
     # --- sending -----------------------------------------------------------------------------------
 
@@ -373,90 +556,220 @@ class EdgeSession:
         taken, self._next_round = self._next_round, self._next_round + 1
         return taken
 
-    def _send_lane(self, number: int, *, preemptive: bool) -> list[EdgeAction]:
-        tokens = self._lanes[number].tokens or ()
-        self._main = None
-        self._lanes = {}
-        self._phase = Phase.VERIFYING
-        self._round = _Round(self._take_round(), self.base, tokens, preemptive=preemptive and bool(tokens))
-        self.statistics.rounds += 1
-        self.statistics.drafted += len(tokens)
-        return [*self._send(), *self._start_lanes()]
+    def _send_block(self, lane: _Lane, now_ms: float) -> list[EdgeAction]:
+        """Send a lane up that came true, less what is committed of it."""
+        self._rebase(lane)
+        lane.round, lane.sent_ms = self._take_round(), now_ms
+        lane.ranking = self._guess(lane)
+        self._make_open(lane)
+        return [*self._ask(), *self._expand(now_ms)]
 
-    def _start_lanes(self) -> list[EdgeAction]:
-        """Lanes that need no hint would start here, as the block goes up."""
-        return []
+    def _rebase(self, lane: _Lane) -> None:
+        gone = self.base - lane.base - len(lane.assumed)
+        lane.tokens = (lane.tokens or ())[gone:]
+        lane.confidences, lane.alternatives = lane.confidences[gone:], lane.alternatives[gone:]
+        lane.base, lane.assumed = self.base, ()
 
-    def _send(self, delay_ms: float | None = None) -> list[EdgeAction]:
-        assert self._round is not None
-        self._timer += 1
-        timer = SetTimer(self._timer, self._config.round_timeout_ms if delay_ms is None else delay_ms)
+    def _make_open(self, lane: _Lane) -> None:
+        self._lanes.pop(lane.number, None)
+        self._open, self._main, self._phase = lane, None, Phase.VERIFYING
+
+    def _ask(self) -> list[EdgeAction]:
+        """Send what an answer is waited for, and wait."""
+        self._acknowledged = self.base
         if self._phase is Phase.PREFILL:
-            return [SendPrompt(self._epoch, self._round.number, self._round.base), timer]
-        return [SendBlock(self._epoch, self._round.number, self._round.base, self._round.tokens), timer]
+            return [SendPrompt(self._epoch, self._prompt_round, 0), self._later()]
+        if self._open is not None and self._open.round is not None:
+            left = self._open.left(self._committed) or ()
+            return [SendBlock(self._epoch, self._open.round, self.base, left), self._later()]
+        return [SendBlock(self._epoch, self._take_round(), self.base, ()), self._later()]
 
-    def _send_again(self) -> list[EdgeAction]:
-        if self._round is None:
+    def _later(self, delay_ms: float | None = None) -> SetTimer:
+        self._timer += 1
+        return SetTimer(self._timer, self._config.round_timeout_ms if delay_ms is None else delay_ms)
+
+    def _ask_again(self) -> list[EdgeAction]:
+        if self._phase is Phase.DRAFTING:
             return []
         self.statistics.resent += 1
-        return self._send()
+        return self._ask()
 
     def _timer_fired(self, event: TimerFired, now_ms: float) -> list[EdgeAction]:
-        if event.timer != self._timer or self._round is None:
+        if event.timer != self._timer or self._phase is Phase.DRAFTING:
             return []
         quiet_ms = now_ms - self._progress_ms
         if quiet_ms >= self._config.stall_timeout_ms:
             return self._fail(
                 "unavailable", f"no verifier answered for {quiet_ms / 1000:.0f} s; try again later", 5.0
             )
-        return self._send_again()
+        return self._ask_again()
+
+    def _forward(self, lane: _Lane) -> list[EdgeAction]:
+        """Send a finished lane up before the verdict, if the verifier knows what it follows and it is worth its bytes."""
+        parent = self._lane(lane.parent)
+        if (
+            not self._config.forwards
+            or lane.round is not None
+            or not lane.tokens
+            or parent is None
+            or parent.round is None
+            or self._credit < 1.0
+            or lane.probability < self._config.lane_threshold
+        ):
+            return []
+        accepted = self._accepted(lane, parent)
+        if accepted < 0:
+            return []
+        self._credit -= 1.0
+        self._acknowledged = self.base
+        self.statistics.forwards += 1
+        lane.round = self._take_round()
+        lane.ranking = self._guess(lane)
+        return [
+            SendForward(
+                self._epoch, lane.round, self.base, parent.round, accepted, lane.assumed[-1], lane.tokens
+            )
+        ]
+
+    # --- lanes -------------------------------------------------------------------------------------
+
+    def _lane(self, number: int | None) -> _Lane | None:
+        if self._open is not None and self._open.number == number:
+            return self._open
+        return self._lanes.get(number) if number is not None else None
+
+    @staticmethod
+    def _accepted(lane: _Lane, parent: _Lane) -> int:
+        """How many of its parent's own tokens a lane assumes to be accepted."""
+        return lane.base + len(lane.assumed) - 1 - parent.base - len(parent.assumed)
+
+    def _guess(self, lane: _Lane) -> tuple[Ranked, ...]:
+        """The outcomes that the draft itself makes likely."""
+        if not self._config.guesses:
+            return ()
+        own = self._config.foresight.own
+        return tuple(guess_outcomes(lane.tokens or (), lane.confidences, lane.alternatives, OUTCOMES, own))
+
+    def _expand(self, now_ms: float) -> list[EdgeAction]:
+        """Start lanes for the likeliest outcomes, as many as there is time and room for."""
+        if self._open is None or self._config.block_length == 0:
+            return []
+        actions: list[EdgeAction] = []
+        most = self._room_for_lanes()
+        while (found := self._likeliest()) is not None:
+            probability, parent, assumed = found
+            drafting = [lane for lane in self._lanes.values() if lane.tokens is None]
+            rivals = drafting if len(drafting) >= most else list(self._lanes.values())
+            if rivals is drafting or len(rivals) >= LANES_KEPT:
+                weakest = min(rivals, key=lambda lane: lane.probability, default=None)
+                if weakest is None or probability <= SURER * weakest.probability:
+                    break
+                actions += self._drop([weakest])
+            length = self._room(parent.base + len(assumed), max(1, self._config.block_length))
+            origin = Origin.EXIT if parent.hint_ms else Origin.GUESS
+            lane, started = self._start(
+                parent.base, assumed, length, now_ms, probability=probability, origin=origin
+            )
+            lane.parent = parent.number
+            self.statistics.lanes += 1
+            actions += started
+        return actions
+
+    def _room_for_lanes(self) -> int:
+        """How many lanes are drafted at a time: as many as are ready within the window."""
+        open_tokens = self._open.tokens if self._open is not None else None
+        window_ms = self._pass(1 + len(open_tokens or ()))
+        if not self._config.forwards:
+            window_ms += self._round_trip(0.0)
+        most = self._config.max_lanes
+        return most if window_ms <= 0.0 else lanes_in(window_ms, self._step, self._config.block_length, most)
+
+    def _nodes(self) -> Iterator[tuple[float, _Lane]]:
+        """Lanes whose outcomes are worth a thought: the open one, and those that were forwarded."""
+        if self._open is not None:
+            yield 1.0, self._open
+        for lane in self._lanes.values():
+            if lane.round is not None:
+                yield lane.probability, lane
+
+    def _likeliest(self) -> tuple[float, _Lane, Tokens] | None:
+        """The likeliest outcome that no lane assumes yet: its probability, the lane it ends, the path it assumes."""
+        taken = {self._ahead_of(lane.base, lane.assumed) for lane in self._lanes.values()}
+        best: tuple[float, _Lane, Tokens] | None = None
+        for weight, node in self._nodes():
+            for outcome in node.ranking:
+                probability = weight * outcome.probability
+                if probability < self._config.lane_threshold or (best is not None and probability <= best[0]):
+                    continue
+                own = node.tokens or ()
+                if outcome.accepted > len(own):
+                    continue
+                assumed = (*node.assumed, *own[: outcome.accepted], outcome.next_token)
+                ahead = self._ahead_of(node.base, assumed)
+                if ahead and ahead not in taken and self._goes_on(node.base, assumed):
+                    best = probability, node, assumed
+        return best
+
+    def _ahead_of(self, base: int, assumed: Tokens) -> Tokens:
+        """What a path assumes beyond what is committed; nothing where it has been overtaken, or left."""
+        since = self.base - base
+        return assumed[since:] if assumed[:since] == tuple(self._committed[base:]) else ()
+
+    def _goes_on(self, base: int, assumed: Tokens) -> bool:
+        """Whether a draft may follow a path."""
+        stops = not self._config.stop_tokens.isdisjoint(assumed)
+        return not stops and self._room(base + len(assumed), 1) > 0
+
+    def _reweigh(self) -> None:
+        """Lanes are as likely as the outcomes that they assume have become."""
+        for lane in self._lanes.values():  # parents come first
+            parent = self._lane(lane.parent)
+            if parent is None or not parent.ranking:
+                continue
+            outcome = (self._accepted(lane, parent), lane.assumed[-1] if lane.assumed else -1)
+            share = next(
+                (r.probability for r in parent.ranking if (r.accepted, r.next_token) == outcome), 0.0
+            )
+            lane.probability = share * (1.0 if parent is self._open else parent.probability)
+
+    def _drop(self, lanes: Sequence[_Lane]) -> list[EdgeAction]:
+        for lane in lanes:
+            del self._lanes[lane.number]
+        return [DropDraft(lane.number) for lane in lanes if lane.tokens is None]
 
     # --- hints -------------------------------------------------------------------------------------
 
     def _hint_arrived(self, event: HintArrived, now_ms: float) -> list[EdgeAction]:
-        hint, open_round = event.hint, self._round
-        if (
-            self._phase is not Phase.VERIFYING
-            or open_round is None
-            or (hint.epoch, hint.round, hint.base) != (self._epoch, open_round.number, open_round.base)
-        ):
+        hint = event.hint
+        node = next((lane for _, lane in self._nodes() if lane.round == hint.round), None)
+        if node is None or self._phase is not Phase.VERIFYING or hint.epoch != self._epoch:
             return []
         self.statistics.hints += 1
-        self.statistics.hinted_rounds += not open_round.hint_ms
-        open_round.hint_ms.setdefault(hint.layer, now_ms)
+        self.statistics.hinted_rounds += not node.hint_ms
+        node.hint_ms.setdefault(hint.layer, now_ms)
         if not self._config.hints:
             return []
-        return [
-            action
-            for outcome in hint.outcomes
-            if outcome.confidence >= self._config.hint_threshold
-            for action in self._assume(open_round, outcome)
+        foreseen = [(each.accepted, each.next_token, each.confidence) for each in hint.outcomes]
+        guessed = self._guess(node)
+        if guessed:
+            mixture = self._config.foresight.mixture(hint.layer)
+            node.ranking = tuple(mix(guessed, foreseen, mixture, OUTCOMES))
+        else:  # what another exit has foreseen counts as well: the surer one is right
+            known = {(each.accepted, each.next_token): each.probability for each in node.ranking}
+            for accepted, token, share in foreseen:
+                known[accepted, token] = max(share, known.get((accepted, token), 0.0))
+            node.ranking = tuple(Ranked(*outcome, share) for outcome, share in known.items())
+        self._reweigh()
+        hopeless = [
+            lane
+            for lane in self._lanes.values()
+            if lane.tokens is None
+            and lane.parent == node.number
+            and lane.number != self._main
+            and lane.probability < self._config.lane_threshold
         ]
-
-    def _assume(self, open_round: _Round, outcome: Outcome) -> list[EdgeAction]:
-        """Start a lane for `outcome`, in place of a less likely one where there is no room."""
-        if outcome.accepted > len(open_round.tokens):
-            return []
-        assumed = (*open_round.tokens[: outcome.accepted], outcome.next_token)
-        if self._ends(assumed) or open_round.base + len(assumed) >= self._config.max_tokens:
-            return []
-        for lane in self._lanes.values():
-            if lane.assumed == assumed:
-                lane.confidence = max(lane.confidence, outcome.confidence)
-                return []
-        dropped: list[EdgeAction] = []
-        if len(self._lanes) >= self._config.max_lanes:
-            weakest = min(self._lanes, key=lambda number: self._lanes[number].confidence, default=None)
-            if weakest is None or self._lanes[weakest].confidence >= outcome.confidence:
-                return []
-            if self._lanes.pop(weakest).tokens is None:
-                dropped = [DropDraft(weakest)]
-        _, started = self._start(assumed, outcome.confidence)
-        self.statistics.lanes += 1
-        return [*dropped, *started]
-
-    def _ends(self, tokens: Tokens) -> bool:
-        return not self._config.stop_tokens.isdisjoint(tokens)
+        ready = [action for lane in list(self._lanes.values()) for action in self._forward(lane)]
+        return [*self._drop(hopeless), *ready, *self._expand(now_ms)]
 
     # --- verdicts ----------------------------------------------------------------------------------
 
@@ -464,13 +777,40 @@ class EdgeSession:
         verdict = event.verdict
         if self._phase is Phase.OPENING or verdict.epoch < self._epoch:
             return []
-        self._epoch = verdict.epoch
-        answers = self._round is not None and verdict.round == self._round.number
+        self._enter(verdict.epoch)
+        answers = self._answers(verdict.round)
         if answers and self._phase is Phase.VERIFYING:
             self._measure(verdict, now_ms)
         return self._advance(
-            verdict.base, verdict.tokens, verdict.finish_reason, verdict.round, answers, now_ms
+            verdict.base,
+            verdict.tokens,
+            verdict.finish_reason,
+            verdict.round,
+            now_ms,
+            answers=answers,
+            taken=verdict.taken,
         )
+
+    def _floor_arrived(self, event: FloorArrived, now_ms: float) -> list[EdgeAction]:
+        floor = event.floor
+        if self._phase is Phase.OPENING or floor.epoch < self._epoch:
+            return []
+        self._enter(floor.epoch)
+        self.statistics.passes += 1
+        self._floor_yield.saw(len(floor.tokens))
+        self._saw_pass(floor.rows or 1, 1, floor.verify_ms)
+        before = self.statistics.tokens
+        actions = self._advance(
+            floor.base,
+            floor.tokens,
+            floor.finish_reason,
+            self._next_round,
+            now_ms,
+            answers=False,
+            taken=floor.taken,
+        )
+        self.statistics.floor_tokens += self.statistics.tokens - before
+        return actions
 
     def _stale_arrived(self, event: StaleArrived, now_ms: float) -> list[EdgeAction]:
         stale = event.stale
@@ -478,25 +818,63 @@ class EdgeSession:
             return []
         if stale.gateway and stale.gateway != self._config.gateway:
             return self._fail("session_taken", f"the session was taken over by {stale.gateway}")
-        self._epoch = stale.epoch
-        answers = self._round is not None and stale.round == self._round.number
-        return self._advance(stale.since, stale.tokens, stale.finish_reason, stale.round, answers, now_ms)
+        self._enter(stale.epoch)
+        return self._advance(
+            stale.since,
+            stale.tokens,
+            stale.finish_reason,
+            stale.round,
+            now_ms,
+            answers=self._answers(stale.round),
+        )
+
+    def _answers(self, round: int) -> bool:
+        if self._phase is Phase.PREFILL:
+            return round == self._prompt_round
+        return self._open is not None and round == self._open.round
 
     def _fault_arrived(self, event: FaultArrived, now_ms: float) -> list[EdgeAction]:
         fault = event.fault
-        if self._round is None or fault.epoch < self._epoch or fault.round != self._round.number:
+        if fault.epoch < self._epoch or not self._answers(fault.round):
             return []
         quiet_ms = now_ms - self._progress_ms
         if fault.retry_after_s is not None and self._committed and quiet_ms < self._config.stall_timeout_ms:
-            self._timer += 1
-            return [SetTimer(self._timer, fault.retry_after_s * 1000)]
+            return [self._later(fault.retry_after_s * 1000)]
         return self._fail(fault.code, fault.message, fault.retry_after_s)
 
     def _measure(self, verdict: Verdict, now_ms: float) -> None:
-        assert self._round is not None
-        self.statistics.accepted += verdict.accepted
-        for layer, hint_ms in self._round.hint_ms.items():
-            self.statistics.exit_lead_ms.setdefault(layer, []).append(now_ms - hint_ms)
+        """What the verdict of the open lane teaches."""
+        lane = self._open
+        assert lane is not None
+        statistics = self.statistics
+        own = len(lane.tokens or ())
+        statistics.rounds += 1
+        statistics.passes += 1
+        statistics.drafted += own
+        statistics.accepted += verdict.accepted
+        statistics.verify_ms += verdict.verify_ms
+        self._saw_pass(verdict.rows or own + 1, own + 1, verdict.verify_ms)
+        if lane.sent_ms is not None and verdict.verify_ms > 0.0:
+            away_ms = now_ms - lane.sent_ms - verdict.verify_ms - verdict.commit_ms
+            # It may have waited for a pass under way: the shortest times are those of the way alone.
+            known = self._round_trip(away_ms)
+            self._round_trip.saw(min(max(0.0, away_ms), 1.5 * known + 1.0))
+        for layer, hint_ms in lane.hint_ms.items():
+            statistics.exit_lead_ms.setdefault(layer, []).append(now_ms - hint_ms)
+
+    def _saw_pass(self, rows: int, own: int, elapsed_ms: float) -> None:
+        if elapsed_ms > 0.0:
+            self._pass.saw(rows, elapsed_ms)
+            self._sharers.saw(max(1.0, rows / own))
+
+    def _judge(self, lane: _Lane) -> None:
+        """How far a lane agreed with what was committed."""
+        own = lane.tokens or ()
+        truth = self._committed[lane.base + len(lane.assumed) :]
+        for drafted, said in zip(own, truth, strict=False):
+            self._acceptance.saw(float(drafted == said))
+            if drafted != said:
+                return
 
     def _advance(
         self,
@@ -504,71 +882,121 @@ class EdgeSession:
         tokens: Tokens,
         finish_reason: FinishReason | None,
         number: int,
-        answers: bool,
         now_ms: float,
+        *,
+        answers: bool,
+        taken: int | None = None,
     ) -> list[EdgeAction]:
         """Take over what was committed from position `base` on, and go on from there."""
         known = self.base - base
         if known < 0:  # an answer before this one was lost: ask again, the verifier tells what is missing
-            return self._send_again() if answers else []
+            return self._ask_again() if answers or self._phase is Phase.FOLLOWING else []
         if tokens[:known] != tuple(self._committed[base : base + len(tokens)]):
             return self._fail(
                 "internal_error", f"the session's tokens from {base} on differ from those already delivered"
             )
         new = tokens[known:]
         if not new and finish_reason is None:
-            return self._send_again() if answers and base + len(tokens) == self.base else []
+            return self._ask_again() if answers and base + len(tokens) == self.base else []
         first_new = self.base
         self._committed.extend(new)
         self._progress_ms = now_ms
         self.statistics.tokens += len(new) if self._phase is not Phase.PREFILL else 0
+        self._credit = min(CREDIT, self._credit + self._config.forwards_per_token * len(new))
+        self._rest -= min(self._rest, len(new))
         delivered: list[EdgeAction] = []
         if new:
             delivered = [Deliver(first_new, new, self._sources(first_new, new), number)]
         if finish_reason is not None:
             self._phase = Phase.ENDED
-            return [*self._drop(), *delivered, Finish(finish_reason)]
-        following = self._next()
+            return [*self._drop(list(self._lanes.values())), *delivered, Finish(finish_reason)]
+        following = self._next(answers, taken, now_ms)
         return [*following, *delivered]  # what goes up is not kept waiting by what is shown
 
     def _sources(self, first: int, tokens: Tokens) -> tuple[Source, ...]:
-        """Tokens that agree with the open block were drafted, up to the first that does not; the rest was not."""
-        if self._round is None:
+        """Tokens that agree with the open lane were drafted, up to the first that does not; the rest was not."""
+        lane = self._open
+        if lane is None:
             return (Source.CORRECTED,) * len(tokens)
-        drafted = Source.PREEMPTIVE if self._round.preemptive else Source.ACCEPTED
-        skipped = first - self._round.base
+        drafted = Source.ACCEPTED if lane.origin is Origin.NEED else Source.PREEMPTIVE
+        skipped = first - lane.base
         agreed = 0
-        if 0 <= skipped <= len(self._round.tokens):
-            for token, expected in zip(tokens, self._round.tokens[skipped:], strict=False):
+        if 0 <= skipped <= len(lane.path):
+            for token, expected in zip(tokens, lane.path[skipped:], strict=False):
                 if token != expected:
                     break
                 agreed += 1
         return (drafted,) * agreed + (Source.CORRECTED,) * (len(tokens) - agreed)
 
-    def _next(self) -> list[EdgeAction]:
-        """Go on with the lane that assumed what was committed, or with a new draft."""
-        verified = self._phase is Phase.VERIFYING
-        for number, lane in self._lanes.items():
-            if lane.assumed and tuple(self._committed[lane.base :]) == lane.assumed:
-                dropped = self._drop(keep=number)
-                if lane.tokens is None:
-                    self.statistics.late += 1
-                    self._phase, self._round, self._main = Phase.DRAFTING, None, number
-                    return dropped
-                self.statistics.hits += 1
-                return [*self._send_lane(number, preemptive=True), *dropped]
-        self.statistics.misses += verified
-        return [*self._drop(), *self._draft_next()]
+    def _next(self, answers: bool, taken: int | None, now_ms: float) -> list[EdgeAction]:
+        """Go on: with the lane that was open, with the one that came true, or with a new draft."""
+        if self._phase is Phase.PREFILL:
+            return self._draft_next(now_ms)
+        gone = self._drop(
+            [
+                lane
+                for lane in self._lanes.values()
+                if (left := lane.left(self._committed)) is None
+                or (lane.tokens is not None and not left)
+                or (
+                    lane.tokens is None
+                    and lane.number != self._main
+                    and lane.base + len(lane.assumed) < self.base
+                )
+            ]
+        )
+        if self._phase is Phase.FOLLOWING:
+            return [*self._draft_next(now_ms), *gone]
+        if self._phase is Phase.DRAFTING:
+            return gone if self._main in self._lanes else [*self._draft_next(now_ms), *gone]
+        open_lane = self._open
+        assert open_lane is not None
+        if not answers and open_lane.left(self._committed):
+            return [*gone, *self._expand(now_ms)]
+        self._judge(open_lane)
+        return [*self._succeed(taken, now_ms), *gone]
+
+    def _succeed(self, taken: int | None, now_ms: float) -> list[EdgeAction]:
+        """The open lane is done: the one that came true is open now, or a new block has to be drafted."""
+        true = [lane for lane in self._lanes.values() if lane.came_true(self._committed)]
+        lane = max(
+            true,
+            key=lambda each: (
+                each.round == taken and taken is not None,
+                each.tokens is not None,
+                -1 if each.round is None else each.round,
+            ),
+            default=None,
+        )
+        statistics = self.statistics
+        self._missed.saw(float(lane is None or lane.tokens is None))
+        if lane is None:
+            statistics.misses += 1
+            return [*self._drop(list(self._lanes.values())), *self._draft_next(now_ms)]
+        if lane.tokens is None:
+            statistics.late += 1
+            self._phase, self._open, self._main = Phase.DRAFTING, None, lane.number
+            return []
+        statistics.hits += 1
+        statistics.hits_by_guess += lane.origin is Origin.GUESS
+        statistics.hits_by_exit += lane.origin is Origin.EXIT
+        if lane.round is None:
+            return self._send_block(lane, now_ms)
+        statistics.taken += lane.round == taken
+        self._make_open(lane)
+        self._reweigh()
+        ready = [action for each in list(self._lanes.values()) for action in self._forward(each)]
+        return [self._later(), *ready, *self._expand(now_ms)]
 
     # --- ends --------------------------------------------------------------------------------------
 
     def _fail(self, code: str, message: str, retry_after_s: float | None = None) -> list[EdgeAction]:
         self._phase = Phase.ENDED
-        return [*self._drop(), Fail(code, message, retry_after_s)]
+        return [*self._drop(list(self._lanes.values())), Fail(code, message, retry_after_s)]
 
     def _abandoned(self, event: Abandoned, now_ms: float) -> list[EdgeAction]:
         self._phase = Phase.ENDED
-        return self._drop()
+        return self._drop(list(self._lanes.values()))
 
 
 _HANDLERS: Final[Mapping[type, Callable[..., list[EdgeAction]]]] = {
@@ -577,6 +1005,7 @@ _HANDLERS: Final[Mapping[type, Callable[..., list[EdgeAction]]]] = {
     Drafted: EdgeSession._drafted,
     HintArrived: EdgeSession._hint_arrived,
     VerdictArrived: EdgeSession._verdict_arrived,
+    FloorArrived: EdgeSession._floor_arrived,
     StaleArrived: EdgeSession._stale_arrived,
     FaultArrived: EdgeSession._fault_arrived,
     TimerFired: EdgeSession._timer_fired,

@@ -18,8 +18,11 @@ from shared.protocol import (
     Cancel,
     Fault,
     FinishReason,
+    Floor,
+    Forward,
     Hint,
     Outcome,
+    Policy,
     Prompt,
     ReplyRoute,
     Stale,
@@ -35,7 +38,8 @@ END = 0
 
 def target(prefix: Tokens) -> int:
     """The target's next token: a fixed function of all tokens before it."""
-    return int.from_bytes(blake2b(bytes(prefix), digest_size=4).digest()) % VOCABULARY
+    value = int.from_bytes(blake2b(bytes(prefix), digest_size=4).digest())
+    return END if value % 23 == 0 else 1 + value % (VOCABULARY - 1)
 
 
 def target_output(max_tokens: int, salt: int) -> tuple[Tokens, FinishReason]:
@@ -103,11 +107,17 @@ class World:
         self.shown: list[int] = []
         self.finished: FinishReason | None = None
         self.failed: e.Fail | None = None
-        self.published: list[Verdict] = []
-        self.uplink: list[Prompt | Block | Cancel] = []
-        self.downlink: list[Verdict | Stale | Fault | Hint] = []
+        self.published: list[Verdict | Floor] = []
+        self.forwards: dict[tuple[int, int], Forward] = {}
+        self.blocks: dict[tuple[int, int], Block] = {}
+        self.taken = 0
+        self.policy = self.random.choice(list(Policy))
+        self.slowness = self.random.choice([0.0, 0.5, 0.95])
+        self.uplink: list[Prompt | Block | Forward | Cancel] = []
+        self.downlink: list[Verdict | Floor | Stale | Fault | Hint] = []
         self.drafts: list[e.StartDraft] = []
         self.timers: list[tuple[float, int]] = []
+        self.verifier_timers: list[tuple[v.VerifierSession, int]] = []
         self.session: v.VerifierSession | None = None
         self.redis: list[tuple[v.VerifierSession, str, v.Claim | v.Commit | v.Release]] = []
         self.passes: list[_Pass] = []
@@ -128,7 +138,14 @@ class World:
                 gateway=self._gateway_name,
                 max_tokens=self.max_tokens,
                 block_length=self.random.randrange(5),
+                adaptive=self.random.random() < 0.5,
                 stop_tokens=frozenset({END}),
+                policy=self.policy,
+                hints=self.random.random() < 0.7,
+                guesses=self.random.random() < 0.7,
+                forwards=self.random.random() < 0.7,
+                lane_threshold=self.random.choice([0.0, 0.05, 0.3]),
+                max_lanes=self.random.randrange(6),
                 round_timeout_ms=50,
                 stall_timeout_ms=1e9,
             )
@@ -144,9 +161,23 @@ class World:
             case e.SendPrompt(epoch=epoch, round=number, base=base):
                 self._send_up(Prompt(session="s", epoch=epoch, reply=reply, round=number, base=base))
             case e.SendBlock(epoch=epoch, round=number, base=base, tokens=tokens):
-                self._send_up(
-                    Block(session="s", epoch=epoch, reply=reply, round=number, base=base, tokens=tokens)
+                block = Block(session="s", epoch=epoch, reply=reply, round=number, base=base, tokens=tokens)
+                self.blocks.setdefault((epoch, number), block)
+                self._send_up(block)
+            case e.SendForward():
+                forward = Forward(
+                    session="s",
+                    epoch=action.epoch,
+                    reply=reply,
+                    round=action.round,
+                    base=action.base,
+                    parent=action.parent,
+                    accepted=action.accepted,
+                    next_token=action.next_token,
+                    tokens=action.tokens,
                 )
+                self.forwards[action.epoch, action.round] = forward
+                self._send_up(forward)
             case e.StartDraft():
                 self.drafts.append(action)
             case e.DropDraft(lane=lane):
@@ -174,7 +205,12 @@ class World:
             if self.random.random() < self.faults.wrong_draft:
                 token = self.random.randrange(VOCABULARY)
             drafted.append(token)
-        self._edge_event(e.Drafted(draft.lane, tuple(drafted)))
+        alternatives = tuple(
+            ((target((self.salt, *context, *drafted[:place])), 0.5), (self.random.randrange(VOCABULARY), 0.4))
+            for place in range(len(drafted) + draft.beyond)
+        )
+        confidences = tuple(self.random.random() for _ in drafted)
+        self._edge_event(e.Drafted(draft.lane, tuple(drafted), confidences, alternatives))
 
     def _crash_gateway(self) -> None:
         """The client resumes on another gateway, from what it has been shown."""
@@ -193,12 +229,12 @@ class World:
 
     # --- the network ----------------------------------------------------------------------------------
 
-    def _send_up(self, message: Prompt | Block | Cancel) -> None:
+    def _send_up(self, message: Prompt | Block | Forward | Cancel) -> None:
         if self.random.random() < self.faults.lose:
             return
         self.uplink.extend([message] * (2 if self.random.random() < self.faults.double else 1))
 
-    def _send_down(self, message: Verdict | Stale | Fault | Hint) -> None:
+    def _send_down(self, message: Verdict | Floor | Stale | Fault | Hint) -> None:
         if self.random.random() < self.faults.lose:
             return
         self.downlink.extend([message] * (2 if self.random.random() < self.faults.double else 1))
@@ -210,15 +246,17 @@ class World:
 
     def _deliver_up(self) -> None:
         message = self._take(self.uplink)  # type: ignore[arg-type]
-        assert isinstance(message, Prompt | Block | Cancel)
+        assert isinstance(message, Prompt | Block | Forward | Cancel)
         if self.session is None:
-            self.session = v.VerifierSession("s", max_block=8)
+            self.session = v.VerifierSession("s", max_block=3, floor_draft=self._floor_draft)
         self._verifier_event(self.session, v.Received(message))
 
     def _deliver_down(self) -> None:
         match self._take(self.downlink):  # type: ignore[arg-type]
             case Verdict() as verdict:
                 self._edge_event(e.VerdictArrived(verdict))
+            case Floor() as floor:
+                self._edge_event(e.FloorArrived(floor))
             case Stale() as stale:
                 self._edge_event(e.StaleArrived(stale))
             case Fault() as fault:
@@ -232,8 +270,11 @@ class World:
     def _owner(self) -> str:
         return f"v{self.verifier}"
 
+    def _floor_draft(self, said: object) -> Tokens:
+        return tuple(self.random.randrange(VOCABULARY) for _ in range(self.random.choice([0, 0, 2])))
+
     def _verifier_event(self, session: v.VerifierSession, event: v.VerifierEvent) -> None:
-        for action in session.handle(event):
+        for action in session.handle(event, self.now):
             self._verifier_action(session, action)
 
     def _verifier_action(self, session: v.VerifierSession, action: v.VerifierAction) -> None:
@@ -243,10 +284,14 @@ class World:
             case v.OpenEngine(committed=committed):
                 self.engine[session] = list(committed)
                 self.passes.append(_Pass(session, len(committed), ()))
-            case v.Verify(base=base, tokens=tokens):
+            case v.Verify(round=number, base=base, tokens=tokens):
+                self._check_forward(session, number, base)
                 self.passes.append(_Pass(session, base, tokens))
+            case v.SetTimer(timer=timer):
+                self.verifier_timers = [(session, timer)]
             case v.Publish(message=message):
-                if isinstance(message, Verdict):
+                if isinstance(message, Verdict | Floor):
+                    self.taken += message.taken is not None
                     end = message.base + len(message.tokens)
                     assert self.record.tokens[message.base : end] == message.tokens, (
                         "published, not committed"
@@ -258,6 +303,23 @@ class World:
             case v.Forget():
                 if self.session is session:
                     self.session = None
+
+    def _check_forward(self, session: v.VerifierSession, number: int, base: int) -> None:
+        """A forward is verified only if the outcome that it assumes came true: no pass is spent on another."""
+        forward = self.forwards.get((session.epoch, number))
+        if forward is None:
+            return
+        chain = [forward]
+        while (parent := self.forwards.get((forward.epoch, chain[-1].parent))) is not None:
+            chain.append(parent)
+        if (session.epoch, chain[-1].parent) not in self.blocks or base > len(self.expected):
+            return
+        root = self.blocks[session.epoch, chain[-1].parent]
+        path, own = list(self.expected[: root.base]), root.tokens
+        for link in reversed(chain):
+            path += [*own[: link.accepted], link.next_token]
+            own = link.tokens
+        assert tuple(path) == self.expected[: len(path)], "verified a forward of another outcome"
 
     def _run_pass(self) -> None:
         ran = self.passes.pop(self.random.randrange(len(self.passes)))
@@ -302,13 +364,13 @@ class World:
         self.crashes += 1
         self.verifier += 1
         self.session = None
-        self.passes, self.engine = [], {}
+        self.passes, self.engine, self.verifier_timers = [], {}, []
         # What had been sent to Redis may still be carried out, but nobody hears the answer.
 
     def _unasked(self) -> None:
         session = self.session
         output = self.engine.get(session) if session is not None else None
-        if session is None or output is None or session.phase is not v.Phase.PARKED:
+        if session is None or output is None or not session.idle:
             return
         if output[-1:] != [END] and len(output) < self.max_tokens:
             self._extend(session, output, ())
@@ -316,6 +378,11 @@ class World:
     def _evict(self) -> None:
         if self.session is not None:
             self._verifier_event(self.session, v.Evict("idle"))
+
+    def _run_out_of_patience(self) -> None:
+        ((session, timer),) = self.verifier_timers
+        self.verifier_timers = []
+        self._verifier_event(session, v.TimerFired(timer))
 
     # --- Redis ----------------------------------------------------------------------------------------
 
@@ -354,6 +421,7 @@ class World:
             last_round=record.last_round,
             last_base=record.last_base,
             finish_reason=record.finish_reason,
+            policy=self.policy,
         )
 
     def _commit(self, commit: v.Commit) -> v.VerifierEvent:
@@ -406,16 +474,20 @@ class World:
                 happen()
                 return
         due = [timer for at, timer in self.timers if at <= self.now]
+        slow = self.random.random() < self.slowness
         possible = [
             *([self._deliver_up] if self.uplink else []),
             *([self._deliver_down] if self.downlink else []),
             *([self._draft] if self.drafts else []),
-            *([self._run_pass] if self.passes else []),
+            *([self._run_pass] if self.passes and not slow else []),
             *([self._run_redis] if self.redis else []),
+            *([self._run_out_of_patience] if self.verifier_timers else []),
             *([lambda: self._edge_event(e.TimerFired(due[0]))] if due else []),
         ]
         if possible:
             self.random.choice(possible)()
+        elif self.passes:
+            self._run_pass()
         else:
             self.now = max(self.now, min((at for at, _ in self.timers), default=self.now))
 

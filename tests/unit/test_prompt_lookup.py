@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.draft_gateway.drafting.engine import Draft, DraftRequest, common_prefix
-from services.draft_gateway.drafting.lookup import LONGEST, PromptLookup
+from services.draft_gateway.drafting.engine import Draft, DraftRequest
+from services.draft_gateway.drafting.lookup import PromptLookup
+from shared.lookup import LONGEST, common_prefix
 
 TOKENS = st.lists(st.integers(0, 3), max_size=60).map(tuple)
 

@@ -72,17 +72,3 @@ class DraftEngine(Protocol):
     def forget(self, session: str) -> None:
         """Free what is kept for a session."""
         ...
-
-
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences of the same type have in common at their start."""
-    low, high = 0, min(len(one), len(other))
-    if one[:high] == other[:high]:
-        return high
-    while low < high - 1:  # one[:low] agrees, one[:high] does not
-        middle = (low + high) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low

@@ -20,10 +20,10 @@ from services.draft_gateway.drafting.engine import (
     DraftEngine,
     DraftRequest,
     Dropped,
-    common_prefix,
     none_dropped,
 )
-from services.draft_gateway.drafting.lookup import LONGEST, PromptLookup
+from services.draft_gateway.drafting.lookup import PromptLookup
+from shared.lookup import LONGEST, common_prefix
 from shared.protocol import Tokens
 
 PRIOR_LOOKUP: Final = (0.0, 0.7, 1.6, 2.1, 2.4, 2.7, 3.9)

@@ -36,12 +36,12 @@ from services.draft_gateway.drafting.engine import (
     Draft,
     DraftRequest,
     Dropped,
-    common_prefix,
     none_dropped,
 )
 from services.draft_gateway.drafting.network import Choices, FloatNetwork, Network, Words
 from services.draft_gateway.drafting.shape import LlamaShape, check_weights
 from shared.errors import ModelFilesError
+from shared.lookup import common_prefix
 from shared.models import read_config, target_sha256, tokenizer_sha256, verify, weight_files
 from shared.protocol import Tokens
 
@@ -132,15 +132,11 @@ class _Run:
         """What was drafted for a lane so far."""
         choices = self.choices[lane]
         drafted = [best for best, *_ in choices[: self.lengths[lane]]]
-        return Draft(
-            tuple(token for token, _ in drafted), tuple(sure for _, sure in drafted), tuple(choices)
-        )
+        return Draft(tuple(token for token, _ in drafted), tuple(sure for _, sure in drafted), tuple(choices))
 
     def leave(self) -> None:
         """Note what the caches hold now."""
-        held = [
-            (*request.context, *self.draft(lane).tokens) for lane, request in enumerate(self.requests)
-        ]
+        held = [(*request.context, *self.draft(lane).tokens) for lane, request in enumerate(self.requests)]
         if self.cache is self.session.cache:
             self.session.tokens = held[0][: self.start]
             return

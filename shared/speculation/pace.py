@@ -1,0 +1,127 @@
+"""What a session learns of its clocks, and what follows: how long a block should be, how many lanes fit beside it.
+
+Running figures and arithmetic only. Times are ms, lengths tokens; nothing here knows a clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+MEMORY: Final = 0.95
+"""How much of what was seen is kept a step: a figure rests on the last 20 or so."""
+FEWEST: Final = 8.0
+"""Observations, weighted, without which a slope is not believed."""
+
+
+@dataclass(slots=True)
+class Mean:
+    """A running mean that starts with the first value."""
+
+    value: float | None = None
+    memory: float = MEMORY
+
+    def saw(self, value: float) -> None:
+        """Take in one more."""
+        self.value = value if self.value is None else self.memory * self.value + (1.0 - self.memory) * value
+
+    def __call__(self, otherwise: float) -> float:
+        """The mean, or `otherwise` before the first value."""
+        return otherwise if self.value is None else self.value
+
+
+@dataclass(slots=True)
+class Line:
+    """A running least-squares line y = a + b x that never falls: what a pass costs by its rows, a step by its lanes.
+
+    Old observations fade by `MEMORY`. Without enough spread in x, all of y is put down to a.
+    """
+
+    weight: float = 0.0
+    x: float = 0.0
+    y: float = 0.0
+    xx: float = 0.0
+    xy: float = 0.0
+
+    def saw(self, x: float, y: float) -> None:
+        """Take in one more point."""
+        self.weight = MEMORY * self.weight + 1.0
+        self.x = MEMORY * self.x + x
+        self.y = MEMORY * self.y + y
+        self.xx = MEMORY * self.xx + x * x
+        self.xy = MEMORY * self.xy + x * y
+
+    @property
+    def known(self) -> bool:
+        """Whether there was anything to learn from."""
+        return self.weight > 0.0
+
+    @property
+    def slope(self) -> float:
+        """b, at least 0 and at most what leaves a ≥ 0."""
+        spread = self.weight * self.xx - self.x * self.x
+        if self.weight < FEWEST or spread < 1e-3 * self.weight * self.weight or self.x <= 0.0:
+            return 0.0
+        return min(max(0.0, (self.weight * self.xy - self.x * self.y) / spread), self.y / self.x)
+
+    def __call__(self, x: float) -> float:
+        """The line at `x`; 0 before the first point."""
+        if not self.known:
+            return 0.0
+        return max(0.0, (self.y - self.slope * self.x) / self.weight + self.slope * x)
+
+
+def expected_tokens(acceptance: float, length: int) -> float:
+    """Tokens a round of `length` draft tokens yields: (1 - α^(γ + 1)) / (1 - α) (Leviathan et al., arXiv 2211.17192)."""
+    if acceptance >= 1.0:
+        return length + 1.0
+    return (1.0 - acceptance ** (length + 1)) / (1.0 - acceptance)
+
+
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """What the choice of a block's length rests on."""
+
+    acceptance: float
+    """Probability that a draft token is accepted, given those before it were."""
+    pass_ms: Line
+    """A pass by the rows in it, all sessions' together."""
+    sharers: float
+    """Sessions that share a pass, this one included."""
+    draft_ms: float
+    """Drafting one token."""
+    round_trip_ms: float
+    missed: float
+    """Share of rounds that no lane had foreseen: they wait for a draft and for the round trip."""
+
+
+def best_length(clocks: Clocks, longest: int) -> int:
+    """The block length γ of 0 … `longest` at which tokens get committed fastest.
+
+    With E(γ) tokens a round, a pass of `sharers` · (γ + 1) rows (every session that shares it does alike, so that nobody
+    gains at the others' expense), and a share of rounds that were not foreseen, which wait for γ draft steps and the
+    round trip,
+
+        rate(γ) = E(γ) / (pass(γ) + missed · (γ · draft + round trip)),        rate(0) = 1 / pass(0)
+
+    as without a block the floor goes on by itself. Under load passes grow with their rows, so that shorter blocks win,
+    and at last none; on a long link or with a slow pass the fixed part is the larger one, and long blocks win.
+    """
+
+    def rate(length: int) -> float:
+        busy_ms = clocks.pass_ms(clocks.sharers * (length + 1))
+        if length:
+            busy_ms += clocks.missed * (length * clocks.draft_ms + clocks.round_trip_ms)
+        return expected_tokens(clocks.acceptance, length) / max(busy_ms, 1e-3)
+
+    if not clocks.pass_ms.known:
+        return longest
+    return max(range(longest, -1, -1), key=rate)
+
+
+def lanes_in(window_ms: float, step_ms: Line, length: int, most: int) -> int:
+    """How many lanes of `length` tokens, drafted as one batch, are ready within `window_ms`: 1 to `most`."""
+    if not step_ms.known or length == 0:
+        return most
+    fitting = (lanes for lanes in range(most, 1, -1) if step_ms(lanes) * length <= window_ms)
+    return next(fitting, min(1, most))
