@@ -41,8 +41,9 @@ from shared.protocol import (
     Verdict,
     VerdictsMessage,
 )
+from shared.session import SessionState
 from shared.settings import CommonSettings
-from shared.store import SessionState, Store
+from shared.store import Store
 from shared.telemetry import TraceContext
 
 logger = logging.getLogger(__name__)

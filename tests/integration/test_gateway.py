@@ -25,9 +25,10 @@ from services.kv_session.service import KvSessionService
 from services.kv_session.settings import KvSessionSettings
 from shared.http import HttpServer
 from shared.protocol import Block, Cancel, Fault, FinishReason, Prompt, Tokens, Verdict
+from shared.session import SessionState, SessionStatus
 from shared.stack.kafka import Broker
 from shared.stack.redis import RedisServer
-from shared.store import SessionState, SessionStatus, Store
+from shared.store import Store
 from tests.integration.byte_model import END, MODEL, write_byte_model
 from tests.integration.scripted_verifier import ScriptedVerifier
 
