@@ -39,6 +39,8 @@ Service = TypeVar("Service")
 
 GRACE_S: Final = 10.0
 START_S: Final = 10.0
+LONGEST_MESSAGE: Final = 4 << 20
+"""Bytes of a WebSocket's message; a longer one ends the connection."""
 
 logger = logging.getLogger(__name__)
 
@@ -206,6 +208,9 @@ class HttpServer:
             log_config=None,
             log_level=logging.WARNING,
             server_header=False,
+            ws_max_size=LONGEST_MESSAGE,
+            ws_per_message_deflate=False,
+            ws_ping_interval=None,  # who serves WebSockets pings as it needs
             timeout_graceful_shutdown=math.ceil(grace_s),
         )
         self._server = _Server(config)
