@@ -41,6 +41,7 @@ from services.draft_gateway.link.codec import (
     TokenList,
     Trace,
     UnknownKind,
+    UnknownSession,
     Writer,
 )
 from services.draft_gateway.uplink import SessionMessage

@@ -389,7 +389,10 @@ class Relay:
         route = self._routes.get(session)
         if route is None:
             raise ProtocolError(f"{session} has no number on this link")
-        await self._own(session)
+        state = await self._own(session)
+        if state is not None and state.reply.gateway == self._gateway:
+            # Over a link that was lost before its answer the edge has opened this very session already.
+            message = OpenSession(session=session, reply=self.reply, resume=True)
         if self._routes.get(session) is not route:
             raise SessionNotFound(f"{session} was given up before it was opened")
         self._server.adopted(session)
