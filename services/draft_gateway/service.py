@@ -15,7 +15,7 @@ from services.draft_gateway.link.server import LinkServer
 from services.draft_gateway.sessions import Sessions
 from services.draft_gateway.settings import GatewaySettings, UplinkKind
 from services.draft_gateway.uplink import Uplink
-from shared.errors import ModelFilesError, Unavailable
+from shared.errors import ModelFilesError, OutriderError, Unavailable
 from shared.http import Readiness
 from shared.text import Tokenizer
 
@@ -25,8 +25,13 @@ START_PAUSE_S: Final = 1.0
 
 
 def make_uplink(settings: GatewaySettings) -> Uplink:
-    """The uplink that the settings name. At the edge neither Kafka's nor Redis' client need be installed."""
+    """The uplink that the settings name. At the edge neither Kafka's nor Redis' client need be installed.
+
+    Raises `OutriderError` when it is to be a link and none is named.
+    """
     if settings.uplink is UplinkKind.LINK:
+        if not settings.link_urls:
+            raise OutriderError("OUTRIDER_UPLINK=link needs OUTRIDER_LINK=ws://HOST:PORT/v1/link")
         return LinkUplink(settings)
     from services.draft_gateway.kafka_uplink import KafkaUplink
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Self
+from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr, model_validator
+from pydantic import AfterValidator, Field, SecretStr
 
 from shared.settings import ModelSettings, Port, Positive, Seconds
 
@@ -104,9 +104,3 @@ class GatewaySettings(ModelSettings):
     def link_urls(self) -> tuple[str, ...]:
         """The links to try, in order."""
         return tuple(filter(None, map(str.strip, self.link.split(","))))
-
-    @model_validator(mode="after")
-    def _link_is_named(self) -> Self:
-        if self.uplink is UplinkKind.LINK and not self.link_urls:
-            raise ValueError("OUTRIDER_UPLINK=link needs OUTRIDER_LINK=ws://HOST:PORT/v1/link")
-        return self

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -83,11 +84,21 @@ class _Waiting:
 class Channel:
     """One connection. `run` is its life; `push` and `put` send."""
 
-    def __init__(self, socket: Socket, names: Names, limits: Limits, meter: Meter) -> None:
+    def __init__(
+        self,
+        socket: Socket,
+        names: Names,
+        limits: Limits,
+        meter: Meter,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`clock` tells seconds; it is what round trips and delays are measured by."""
         self._socket = socket
         self._names = names
         self._limits = limits
         self._meter = meter
+        self._now_s = clock
         self._loop = asyncio.get_running_loop()
         self._urgent: deque[bytes] = deque()
         self._queues: OrderedDict[int, deque[_Waiting]] = OrderedDict()
@@ -123,7 +134,7 @@ class Channel:
         waited_ms = 0.0
         if self._pings:
             sent_s, _ = next(iter(self._pings.values()))
-            waited_ms = (self._loop.time() - sent_s) * 1000
+            waited_ms = (self._now_s() - sent_s) * 1000
         return max(waited_ms, trip.last_ms) - trip.minimum_ms
 
     @property
@@ -175,7 +186,7 @@ class Channel:
     def _enqueue(self, payload: bytes, queue: int, *, advice: bool) -> None:
         if self.lost:
             return
-        frame = _Waiting(payload, advice, self._loop.time())
+        frame = _Waiting(payload, advice, self._now_s())
         self._queues.setdefault(queue, deque()).append(frame)
         self._wake.set()
 
@@ -266,7 +277,7 @@ class Channel:
     async def _ping(self) -> None:
         self._next_ping += 1
         payload = encode(Ping(self._next_ping), self._names)
-        self._pings[self._next_ping] = (self._loop.time(), self._sent)
+        self._pings[self._next_ping] = (self._now_s(), self._sent)
         await self._socket.send(payload)
         self._meter.sent(len(payload))
 
@@ -293,7 +304,7 @@ class Channel:
         while number in self._pings:
             _, (sent_s, sent) = self._pings.popitem(last=False)
         self._arrived = sent
-        sample_ms = (self._loop.time() - sent_s) * 1000
+        sample_ms = (self._now_s() - sent_s) * 1000
         before = self._round_trip
         if before is None:
             self._round_trip = RoundTrip(sample_ms, sample_ms, sample_ms)
@@ -306,7 +317,7 @@ class Channel:
     async def _watch(self) -> None:
         timeout_s = self._limits.timeout_s
         while True:
-            now_s = self._loop.time()
+            now_s = self._now_s()
             if self._pings and now_s - next(iter(self._pings.values()))[0] > timeout_s:
                 raise LinkLost(f"no answer for {timeout_s:g} s")
             oldest_s = min((queue[0].since_s for queue in self._queues.values() if queue), default=now_s)
