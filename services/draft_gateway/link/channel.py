@@ -18,7 +18,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from services.draft_gateway.link.codec import Names, UnknownKind, UnknownSession
 from services.draft_gateway.link.frames import ADVICE, Frame, Ping, Pong, decode, encode
@@ -210,7 +210,8 @@ class Channel:
         """
         tasks = [self._loop.create_task(work) for work in (self._read(receive), self._write(), self._watch())]
         try:
-            await asyncio.wait({*tasks, self._lost}, return_when=asyncio.FIRST_COMPLETED)
+            ends: set[asyncio.Future[Any]] = {*tasks, self._lost}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
                 if task.done() and (error := task.exception()) is not None:
                     self._fail(error)

@@ -15,6 +15,7 @@ import random
 import secrets
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
@@ -157,7 +158,8 @@ class _Link:
             self.bind(body.session)
         self._last_question += 1
         number = self._last_question
-        answer = self._questions[number] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._questions[number] = answer
         try:
             self.channel.push(Ask(number, body, round(timeout_s * 1000), trace))
             return await answer
@@ -267,7 +269,7 @@ class LinkUplink:
         """Live through one connection after another."""
         while True:
             with metrics.LINKS.labels("edge").track_inprogress():
-                lost = await link.channel.run(lambda frame, link=link: self._receive(link, frame))
+                lost = await link.channel.run(partial(self._receive, link))
             metrics.LOST.labels("edge").inc()
             self._link = None
             self._up.clear()

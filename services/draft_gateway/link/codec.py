@@ -90,7 +90,7 @@ class Reader:
         """A number."""
         value = shift = 0
         while True:
-            byte = self.bytes(1)[0]
+            byte = self.raw(1)[0]
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return value
@@ -98,7 +98,7 @@ class Reader:
             if shift >= 7 * LONGEST_VARINT:
                 raise ProtocolError(f"a number of more than {LONGEST_VARINT} bytes")
 
-    def bytes(self, count: int) -> bytes:
+    def raw(self, count: int) -> bytes:
         """The next `count` bytes."""
         if count > self.left:
             raise ProtocolError(f"cut short: {count} more bytes were announced, {self.left} are left")
@@ -108,7 +108,7 @@ class Reader:
 
     def chunk(self) -> bytes:
         """As many bytes as the length before them says."""
-        return self.bytes(self.varint())
+        return self.raw(self.varint())
 
 
 class Codec(Protocol):
@@ -247,7 +247,7 @@ class TokenList:
     def take(self, data: Reader) -> Tokens:
         count, width = divmod(data.varint(), 4)
         width += 1
-        packed = data.bytes(count * width)
+        packed = data.raw(count * width)
         return tuple(int.from_bytes(packed[at : at + width], "little") for at in range(0, len(packed), width))
 
 
@@ -279,7 +279,7 @@ class Outcomes:
 
     def take(self, data: Reader) -> tuple[Outcome, ...]:
         return tuple(
-            Outcome(accepted=data.varint(), next_token=data.varint(), confidence=data.bytes(1)[0] / 0xFF)
+            Outcome(accepted=data.varint(), next_token=data.varint(), confidence=data.raw(1)[0] / 0xFF)
             for _ in range(data.varint())
         )
 
@@ -334,7 +334,7 @@ class Trace:
         out.data += bytes.fromhex(value.trace_id) + bytes.fromhex(value.span_id) + bytes([value.sampled])
 
     def take(self, data: Reader) -> TraceContext:
-        return TraceContext(data.bytes(16).hex(), data.bytes(8).hex(), bool(data.bytes(1)[0]))
+        return TraceContext(data.raw(16).hex(), data.raw(8).hex(), bool(data.raw(1)[0]))
 
 
 class Json:
