@@ -252,7 +252,11 @@ class LinkUplink:
 
     async def start(self) -> None:
         """Link to the first gateway that takes us. Unavailable says why none does."""
-        link = await self._connect_any()
+        try:
+            link = await self._connect_any()
+        except Unavailable as error:
+            self._troubles["link"] = error.message
+            raise
         self._adopt(link)
         self._spawn(self._keep(link))
 

@@ -95,6 +95,7 @@ class LinkServer:
         try:
             owner, gateway = self._admit(websocket)
         except OutriderError as error:
+            logger.info("refused a link: %s", error)
             await websocket.send_denial_response(error_response(error))
             return
         await websocket.accept(subprotocol=SUBPROTOCOL)
