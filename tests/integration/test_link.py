@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+import pytest_asyncio
 from pydantic import SecretStr
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
@@ -26,7 +27,7 @@ from services.draft_gateway.link.client import GATEWAY_HEADER, LinkUplink
 from services.draft_gateway.link.frames import SUBPROTOCOL
 from services.draft_gateway.settings import GatewaySettings
 from shared.errors import SessionNotFound, Unavailable
-from shared.protocol import Cancel, CloseSession, OpenSession, Verdict
+from shared.protocol import Block, Cancel, CloseSession, OpenSession, Verdict
 from shared.session import SessionStatus
 from shared.stack.delay import Conditions, DelayProxy
 from shared.stack.kafka import Broker
@@ -50,28 +51,16 @@ from tests.integration.scripted_cloud import (
     text_of,
 )
 
-pytestmark = [pytest.mark.kafka]
+pytestmark = [pytest.mark.kafka, pytest.mark.asyncio(loop_scope="module")]
 
 KEY, OTHER_KEY = "robots-0123456789", "shop-0123456789ab"
 
 
 @pytest.fixture(scope="module")
-def shared_topics() -> str:
-    """Topics of this module, made once; its tests are told apart by their sessions."""
-    return f"link-{secrets.token_hex(3)}-"
-
-
-@pytest.fixture
-def settings(
-    kafka_broker: Broker, redis_url: str, redis_prefix: str, byte_model: Path, shared_topics: str
-) -> dict[str, Any]:
-    return cloud_settings(kafka_broker, redis_url, redis_prefix, byte_model, shared_topics)
-
-
-@pytest.fixture
-async def stack() -> AsyncIterator[AsyncExitStack]:
-    async with AsyncExitStack() as stack:
-        yield stack
+def settings(kafka_broker: Broker, redis_url: str, byte_model: Path) -> dict[str, Any]:
+    """Topics and keys of this module; its tests are told apart by their sessions."""
+    name = f"link-{secrets.token_hex(3)}"
+    return cloud_settings(kafka_broker, redis_url, f"{name}:", byte_model, f"{name}-")
 
 
 @dataclass
@@ -84,6 +73,15 @@ class Edge:
 
 class Places(Cloud):
     """A cloud, and edges linked to it."""
+
+    def renew(self, stack: AsyncExitStack) -> None:
+        """Gateways live in `stack` from now on; the verifier does nothing unusual."""
+        self._stack = stack
+        self.verifier.pass_s = 0.01
+        self.verifier.blocks.clear()
+        self.verifier.cancelled.clear()
+        self.verifier.hold.set()
+        self.verifier.drop_verdict = lambda verdict: False
 
     def url(self, gateway: httpx.AsyncClient | int) -> str:
         """Where a gateway takes links."""
@@ -111,11 +109,26 @@ class Places(Cloud):
         return edge
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cloud(settings: dict[str, Any]) -> AsyncIterator[Places]:
+    """kv-session and the verifier, which take seconds to meet."""
+    async with AsyncExitStack() as stack:
+        places = Places(settings, stack)
+        await places.start()
+        yield places
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
 @pytest.fixture
-async def places(settings: dict[str, Any], stack: AsyncExitStack) -> Places:
-    places = Places(settings, stack)
-    await places.start()
-    return places
+def places(cloud: Places, stack: AsyncExitStack) -> Places:
+    """The cloud as new, with gateways of the test's own."""
+    cloud.renew(stack)
+    return cloud
 
 
 def truth(length: int, prompt: bytes = b"Sing!") -> str:
@@ -156,14 +169,14 @@ async def test_answers_over_a_link_are_those_without_and_hints_come_in_time_and_
     edge = await places.edge(places.url(proxy.port))
     places.verifier.pass_s = 0.06
     before = edge.uplink.traffic()
-    events = await disturbed(edge.client, 200, {})
-    assert said(events) == truth(200)
+    events = await disturbed(edge.client, 120, {})
+    assert said(events) == truth(120)
     report = events[-2].json["usage"]["outrider"]
     assert report["hits"] > report["rounds"] / 2
     assert report["hints_before_verdict"] >= report["rounds"] / 2
     after = edge.uplink.traffic()
-    assert 0 < after.bytes_up - before.bytes_up <= 24 * 200
-    assert 0 < after.bytes_down - before.bytes_down <= 30 * 200
+    assert 0 < after.bytes_up - before.bytes_up <= 24 * 120
+    assert 0 < after.bytes_down - before.bytes_down <= 30 * 120
     assert proxy.counts.up > after.bytes_up and proxy.counts.down > after.bytes_down
     trip = edge.uplink.round_trip
     assert trip is not None and 20 <= trip.minimum_ms <= min(trip.smoothed_ms, trip.last_ms)
@@ -198,6 +211,7 @@ async def test_refusals_positions_and_cancellations_are_those_without(places: Pl
         lambda: [c for c in places.verifier.cancelled if c.session == session], "the KV is freed"
     )
 
+    places.verifier.pass_s = 0.01
     key = {"Idempotency-Key": secrets.token_hex(8)}
     first = (await edge.client.post("/v1/completions", json=completion(), headers=key)).json()
     again = (await edge.client.post("/v1/completions", json=completion(), headers=key)).json()
@@ -414,10 +428,7 @@ async def test_only_who_has_a_key_may_link_and_sees_its_own_sessions_only(
 
 async def test_a_block_for_a_session_that_the_link_has_not_opened_goes_nowhere(places: Places) -> None:
     edge = await places.edge(places.url(await places.gateway()))
-    verdict = Verdict(session="cmpl-foreign", epoch=1, round=1, base=1, accepted=0, tokens=(1,))
-    from shared.protocol import Block
-
-    block = Block(session=verdict.session, epoch=1, reply=edge.uplink.reply, round=1, base=1, tokens=(2,))
+    block = Block(session="cmpl-foreign", epoch=1, reply=edge.uplink.reply, round=1, base=1, tokens=(2,))
     with pytest.raises(Unavailable):
         await edge.uplink.send(block, partition=0)
     assert places.verifier.blocks == []
