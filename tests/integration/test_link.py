@@ -6,8 +6,11 @@ Kafka, Redis, kv-session, both gateways and the WebSocket between them are real;
 from __future__ import annotations
 
 import asyncio
+import io
+import re
 import secrets
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -29,9 +32,13 @@ from services.draft_gateway.settings import GatewaySettings
 from shared.errors import SessionNotFound, Unavailable
 from shared.protocol import Block, Cancel, CloseSession, OpenSession, Verdict
 from shared.session import SessionStatus
+from shared.settings import KafkaFlavor
 from shared.stack.delay import Conditions, DelayProxy
+from shared.stack.demo import Demo
 from shared.stack.kafka import Broker
 from shared.stack.ports import free_port
+from shared.stack.settings import StackSettings
+from shared.stack.stack import Stack, StackOptions
 from tests.integration.scripted_cloud import (
     Cloud,
     Event,
@@ -457,3 +464,51 @@ async def test_what_is_no_link_is_refused_and_what_is_no_frame_ends_it_with_a_re
                     await socket.recv()
             assert ended.value.rcvd is not None
             assert ended.value.rcvd.code == FAULTY and reason in ended.value.rcvd.reason
+
+
+# --- two places on one machine ----------------------------------------------------------------------------------
+
+
+@pytest.mark.stack
+async def test_a_stack_with_a_round_trip_has_two_places_and_the_demo_talks_to_the_edge(
+    places: Places, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Brokers, kv-session and verifier are those of the tests; gateways, proxy and edge are processes of the stack."""
+    options = StackOptions(
+        target=Path(settings["model"]),
+        kafka=settings["kafka"],
+        kafka_flavor=KafkaFlavor(settings["kafka_flavor"]),
+        redis=settings["redis_url"],
+        verifiers=0,
+        kv_sessions=0,
+        rtt_ms=30.0,
+        environment={name: value for name, value in places.environment.items() if name.endswith("_PREFIX")},
+        die_with_parent=True,
+    )
+    own = StackSettings(run_dir=tmp_path)
+    two_places = Stack(options, settings=own)
+    try:
+        await asyncio.to_thread(two_places.up)
+        assert two_places.gateway_url == two_places.url("edge-0")
+        out = io.StringIO()
+        demo = Demo(
+            settings=own, options=lambda: options, prompts=["Sing!"], max_tokens=20, once=True, out=out
+        )
+        assert await asyncio.to_thread(demo.run) == 0, out.getvalue()
+        assert "clients talk to edge-0 at the edge" in out.getvalue()
+        assert "link-0: 30 ms round trip to gateway-0" in out.getvalue()
+        assert "20 tokens in" in out.getvalue()
+        status = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "shared.cli", "status", "--run-dir", str(tmp_path)),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        told = (await status.communicate())[0].decode()
+        assert status.returncode == 0, told
+        shown = {line.split()[0]: line for line in told.splitlines()}
+        assert list(shown) == ["kafka", "redis", "gateway-0", "link-0", "edge-0"]
+        assert "30 ms round trip to gateway-0" in shown["link-0"]
+        assert "1 linked from the edge" in shown["gateway-0"]
+        measured = re.search(r"linked to ws://\S+, round trip ([\d.]+) ms", shown["edge-0"])
+        assert measured is not None and float(measured[1]) >= 30
+    finally:
+        await asyncio.to_thread(two_places.down)
