@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import re
 import secrets
 import signal
@@ -512,3 +513,14 @@ async def test_a_stack_with_a_round_trip_has_two_places_and_the_demo_talks_to_th
         assert measured is not None and float(measured[1]) >= 30
     finally:
         await asyncio.to_thread(two_places.down)
+
+
+async def test_the_benchmark_of_the_link_counts_every_frame_and_half_the_round_trip(tmp_path: Path) -> None:
+    command = ["-m", "loadtest.bench", "link", "--out", str(tmp_path), "--rtt", "20", "--frames", "40"]
+    bench = await asyncio.create_subprocess_exec(sys.executable, *command)
+    assert await bench.wait() == 0
+    found = json.loads((tmp_path / "link.json").read_text())
+    assert (found["frames"], found["lost"]) == (40, 0)
+    assert min(found["up_ms"]["p50"], found["down_ms"]["p50"]) >= 10
+    assert found["round_trip_ms"]["minimum_ms"] >= 20
+    assert 0 < found["bytes_per_frame"]["up"] <= 24

@@ -195,6 +195,7 @@ class LinkUplink:
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
+        self._check_secrecy()
         # A process of its own, whatever its name: a session's driver is told apart from its predecessor by this.
         gateway = f"{settings.gateway_name}.{secrets.token_hex(4)}"
         self._reply: Final = ReplyRoute(gateway=gateway, partition=0)
@@ -207,6 +208,11 @@ class LinkUplink:
         self._link: _Link | None = None
         self._up = asyncio.Event()
         self._troubles: dict[str, str] = {"link": "the link has not been made yet"}
+
+    def _check_secrecy(self) -> None:
+        open_links = [url for url in self._settings.link_urls if not _is_private(url)]
+        if self._settings.link_key.get_secret_value() and open_links:
+            logger.warning("the key travels in the clear to %s; use wss://", ", ".join(open_links))
 
     # --- what is known of it -----------------------------------------------------------------------
 
@@ -318,14 +324,13 @@ class LinkUplink:
         headers = {GATEWAY_HEADER: self._reply.gateway}
         if key := self._settings.link_key.get_secret_value():
             headers["Authorization"] = f"Bearer {key}"
-        local = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
         try:
             connection = await connect(
                 url,
                 subprotocols=[Subprotocol(SUBPROTOCOL)],
                 compression=None,  # frames are a few bytes; waiting for more of them to compress would cost time
                 additional_headers=headers,
-                proxy=None if local else True,
+                proxy=None if _is_local(url) else True,
                 open_timeout=self._limits.timeout_s,
                 ping_interval=None,  # the channel's own pings also tell what has arrived
                 close_timeout=1.0,
@@ -527,6 +532,15 @@ class LinkUplink:
         except TimeoutError:
             reasons = "; ".join(self.troubles()) or "the gateway in the cloud did not answer"
             raise Unavailable(f"not within {timeout_s:g} s: {reasons}", retry_after_s=RETRY_S) from None
+
+
+def _is_local(url: str) -> bool:
+    return urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
+
+
+def _is_private(url: str) -> bool:
+    """Nobody else reads what passes."""
+    return url.startswith("wss:") or _is_local(url)
 
 
 def _expect(kind: type[_Told], told: Reply) -> _Told:

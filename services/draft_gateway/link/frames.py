@@ -165,6 +165,9 @@ class Troubles:
     texts: tuple[str, ...]
 
 
+Upward = Prompt | Block
+"""What the relay sends on to the verifier of its session, as it comes."""
+
 Question = OpenSession | CloseSession | Cancel | AskState | AskPrompt | AskTokens | AskTroubles
 Reply = Placed | StateTold | TokensTold | Troubles | Done | Failed
 

@@ -39,6 +39,7 @@ from services.draft_gateway.link.frames import (
     StateTold,
     TokensTold,
     Troubles,
+    Upward,
 )
 from services.draft_gateway.link.keys import Keys
 from services.draft_gateway.link.metrics import Meter, Traffic
@@ -53,7 +54,7 @@ from shared.errors import (
     Unavailable,
 )
 from shared.http import error_response
-from shared.protocol import Block, Cancel, CloseSession, OpenSession, Placed, Prompt, ReplyRoute
+from shared.protocol import Cancel, CloseSession, OpenSession, Placed, ReplyRoute
 from shared.session import SessionState
 from shared.telemetry import TraceContext
 
@@ -61,7 +62,9 @@ WATCH_S: Final = 1.0
 STOP_S: Final = 3.0
 MOST_QUESTIONS: Final = 256
 """Questions of one link that may wait for an answer."""
-MOST_SENDING: Final = 8
+MOST_SESSIONS: Final = 4096
+"""Sessions of one link at a time."""
+MOST_SENDING: Final = 32
 """Messages of one session that Kafka may have yet to take; the edge sends again what is dropped beyond."""
 
 _GATEWAY = re.compile(r"[A-Za-z0-9._-]{1,100}")
@@ -188,7 +191,7 @@ class _Route:
     trace: TraceContext | None = None
     placed: Placed | None = None
     subscribed: bool = False
-    sending: list[Prompt | Block] = field(default_factory=list)
+    sending: list[Upward] = field(default_factory=list)
 
 
 class Relay:
@@ -272,9 +275,10 @@ class Relay:
     # --- up ----------------------------------------------------------------------------------------
 
     def _receive(self, frame: Frame) -> None:
+        if isinstance(frame, Upward):
+            self._pass_up(frame)
+            return
         match frame:
-            case Prompt() | Block():
-                self._pass_up(frame)
             case Ask():
                 self._asked(frame)
             case Bind(number, name):
@@ -287,6 +291,8 @@ class Relay:
     def _bind(self, number: int, name: str) -> None:
         if number == 0 or number in self._names or name in self._routes:
             raise ProtocolError(f"the number {number} or its session is taken already")
+        if len(self._routes) >= MOST_SESSIONS:
+            raise ProtocolError(f"{MOST_SESSIONS} sessions have a number here, the most there may be")
         self._names[number] = name
         self._routes[name] = _Route(number)
 
@@ -296,7 +302,7 @@ class Relay:
         self._uplink.unsubscribe(session, self._pass_down)
         self.channel.forget(number)
 
-    def _pass_up(self, message: Prompt | Block) -> None:
+    def _pass_up(self, message: Upward) -> None:
         """Send to the session's verifier. What can't be sent is dropped: its round is sent again."""
         route = self._routes.get(message.session)
         if route is None or route.placed is None:
@@ -307,7 +313,7 @@ class Relay:
         route.sending.append(message)
         self._spawn(self._transmit(message, route, route.placed.partition))
 
-    async def _transmit(self, message: Prompt | Block, route: _Route, partition: int) -> None:
+    async def _transmit(self, message: Upward, route: _Route, partition: int) -> None:
         try:
             await self._uplink.send(message, partition=partition, trace=route.trace)
         except OutriderError as error:
