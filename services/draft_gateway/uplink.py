@@ -16,6 +16,7 @@ from shared.protocol import (
     DraftsMessage,
     Evicted,
     Fault,
+    Floor,
     Hint,
     OpenSession,
     Placed,
@@ -27,7 +28,7 @@ from shared.protocol import (
 from shared.session import SessionState
 from shared.telemetry import TraceContext
 
-SessionMessage = Hint | Verdict | Stale | Fault | Placed | Evicted | Closed
+SessionMessage = Hint | Verdict | Floor | Stale | Fault | Placed | Evicted | Closed
 Receiver = Callable[[SessionMessage], None]
 
 RETRY_S: Final = 1.0

@@ -50,11 +50,14 @@ from shared.protocol import (
     Evicted,
     Fault,
     FinishReason,
+    Floor,
+    Forward,
     GenerationParams,
     Hint,
     OpenSession,
     Outcome,
     Placed,
+    Policy,
     Prompt,
     ReplyRoute,
     Stale,
@@ -95,9 +98,13 @@ head = {"session": sessions, "epoch": counts}
 of_round = {**head, "round": counts, "base": counts}
 finish = st.none() | st.sampled_from(FinishReason)
 retry = st.none() | times
+measured = {
+    "finish_reason": finish, "taken": st.none() | counts, "verify_ms": times, "commit_ms": times, "rows": counts,
+}  # fmt: skip
 params = st.builds(
     GenerationParams,
     max_tokens=st.integers(1, 10**6), stop_token_ids=tokens, ignore_eos=st.booleans(), seed=counts,
+    policy=st.sampled_from(Policy),
 )  # fmt: skip
 outcomes = st.builds(
     Outcome,
@@ -118,14 +125,16 @@ states = st.builds(
 MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
     Prompt: st.builds(Prompt, reply=st.just(ROUTE), **of_round),
     Block: st.builds(Block, reply=st.just(ROUTE), tokens=tokens, **of_round),
+    Forward: st.builds(
+        Forward,
+        reply=st.just(ROUTE), parent=counts, accepted=counts, next_token=token_ids, tokens=tokens, **of_round,
+    ),
     Cancel: st.builds(Cancel, reason=texts, **head),
     Hint: st.builds(
         Hint, layer=counts, outcomes=st.lists(outcomes, max_size=5).map(tuple), elapsed_ms=times, **of_round
     ),
-    Verdict: st.builds(
-        Verdict,
-        accepted=counts, tokens=tokens, finish_reason=finish, verify_ms=times, commit_ms=times, **of_round,
-    ),
+    Verdict: st.builds(Verdict, accepted=counts, tokens=tokens, **of_round, **measured),
+    Floor: st.builds(Floor, base=counts, tokens=tokens, **head, **measured),
     Stale: st.builds(Stale, since=counts, tokens=tokens, gateway=texts, finish_reason=finish, **of_round),
     Fault: st.builds(Fault, round=counts, code=texts, message=texts, retry_after_s=retry, **head),
     OpenSession: st.builds(

@@ -132,15 +132,11 @@ class _Run:
         """What was drafted for a lane so far."""
         choices = self.choices[lane]
         drafted = [best for best, *_ in choices[: self.lengths[lane]]]
-        return Draft(
-            tuple(token for token, _ in drafted), tuple(sure for _, sure in drafted), tuple(choices)
-        )
+        return Draft(tuple(token for token, _ in drafted), tuple(sure for _, sure in drafted), tuple(choices))
 
     def leave(self) -> None:
         """Note what the caches hold now."""
-        held = [
-            (*request.context, *self.draft(lane).tokens) for lane, request in enumerate(self.requests)
-        ]
+        held = [(*request.context, *self.draft(lane).tokens) for lane, request in enumerate(self.requests)]
         if self.cache is self.session.cache:
             self.session.tokens = held[0][: self.start]
             return

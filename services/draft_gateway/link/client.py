@@ -57,6 +57,7 @@ from shared.protocol import (
     DraftsMessage,
     Evicted,
     Fault,
+    Floor,
     Hint,
     OpenSession,
     Placed,
@@ -413,7 +414,7 @@ class LinkUplink:
                 link.answered(frame)
             case Troubles():
                 self._cloud_told(frame)
-            case Hint() | Verdict() | Stale() | Fault() | Placed() | Evicted() | Closed():
+            case Hint() | Verdict() | Floor() | Stale() | Fault() | Placed() | Evicted() | Closed():
                 self._hand_over(frame)
             case _:
                 raise ProtocolError(f"a {type(frame).__name__} is nothing that comes down a link")
@@ -423,7 +424,7 @@ class LinkUplink:
         if driven is None:
             return
         driven.epoch = max(driven.epoch, message.epoch)
-        if isinstance(message, Verdict):
+        if isinstance(message, Verdict | Floor):
             driven.base = max(driven.base, message.base + len(message.tokens))
         elif isinstance(message, Stale):
             driven.base = max(driven.base, message.since + len(message.tokens))

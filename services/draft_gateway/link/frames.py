@@ -1,10 +1,10 @@
 """What travels on a link, as tables: the messages of `shared/protocol.py`, and the link's own few.
 
     up      Bind, Release             a session gets a number on this connection, and loses it
-            Prompt, Block             as on the drafts topic, without the reply route: the relay fills it in
+            Prompt, Block, Forward    as on the drafts topic, without the reply route: the relay fills it in
             Ask                       a question with a number: OpenSession, CloseSession, Cancel, AskState, …
-    down    Hint, Verdict, Stale,     as on the topics
-            Fault, Placed, Evicted, Closed
+    down    Hint, Verdict, Floor,     as on the topics
+            Stale, Fault, Placed, Evicted, Closed
             Answer                    to the question of that number: Placed, StateTold, TokensTold, Done, Failed
             Troubles                  why the gateway in the cloud can't serve now
     both    Ping, Pong                measure the round trip, and tell how much has arrived
@@ -55,10 +55,13 @@ from shared.protocol import (
     Evicted,
     Fault,
     FinishReason,
+    Floor,
+    Forward,
     GenerationParams,
     Hint,
     OpenSession,
     Placed,
+    Policy,
     Prompt,
     Stale,
     Tokens,
@@ -165,7 +168,7 @@ class Troubles:
     texts: tuple[str, ...]
 
 
-Upward = Prompt | Block
+Upward = Prompt | Block | Forward
 """What the relay sends on to the verifier of its session, as it comes."""
 
 Question = OpenSession | CloseSession | Cancel | AskState | AskPrompt | AskTokens | AskTroubles
@@ -212,16 +215,31 @@ class Inner:
 NUMBER, FLAG, TEXT, TEXTS, TOKENS, SESSION = Number(), Flag(), Text(), Texts(), TokenList(), Session()
 MILLISECONDS = SECONDS = Scaled(100)
 FINISH = Choice((FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED))
+POLICY = Choice((Policy.LATENCY, Policy.COST))
 REASON = Choice(("opened", "resumed", "moved"))
 
 PARAMS: Final = Layout(
     GenerationParams,
     {"max_tokens": NUMBER},
-    {"stop_token_ids": (1, TOKENS), "ignore_eos": (2, FLAG), "temperature": (3, NUMBER), "seed": (4, NUMBER)},
+    {
+        "stop_token_ids": (1, TOKENS),
+        "ignore_eos": (2, FLAG),
+        "temperature": (3, NUMBER),
+        "seed": (4, NUMBER),
+        "policy": (5, POLICY),
+    },
 )
 
 HEAD: Final[Mapping[str, Codec]] = {"session": SESSION, "epoch": NUMBER}
 ROUND: Final[Mapping[str, Codec]] = {**HEAD, "round": NUMBER, "base": NUMBER}
+
+MEASURED: Final[Mapping[str, tuple[int, Codec]]] = {
+    "finish_reason": (1, FINISH),
+    "verify_ms": (2, MILLISECONDS),
+    "commit_ms": (3, MILLISECONDS),
+    "taken": (4, NUMBER),
+    "rows": (5, NUMBER),
+}
 
 LAYOUTS: Final[Mapping[int, Layout]] = {
     1: Layout(Prompt, {**ROUND, "reply": Route()}),
@@ -231,7 +249,7 @@ LAYOUTS: Final[Mapping[int, Layout]] = {
     5: Layout(
         Verdict,
         {**ROUND, "accepted": NUMBER, "tokens": TOKENS},
-        {"finish_reason": (1, FINISH), "verify_ms": (2, MILLISECONDS), "commit_ms": (3, MILLISECONDS)},
+        MEASURED,
     ),
     6: Layout(
         Stale,
@@ -241,6 +259,18 @@ LAYOUTS: Final[Mapping[int, Layout]] = {
     7: Layout(
         Fault, {**HEAD, "round": NUMBER, "code": TEXT, "message": TEXT}, {"retry_after_s": (1, SECONDS)}
     ),
+    8: Layout(
+        Forward,
+        {
+            **ROUND,
+            "reply": Route(),
+            "parent": NUMBER,
+            "accepted": NUMBER,
+            "next_token": NUMBER,
+            "tokens": TOKENS,
+        },
+    ),
+    9: Layout(Floor, {**HEAD, "base": NUMBER, "tokens": TOKENS}, MEASURED),
     16: Layout(
         OpenSession,
         {**HEAD, "reply": Route()},
@@ -278,7 +308,7 @@ LAYOUTS: Final[Mapping[int, Layout]] = {
     51: Layout(Failed, {"code": TEXT, "message": TEXT}, {"retry_after_s": (1, SECONDS)}),
 }
 
-ADVICE: Final = (Hint,)
+ADVICE: Final = (Hint, Forward)
 """What a slow link drops: it may be lost, and is worth nothing when it is late."""
 
 _KINDS: Final = {layout.model: kind for kind, layout in LAYOUTS.items()}

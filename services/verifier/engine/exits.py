@@ -23,8 +23,8 @@ from torch.nn import functional
 
 from services.verifier.engine.channel import ExitMessage, Outlook
 from services.verifier.engine.exit_head import ExitHead
-from shared.speculation.outcomes import rank_outcomes
 from shared.errors import ModelFilesError
+from shared.speculation.outcomes import rank_outcomes
 
 FILE_FORMAT: Final = "outrider-exits/1"
 UNTRAINED: Final = "untrained"
