@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import uvloop
+
 from loadtest.hop import percentiles
 from loadtest.link_cloud import every
 from services.draft_gateway.link.client import LinkUplink
@@ -228,7 +230,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InvalidRequest(f"--frames {options.frames}: at least 2 are needed for a figure")
     with tempfile.TemporaryDirectory(prefix="outrider-link-") as folder:
         with parts(Path(folder), options) as (link, log):
-            seen = asyncio.run(measure(link, options))
+            seen = uvloop.run(measure(link, options))
         found = report(seen, *read_log(log), options)
     print(show(found))
     if arguments.out is not None:

@@ -23,7 +23,7 @@ from services.draft_gateway.link.server import LinkServer
 from services.draft_gateway.settings import GatewaySettings
 from services.draft_gateway.uplink import Receiver, RoundTrip
 from shared.errors import SessionNotFound
-from shared.http import Readiness, create_app, run_service
+from shared.http import Readiness, create_app, run_loop, run_service
 from shared.protocol import (
     CloseSession,
     DraftsMessage,
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str]) -> int:
             await links.stop()
             await uplink.stop()
 
-        return asyncio.run(run_service(serve, app, host=HOST, port=port))
+        return run_loop(run_service(serve, app, host=HOST, port=port))
 
 
 if __name__ == "__main__":

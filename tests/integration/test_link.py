@@ -139,6 +139,14 @@ def places(cloud: Places, stack: AsyncExitStack) -> Places:
     return cloud
 
 
+async def up(client: httpx.AsyncClient) -> bool:
+    """The process that it asks has started and is ready."""
+    try:
+        return await ready(client)
+    except httpx.TransportError:
+        return False
+
+
 def truth(length: int, prompt: bytes = b"Sing!") -> str:
     return text_of(recite(tuple(prompt), length))
 
@@ -301,10 +309,39 @@ async def test_a_link_that_stays_away_frees_the_kv_and_goes_on_when_it_is_back(p
             refused = await edge.client.post("/v1/completions", json=completion())
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
             assert "link" in refused.json()["error"]["message"]
+            read = await edge.client.get(f"/v1/streams/{session}")
+            assert (read.status_code, read.json()["error"]["code"]) == (503, "unavailable")
             await places.proxy(cloud, port=port, rtt_ms=4)
 
         assert said(await disturbed(edge.client, 90, {5: away})) == truth(90)
     await eventually(lambda: ready(edge.client), "the edge is linked again")
+
+
+async def test_an_edge_that_stops_detaches_its_streams_which_go_on_elsewhere(
+    places: Places, unused_tcp_port: int
+) -> None:
+    cloud = await places.gateway()
+    places.verifier.pass_s = 0.04
+    environment = places.environment | {
+        "OUTRIDER_GATEWAY_PORT": str(unused_tcp_port),
+        "OUTRIDER_UPLINK": "link",
+        "OUTRIDER_LINK": places.url(cloud),
+    }
+    async with (
+        process(environment) as edge,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{unused_tcp_port}", timeout=20) as client,
+    ):
+        await eventually(lambda: up(client), "the edge is linked")
+        body = completion(max_tokens=60, stream=True)
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            events = await read_on(response, {4: lambda: edge.send_signal(signal.SIGTERM)})
+        assert events[-1].json["error"]["code"] == "unavailable"
+        assert await asyncio.wait_for(edge.wait(), 20) == 0
+    session = session_of(events)
+    await eventually(
+        lambda: [c for c in places.verifier.cancelled if c.session == session], "the KV is freed"
+    )
+    assert said(events[:-1]) + said(await resume(cloud, session, events[-2].id)) == truth(60)
 
 
 async def test_a_gateway_in_the_cloud_that_stops_hands_its_links_to_another(
@@ -330,14 +367,7 @@ async def test_a_gateway_in_the_cloud_that_is_killed_in_mid_stream_is_replaced_b
         process(environment) as doomed,
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{unused_tcp_port}", timeout=20) as client,
     ):
-
-        async def up() -> bool:
-            try:
-                return await ready(client)
-            except httpx.TransportError:
-                return False
-
-        await eventually(up, "the process is ready")
+        await eventually(lambda: up(client), "the process is ready")
         edge = await places.edge(places.url(unused_tcp_port), places.url(second))
         places.verifier.pass_s = 0.05
         events = await disturbed(edge.client, 80, {8: lambda: doomed.send_signal(signal.SIGKILL)})

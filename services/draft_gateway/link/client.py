@@ -20,7 +20,7 @@ from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.typing import Subprotocol
 
 from services.draft_gateway.link import metrics
@@ -73,6 +73,8 @@ GATEWAY_HEADER: Final = "outrider-gateway"
 FIRST_PAUSE_S: Final = 0.05
 LONGEST_PAUSE_S: Final = 5.0
 PROBE_S: Final = 2.0
+LINK_WAIT_S: Final = 2.0
+"""How long a question waits for a link while there is none."""
 
 logger = logging.getLogger(__name__)
 
@@ -299,6 +301,8 @@ class LinkUplink:
                 return await self._connect_any(last)
             except Unavailable as error:
                 self._troubles["link"] = error.message
+            except Exception:  # whatever it is, the edge has to come back
+                logger.exception("linking failed")
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
 
@@ -341,7 +345,10 @@ class LinkUplink:
             raise Unavailable(f"{url} answered {_told(refused)}") from None
         except TimeoutError:
             raise Unavailable(f"{url} did not answer within {self._limits.timeout_s:g} s") from None
-        except (OSError, InvalidHandshake, InvalidURI) as error:
+        except (
+            OSError,
+            WebSocketException,
+        ) as error:  # refused, cut in mid-handshake, or no WebSocket at all
             raise Unavailable(f"{url} can't be linked to: {error}") from None
         return _Link(url, _WebSocket(connection), self._reply, self._limits, self._meter)
 
@@ -467,7 +474,7 @@ class LinkUplink:
     async def _placed(
         self, message: OpenSession, *, timeout_s: float, trace: TraceContext | None = None
     ) -> Placed:
-        link, told = await self._ask(message, timeout_s, trace)
+        link, told = await self._ask(message, timeout_s, timeout_s, trace)
         placed = _expect(Placed, told)
         driven = self._driven.get(message.session)
         if driven is not None:
@@ -508,22 +515,27 @@ class LinkUplink:
         return _expect(TokensTold, await self._look_up(AskTokens(session, since))).tokens
 
     async def _do(self, body: Question) -> None:
-        _expect(Done, await self._look_up(body))
+        """Have something done that nobody waits for, and that has to be done also when the link is away just now."""
+        timeout_s = self._settings.store_deadline_s
+        _, told = await self._ask(body, timeout_s, timeout_s)
+        _expect(Done, told)
 
     async def _look_up(self, body: Question) -> Reply:
-        _, told = await self._ask(body, self._settings.store_deadline_s)
+        """Ask what somebody waits for, who had better be told soon when there is no link."""
+        _, told = await self._ask(body, self._settings.store_deadline_s, LINK_WAIT_S)
         return told
 
     async def _ask(
-        self, body: Question, timeout_s: float, trace: TraceContext | None = None
+        self, body: Question, timeout_s: float, patience_s: float, trace: TraceContext | None = None
     ) -> tuple[_Link, Reply]:
-        """The answer, and the connection over which it came. Raises what the answer says, `Unavailable` in time."""
+        """The answer, and the connection over which it came.
+
+        Raises what the answer says; `Unavailable` when there is no link for `patience_s` or no answer in `timeout_s`.
+        """
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
-                    await self._up.wait()
-                    assert self._link is not None
-                    link = self._link
+                    link = await self._linked(patience_s)
                     try:
                         told = await link.ask(body, timeout_s=timeout_s, trace=trace)
                     except LinkLost:
@@ -531,8 +543,17 @@ class LinkUplink:
                         continue
                     return link, told
         except TimeoutError:
-            reasons = "; ".join(self.troubles()) or "the gateway in the cloud did not answer"
-            raise Unavailable(f"not within {timeout_s:g} s: {reasons}", retry_after_s=RETRY_S) from None
+            reasons = (
+                "; ".join(self.troubles()) or f"the gateway in the cloud did not answer in {timeout_s:g} s"
+            )
+            raise Unavailable(reasons, retry_after_s=RETRY_S) from None
+
+    async def _linked(self, patience_s: float) -> _Link:
+        """The connection that is up, or will be soon."""
+        async with asyncio.timeout(patience_s):
+            await self._up.wait()
+        assert self._link is not None
+        return self._link
 
 
 def _is_local(url: str) -> bool:
