@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from loadtest import hop
+from loadtest import hop, link
 from shared.errors import OutriderError
 
 
@@ -14,9 +14,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     benchmarks = parser.add_subparsers(dest="name", required=True)
     hop.add_arguments(benchmarks.add_parser("hop", help="what the path around the model costs, hop by hop"))
+    link.add_arguments(benchmarks.add_parser("link", help="what a frame takes through a wide-area link"))
     chosen = parser.parse_args(arguments)
+    run = {"hop": hop.run, "link": link.run}[chosen.name]
     try:
-        return hop.run(chosen)
+        return run(chosen)
     except OutriderError as error:
         print(f"scripts/bench {chosen.name}: {error.message}", file=sys.stderr)
         return 1

@@ -32,7 +32,8 @@ import uvloop
 from pydantic import SecretStr
 
 from loadtest.timer_verifier import TIMER_LOG, TIMER_MS
-from services.draft_gateway.uplink import KafkaUplink, SessionMessage
+from services.draft_gateway.kafka_uplink import KafkaUplink
+from services.draft_gateway.uplink import SessionMessage
 from shared.errors import Unavailable
 from shared.protocol import Block, GenerationParams, OpenSession, Prompt, Verdict
 from shared.settings import CommonSettings

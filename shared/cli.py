@@ -28,6 +28,7 @@ SERVICES: Final = {
     "kv-session": "services.kv_session.__main__",
 }
 GATEWAY_PORT: Final = 8100
+LONGEST_RTT_MS: Final = 10_000.0
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 
@@ -145,6 +146,14 @@ def _stack_options(command: argparse.ArgumentParser) -> None:
         "--port", type=int, default=GATEWAY_PORT, metavar="N",
         help=f"the gateway's port, if it is free (default: {GATEWAY_PORT})",
     )  # fmt: skip
+    command.add_argument(
+        "--rtt", type=_milliseconds, metavar="MS",
+        help="two places: a gateway at the edge too, linked to the one in the cloud over such a round trip",
+    )  # fmt: skip
+    command.add_argument(
+        "--jitter", type=_milliseconds, default=0.0, metavar="MS",
+        help="how much that round trip varies (default: 0)",
+    )  # fmt: skip
     _run_dir(command)
 
 
@@ -162,6 +171,16 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return int(text)
+
+
+def _milliseconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < LONGEST_RTT_MS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time in ms from 0 to {LONGEST_RTT_MS:g}")
+    return value
 
 
 # --- the stack ----------------------------------------------------------------------------------------------------
@@ -202,6 +221,8 @@ def _options(parsed: argparse.Namespace, **more: object) -> StackOptions:
         kafka_flavor=flavor,
         redis=parsed.redis,
         gateway_port=parsed.port,
+        rtt_ms=parsed.rtt,
+        jitter_ms=parsed.jitter,
         environment={"OUTRIDER_ENGINE_THREADS": threads},
         **more,  # type: ignore[arg-type]
     )
@@ -236,6 +257,8 @@ def _up(parsed: argparse.Namespace) -> int:
     with interruptible():
         stack.up()
         print(f"\nup: {stack.gateway_url}/v1 serves {stack.model_name}")
+        if stack.record.places:
+            print(stack.record.places)
         if not parsed.foreground:
             print("`outrider status` looks at it, `outrider down` stops it")
             return 0

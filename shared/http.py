@@ -39,6 +39,8 @@ Service = TypeVar("Service")
 
 GRACE_S: Final = 10.0
 START_S: Final = 10.0
+LONGEST_MESSAGE: Final = 4 << 20
+"""Bytes of a WebSocket's message; a longer one ends the connection."""
 
 logger = logging.getLogger(__name__)
 
@@ -206,6 +208,9 @@ class HttpServer:
             log_config=None,
             log_level=logging.WARNING,
             server_header=False,
+            ws_max_size=LONGEST_MESSAGE,
+            ws_per_message_deflate=False,
+            ws_ping_interval=None,  # who serves WebSockets pings as it needs
             timeout_graceful_shutdown=math.ceil(grace_s),
         )
         self._server = _Server(config)
@@ -246,7 +251,11 @@ class HttpServer:
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listening = socket.create_server((host, port), family=family, backlog=2048)
+        # Inherited by every connection. asyncio sets it itself, but not on sockets that don't name their protocol, as
+        # those of create_server: small writes would wait up to 40 ms for the acknowledgement of the one before.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listening
     except (OSError, OverflowError) as error:
         number = error.errno if isinstance(error, OSError) else None
         reason = os.strerror(number) if number and number > 0 else error

@@ -16,8 +16,7 @@ import time
 import uuid
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
@@ -27,6 +26,7 @@ from pydantic import TypeAdapter
 from shared.errors import InvalidRequest, SessionNotFound, SessionTaken, StaleEpoch, StoreUnavailable
 from shared.protocol import FinishReason, GenerationParams, OpenSession, Outcome, ReplyRoute, Tokens
 from shared.redis_client import Argument, RedisClient, Reply, Script, ServerInfo
+from shared.session import SessionState, SessionStats, SessionStatus
 from shared.settings import CommonSettings
 
 TOKEN_BYTES: Final = 4
@@ -41,61 +41,6 @@ COMMIT_SECONDS = Histogram(
     "Time of a commit, from the call to Redis' answer.",
     buckets=(0.0002, 0.0003, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5, 20),
 )
-
-
-class SessionStatus(StrEnum):
-    """Where a session is in its life. A detached one may be resumed; finished and closed ones can be replayed only."""
-
-    OPEN = "open"
-    DETACHED = "detached"
-    FINISHED = "finished"
-    CLOSED = "closed"
-
-
-@dataclass(frozen=True, slots=True)
-class SessionStats:
-    """Rounds committed so far, draft tokens in them, and how many of those were accepted."""
-
-    rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SessionState:
-    """A session's record, without its tokens.
-
-    `base` counts the committed tokens; `owner` is the incarnation of the verifier process that holds its KV, or "". A
-    session whose `finish_reason` is set generates nothing more ("cancelled" when it was closed before its end).
-    `last_round` and `last_base` are those of the last commit, or -1. Times are milliseconds since the Unix epoch, by
-    Redis' clock.
-    """
-
-    session: str
-    status: SessionStatus
-    epoch: int
-    base: int
-    prompt_length: int
-    params: GenerationParams
-    model: str
-    verifier: str
-    partition: int
-    owner: str
-    reply: ReplyRoute
-    finish_reason: FinishReason | None
-    last_round: int
-    last_base: int
-    created_ms: int
-    touched_ms: int
-    tenant: str = ""
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    stats: SessionStats = SessionStats()
-    close_reason: str = ""
-
-    @property
-    def ended(self) -> bool:
-        """Nothing more will be generated."""
-        return self.finish_reason is not None or self.status is SessionStatus.CLOSED
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,11 @@ _TALKATIVE: Final[Mapping[str, int]] = {
     "asyncio": logging.WARNING,
     "httpx": logging.WARNING,
     "httpcore": logging.WARNING,
+    "websockets": logging.WARNING,
 }
+
+# uvicorn says this of every WebSocket that an app answers with an HTTP status, as if the app had failed.
+_UNTRUE: Final = "ASGI callable returned without completing handshake."
 
 
 class _Repeats(logging.Filter):
@@ -138,6 +142,10 @@ class _Repeats(logging.Filter):
             return False
         self._last[place] = record.created
         return True
+
+
+def _true(record: logging.LogRecord) -> bool:
+    return record.msg != _UNTRUE
 
 
 class _TextFormatter(logging.Formatter):
@@ -211,6 +219,7 @@ def configure_logging(
     formatter = _JsonFormatter if LogFormat(log_format) is LogFormat.JSON else _TextFormatter
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(formatter(service))
+    handler.addFilter(_true)
     if number > logging.DEBUG:
         handler.addFilter(_Repeats("aiokafka"))
     logging.basicConfig(handlers=[handler], level=number, force=True)

@@ -11,10 +11,11 @@ import time
 from collections.abc import Coroutine, Mapping
 from typing import Final, TypeVar
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, WebSocket
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from services.draft_gateway.link.server import LinkServer
 from services.draft_gateway.openai_api import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -50,8 +51,14 @@ class ClientGone(OutriderError):
     status = 499
 
 
-def create_app(settings: GatewaySettings, sessions: Sessions, readiness: ReadinessCheck) -> FastAPI:
-    """The app over `sessions`; it starts and stops nothing itself."""
+def create_app(
+    settings: GatewaySettings,
+    sessions: Sessions,
+    readiness: ReadinessCheck,
+    *,
+    links: LinkServer | None = None,
+) -> FastAPI:
+    """The app over `sessions`, in the cloud over `links` too; it starts and stops nothing itself."""
     app = create_service_app(
         "Outrider draft-gateway",
         readiness,
@@ -60,6 +67,8 @@ def create_app(settings: GatewaySettings, sessions: Sessions, readiness: Readine
     app.include_router(_generating(settings, sessions))
     app.include_router(_models(settings))
     app.include_router(_streams(settings, sessions))
+    if links is not None:
+        app.include_router(_link(links))
     return app
 
 
@@ -222,6 +231,19 @@ def _streams(settings: GatewaySettings, sessions: Sessions) -> APIRouter:
         _check_session(session)
         await sessions.cancel(session)
         return JSONResponse({"id": session, "object": "stream.deleted", "deleted": True})
+
+    return router
+
+
+# --- links ------------------------------------------------------------------------------------------------------
+
+
+def _link(links: LinkServer) -> APIRouter:
+    router = APIRouter(prefix="/v1")
+
+    @router.websocket("/link")
+    async def link(websocket: WebSocket) -> None:
+        await links.serve(websocket)
 
     return router
 

@@ -38,6 +38,7 @@ from shared.protocol import (
     Tokens,
     Verdict,
 )
+from shared.session import SessionState, SessionStats
 from shared.speculation.edge import (
     Abandoned,
     Deliver,
@@ -61,7 +62,6 @@ from shared.speculation.edge import (
     TimerFired,
     VerdictArrived,
 )
-from shared.store import SessionState, SessionStats
 from shared.telemetry import TraceContext
 
 logger = logging.getLogger(__name__)

@@ -10,16 +10,32 @@ from fastapi import FastAPI
 
 from services.draft_gateway.app import create_app
 from services.draft_gateway.drafting import DraftEngine, Drafter, LoadedDraft, load_draft_engine
+from services.draft_gateway.link.client import LinkUplink
+from services.draft_gateway.link.server import LinkServer
 from services.draft_gateway.sessions import Sessions
-from services.draft_gateway.settings import GatewaySettings
-from services.draft_gateway.uplink import KafkaUplink, Uplink
-from shared.errors import ModelFilesError, Unavailable
+from services.draft_gateway.settings import GatewaySettings, UplinkKind
+from services.draft_gateway.uplink import Uplink
+from shared.errors import ModelFilesError, OutriderError, Unavailable
 from shared.http import Readiness
 from shared.text import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 START_PAUSE_S: Final = 1.0
+
+
+def make_uplink(settings: GatewaySettings) -> Uplink:
+    """The uplink that the settings name. At the edge neither Kafka's nor Redis' client need be installed.
+
+    Raises `OutriderError` when it is to be a link and none is named.
+    """
+    if settings.uplink is UplinkKind.LINK:
+        if not settings.link_urls:
+            raise OutriderError("OUTRIDER_UPLINK=link needs OUTRIDER_LINK=ws://HOST:PORT/v1/link")
+        return LinkUplink(settings)
+    from services.draft_gateway.kafka_uplink import KafkaUplink
+
+    return KafkaUplink(settings, name=settings.gateway_name, lease_s=settings.lease_s)
 
 
 class DraftGateway:
@@ -37,12 +53,14 @@ class DraftGateway:
         self._tokenizer = Tokenizer.load(settings.model)
         loaded = load_draft_engine(settings) if engine is None else LoadedDraft(engine)
         self._drafter = Drafter(loaded.engine)
-        self._uplink = uplink or KafkaUplink(settings, name=settings.gateway_name, lease_s=settings.lease_s)
+        self._uplink = uplink or make_uplink(settings)
+        in_cloud = settings.uplink is UplinkKind.KAFKA
+        self._links = LinkServer(settings, self._uplink) if in_cloud else None
         self._sessions = Sessions(
             settings, uplink=self._uplink, drafter=self._drafter, tokenizer=self._tokenizer
         )
         self._notes = loaded.notes
-        self.app: Final[FastAPI] = create_app(settings, self._sessions, self.readiness)
+        self.app: Final[FastAPI] = create_app(settings, self._sessions, self.readiness, links=self._links)
 
     async def readiness(self) -> Readiness:
         """Why it can't serve now, and what an operator should know."""
@@ -50,7 +68,8 @@ class DraftGateway:
         missing = list(self._uplink.troubles())
         if self._sessions.stopping:
             missing.append("the gateway is stopping")
-        return Readiness(missing=missing, notes=self._notes)
+        linked = self._links.notes() if self._links is not None else ()
+        return Readiness(missing=missing, notes=(*self._notes, *self._uplink.notes(), *linked))
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Connect, as soon as broker and store are there, and serve until `stop`; streams in flight are detached."""
@@ -61,6 +80,8 @@ class DraftGateway:
             if connecting.done():
                 connecting.result()
             await stopping
+            if self._links is not None:
+                await self._links.stop()
             await self._sessions.stop()
         finally:
             connecting.cancel()

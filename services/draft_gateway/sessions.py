@@ -30,8 +30,8 @@ from shared.errors import (
     Unavailable,
 )
 from shared.protocol import Cancel, CloseSession, GenerationParams, OpenSession, Tokens
+from shared.session import SessionState
 from shared.speculation.edge import EdgeConfig
-from shared.store import SessionState
 from shared.telemetry import TraceContext
 
 logger = logging.getLogger(__name__)

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, SecretStr
 
 from shared.settings import ModelSettings, Port, Positive, Seconds
+
+
+class UplinkKind(StrEnum):
+    """What joins a gateway to the rest: Kafka in the cloud, a link at the edge."""
+
+    KAFKA = "kafka"
+    LINK = "link"
+
+
+def _link_urls(value: str) -> str:
+    """ws[s]://HOST[:PORT][/PATH][,…]"""
+    for url in filter(None, map(str.strip, value.split(","))):
+        parts = urlsplit(url)
+        if parts.scheme not in ("ws", "wss") or not parts.hostname:
+            raise ValueError(
+                f"{url!r} is no link; write ws://HOST:PORT/v1/link or wss://…, several with commas"
+            )
+    return value
+
+
+LinkUrls = Annotated[str, AfterValidator(_link_urls)]
 
 
 class GatewaySettings(ModelSettings):
@@ -18,6 +41,36 @@ class GatewaySettings(ModelSettings):
     gateway_max_streams: Positive = Field(
         256, description="Generations at a time; more are refused with 429."
     )
+    uplink: UplinkKind = Field(
+        UplinkKind.KAFKA,
+        description="What joins this gateway to the rest: 'kafka' in the cloud, 'link' at the edge (it then needs no "
+        "Kafka and no Redis).",
+    )
+    link: LinkUrls = Field(
+        "",
+        description="At the edge: gateways in the cloud to link to, tried in turn, ws://HOST:PORT/v1/link or wss://…, "
+        "separated by commas.",
+    )
+    link_key: SecretStr = Field(SecretStr(""), description="At the edge: the key that it shows.")
+    link_keys: SecretStr = Field(
+        SecretStr(""),
+        description="In the cloud: who may link, NAME=KEY separated by commas or lines; without any only processes on "
+        "the same machine. A NAME sees the sessions that its own links opened.",
+    )
+    link_timeout_s: Seconds = Field(
+        5.0,
+        description="A link without an answer for so long, or that delivers nothing for so long, is given up.",
+    )
+    link_slow_ms: Annotated[float, Field(gt=0)] = Field(
+        100.0,
+        description="Hints are dropped while queues on the link delay what is sent by more than this, ms.",
+    )
+    link_queue: Positive = Field(64, description="Frames of one session that may wait for the link.")
+    link_grace_s: Seconds = Field(
+        30.0,
+        description="In the cloud: a session whose link was lost and that nobody takes up frees its KV after so long.",
+    )
+    max_links: Positive = Field(256, description="In the cloud: links at a time; more are refused with 429.")
     draft: str = Field(
         "lookup",
         description="Draft engine: 'lookup' (n-gram over prompt and output), 'none', or the directory of a small "
@@ -46,3 +99,8 @@ class GatewaySettings(ModelSettings):
     )
     keepalive_s: Seconds = Field(15.0, description="An SSE comment is sent on a stream quiet for so long.")
     max_request_bytes: Positive = Field(2 << 20, description="Longest request body; longer ones get 413.")
+
+    @property
+    def link_urls(self) -> tuple[str, ...]:
+        """The links to try, in order."""
+        return tuple(filter(None, map(str.strip, self.link.split(","))))

@@ -13,7 +13,7 @@ from services.kv_session.directory import Directory
 from services.kv_session.fleet import Sighting
 from shared.errors import OutriderError
 from shared.protocol import FinishReason, GenerationParams, ReplyRoute, SessionId
-from shared.store import SessionState, SessionStatus
+from shared.session import SessionState, SessionStatus
 
 MOST_A_PAGE = 1000
 

@@ -37,7 +37,8 @@ from shared.protocol import (
     SessionsMessage,
     TouchSession,
 )
-from shared.store import SessionState, SessionStatus, StaleState, Store
+from shared.session import SessionState, SessionStatus
+from shared.store import StaleState, Store
 
 PlacedReason = Literal["opened", "resumed", "moved"]
 

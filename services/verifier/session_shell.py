@@ -31,8 +31,9 @@ from shared.protocol import (
     Verdict,
     VerdictsMessage,
 )
+from shared.session import SessionState
 from shared.speculation import verifier as core
-from shared.store import CommitConflict, SessionState, StaleClaim, Store
+from shared.store import CommitConflict, StaleClaim, Store
 from shared.telemetry import TraceContext
 
 log = logging.getLogger(__name__)

@@ -99,16 +99,19 @@ class Demo:
         running = records.read(self._settings.run_dir)
         if running is not None and running.running:
             self._say(f"using the stack that runs already, its gateway at {running.gateway_url}")
-            return self._use(running.gateway_url, running.model)
+            return self._use(running)
         stack = Stack(self._options(), settings=self._settings, report=self._progress)
         try:
             self._say(f"starting Kafka, Redis and the services; logs in {stack.run_dir / 'logs'}")
             stack.up()
-            return self._use(stack.gateway_url, stack.model_name)
+            return self._use(stack.record)
         finally:
             self._stop(stack)
 
-    def _use(self, url: str, model: str) -> int:
+    def _use(self, stack: records.StackRecord) -> int:
+        url, model = stack.gateway_url, stack.model
+        if stack.places:
+            self._say(f"\n{stack.places}")
         self._legend()
         failed = False
         for prompt in self._prompts:

@@ -23,13 +23,14 @@ FORMAT: Final = 1
 SERVICE_GRACE_S: Final = 12.0
 BROKER_GRACE_S: Final = 15.0
 KEEPER_S: Final = 60.0
-KAFKA, REDIS = "kafka", "redis"
+KAFKA, REDIS, LINK, EDGE = "kafka", "redis", "link", "edge"
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """A process of the stack, or (without `process`) a server that was given. `url` is a service's or Redis' own,
-    for Kafka its address; `kind` is kafka, redis, kv-session, verifier or gateway."""
+    for Kafka its address, for a link that of its near end; `kind` is kafka, redis, kv-session, verifier, gateway, and
+    where there are two places link (what delays the way between them) and edge (the gateway there)."""
 
     name: str
     kind: str
@@ -52,13 +53,14 @@ class Part:
     @property
     def is_service(self) -> bool:
         """It answers `/readyz`."""
-        return self.kind not in (KAFKA, REDIS)
+        return self.kind not in (KAFKA, REDIS, LINK)
 
     def health(self) -> Health:
-        """Whether it can serve. Of a broker only whether our process runs is told."""
+        """Whether it can serve. Of a broker or a link only whether our process runs is told."""
         if self.ours and not self.alive:
             return Health(ready=False, reasons=("it doesn't run",))
-        return ask(self.url) if self.is_service else Health(ready=True)
+        notes = (self.source,) if self.kind == LINK else ()
+        return ask(self.url) if self.is_service else Health(ready=True, notes=notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +92,25 @@ class StackRecord:
 
     @property
     def gateway_url(self) -> str:
-        """Where clients go. Raises `StackError` when it has no gateway."""
-        gateways = self.of("gateway")
+        """Where clients go: the gateway at the edge, if there is one. Raises `StackError` when it has no gateway."""
+        gateways = (*self.of(EDGE), *self.of("gateway"))
         if not gateways:
             raise StackError("this stack has no gateway")
         return gateways[0].url
 
+    @property
+    def places(self) -> str:
+        """Where clients' gateway is and what lies between it and the rest, in words; "" when all is in one place."""
+        if not (edges := self.of(EDGE)):
+            return ""
+        links = "; ".join(f"{link.name}: {link.source}" for link in self.of(LINK))
+        return f"two places: clients talk to {edges[0].name} at the edge, all else is in the cloud ({links})"
+
     def stop(self) -> None:
         """Stop all that it started, in the order in which nobody misses anybody: gateways, services, brokers."""
         for kinds, grace_s in (
-            ({"gateway"}, SERVICE_GRACE_S),
+            ({EDGE}, SERVICE_GRACE_S),
+            ({"gateway", LINK}, SERVICE_GRACE_S),
             ({"verifier", "kv-session"}, SERVICE_GRACE_S),
             ({KAFKA, REDIS}, BROKER_GRACE_S),
         ):

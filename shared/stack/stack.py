@@ -31,7 +31,7 @@ from shared.stack.health import NO_ANSWER, Health, ask
 from shared.stack.kafka import Broker, find_kafka
 from shared.stack.ports import HOST, free_port, preferred_port
 from shared.stack.processes import ManagedProcess, StackError
-from shared.stack.record import KAFKA, REDIS, SERVICE_GRACE_S, Part, StackRecord
+from shared.stack.record import KAFKA, LINK, REDIS, SERVICE_GRACE_S, Part, StackRecord
 from shared.stack.redis import RedisServer, find_redis
 from shared.stack.server import START_S, Server
 from shared.stack.settings import StackSettings
@@ -84,6 +84,9 @@ class StackOptions:
     data in the run directory unless `fresh`. `environment` goes to every service, `service_environment` to those of a
     kind ("gateway") or name ("gateway-1"). `gateway_port` is the first gateway's, where it is free; all others are
     free ports. With `die_with_parent` nothing outlives the process that holds the `Stack`.
+
+    With `rtt_ms` there are two places: the gateways are in the cloud, one more (of the kind "edge") is at the edge and
+    linked to them through proxies that delay what passes; clients go to that one, and `gateway_port` is its.
     """
 
     target: Path
@@ -95,6 +98,8 @@ class StackOptions:
     verifiers: int = 1
     kv_sessions: int = 1
     gateway_port: int = 0
+    rtt_ms: float | None = None
+    jitter_ms: float = 0.0
     environment: Mapping[str, str] = field(default_factory=dict)
     service_environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     supervise: bool = False
@@ -115,6 +120,7 @@ class Kind:
 KV_SESSION: Final = Kind("kv-session", "services.kv_session", "KV_SESSION")
 VERIFIER: Final = Kind("verifier", "services.verifier", "VERIFIER")
 GATEWAY: Final = Kind("gateway", "services.draft_gateway", "GATEWAY")
+EDGE: Final = Kind("edge", "services.draft_gateway", "GATEWAY")
 KINDS: Final = (KV_SESSION, VERIFIER, GATEWAY)
 
 
@@ -247,7 +253,7 @@ class Stack:
                 self._spawn(kept)
         if wait and kept.part.is_service:
             self.wait_ready(name)
-        elif wait:
+        elif wait and name in self._servers:
             kept.process.wait_until(self._servers[name].answers, START_S)
 
     def restart(self, name: str, *, wait: bool = True) -> None:
@@ -273,7 +279,7 @@ class Stack:
 
     @property
     def gateway_url(self) -> str:
-        """The first gateway."""
+        """Where clients go."""
         return self.record.gateway_url
 
     @property
@@ -356,21 +362,63 @@ class Stack:
     def _start_services(self, kafka: Broker, redis: RedisServer) -> None:
         options = self.options
         common = {
-            "OUTRIDER_KAFKA": kafka.bootstrap,
-            "OUTRIDER_KAFKA_FLAVOR": kafka.flavor.value,
-            "OUTRIDER_REDIS_URL": redis.url,
             "OUTRIDER_MODEL": str(options.target.resolve()),
             "OUTRIDER_DRAFT": options.draft,
             "PYTHONUNBUFFERED": "1",
         }
+        cloud = {
+            **common,
+            "OUTRIDER_KAFKA": kafka.bootstrap,
+            "OUTRIDER_KAFKA_FLAVOR": kafka.flavor.value,
+            "OUTRIDER_REDIS_URL": redis.url,
+            "OUTRIDER_UPLINK": "kafka",
+        }
         counts = {KV_SESSION: options.kv_sessions, VERIFIER: options.verifiers, GATEWAY: options.gateways}
         used: set[int] = set()
+        clients_come_in = EDGE if options.rtt_ms is not None else GATEWAY
+        gateways: list[int] = []
         for kind in KINDS:
             for number in range(counts[kind]):
-                first_gateway = kind is GATEWAY and number == 0 and options.gateway_port
-                port = preferred_port(options.gateway_port, used) if first_gateway else free_port(used)
-                used.add(port)
-                self._start_service(kind, number, port, common)
+                port = self._port(used, for_clients=kind is clients_come_in and number == 0)
+                if kind is GATEWAY:
+                    gateways.append(port)
+                self._start_service(kind, number, port, cloud)
+        if options.rtt_ms is not None:
+            links = ",".join(self._start_link(number, port, used) for number, port in enumerate(gateways))
+            linked = {**common, "OUTRIDER_UPLINK": "link", "OUTRIDER_LINK": links}
+            self._start_service(EDGE, 0, self._port(used, for_clients=True), linked)
+
+    def _port(self, used: set[int], *, for_clients: bool = False) -> int:
+        wanted = self.options.gateway_port
+        port = preferred_port(wanted, used) if for_clients and wanted else free_port(used)
+        used.add(port)
+        return port
+
+    def _start_link(self, number: int, gateway_port: int, used: set[int]) -> str:
+        """Put a wide-area link before a gateway; its URL."""
+        name, options, port = f"{LINK}-{number}", self.options, self._port(used)
+        command = [
+            sys.executable, "-m", "shared.stack.delay",
+            "--listen", str(port), "--to", f"{HOST}:{gateway_port}",
+            "--rtt", str(options.rtt_ms), "--jitter", str(options.jitter_ms),
+        ]  # fmt: skip
+        process = ManagedProcess(
+            name,
+            command,
+            self.run_dir / "logs" / f"{name}.log",
+            die_with_parent=options.die_with_parent,
+            grace_s=SERVICE_GRACE_S,
+        )
+        jitter = f" ± {options.jitter_ms:g}" if options.jitter_ms else ""
+        part = Part(
+            name,
+            LINK,
+            f"ws://{HOST}:{port}/v1/link",
+            f"{options.rtt_ms:g}{jitter} ms round trip to {GATEWAY.name}-{number}",
+        )
+        self._tell(name, State.STARTING, part.source)
+        self._launch(part, process)
+        return part.url
 
     def _start_service(self, kind: Kind, number: int, port: int, common: Mapping[str, str]) -> None:
         name, options = f"{kind.name}-{number}", self.options
@@ -477,4 +525,5 @@ def backoff_s(failures: int) -> float:
 
 
 def _order(part: Part) -> tuple[int, str]:
-    return ((KAFKA, REDIS, *(kind.name for kind in KINDS)).index(part.kind), part.name)
+    kinds = (KAFKA, REDIS, *(kind.name for kind in KINDS), LINK, EDGE.name)
+    return (kinds.index(part.kind), part.name)

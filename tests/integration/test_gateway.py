@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import secrets
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,148 +16,32 @@ import httpx
 import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError
 
-from services.draft_gateway.service import DraftGateway
-from services.draft_gateway.settings import GatewaySettings
-from services.kv_session.service import KvSessionService
-from services.kv_session.settings import KvSessionSettings
-from shared.http import HttpServer
-from shared.protocol import Block, Cancel, Fault, FinishReason, Prompt, Tokens, Verdict
+from shared.protocol import Block, Cancel, Fault, FinishReason, Prompt, Verdict
+from shared.session import SessionStatus
 from shared.stack.kafka import Broker
 from shared.stack.redis import RedisServer
-from shared.store import SessionState, SessionStatus, Store
-from tests.integration.byte_model import END, MODEL, write_byte_model
-from tests.integration.scripted_verifier import ScriptedVerifier
+from tests.integration.byte_model import MODEL
+from tests.integration.scripted_cloud import (
+    DEADLINE_S,
+    Cloud,
+    chat,
+    cloud_settings,
+    completion,
+    eventually,
+    process,
+    read_events,
+    read_some,
+    ready,
+    recite,
+    resume,
+    run_gateway,
+    said,
+    session_of,
+    stream,
+    text_of,
+)
 
 pytestmark = [pytest.mark.kafka]
-
-VERSE = "Ein Vöglein saß im Schnee ☃ und pfiff 😀, im Schnee saß es und pfiff. "
-DEADLINE_S = 20.0
-
-
-def recite(prompt: Tokens, length: int) -> Tokens:
-    """The verse over and over, from a point that depends on the prompt."""
-    verse = tuple(VERSE.encode())
-    start = sum(prompt) % len(VERSE.partition(" ")[0].encode())
-    return (verse[start:] + verse * (length // len(verse) + 1))[:length]
-
-
-def text_of(tokens: Tokens) -> str:
-    return bytes(token for token in tokens if token < 256).decode(errors="replace")
-
-
-@dataclass
-class Event:
-    """A server-sent event."""
-
-    data: str
-    id: str | None = None
-
-    @property
-    def json(self) -> dict[str, Any]:
-        parsed: dict[str, Any] = json.loads(self.data)
-        return parsed
-
-    @property
-    def text(self) -> str:
-        if self.data == "[DONE]" or not self.json.get("choices"):
-            return ""
-        choice = self.json["choices"][0]
-        return choice["text"] if "text" in choice else choice["delta"].get("content") or ""
-
-
-async def read_events(response: httpx.Response) -> AsyncIterator[Event]:
-    event_id, data = None, None
-    async for line in response.aiter_lines():
-        if line.startswith("id: "):
-            event_id = line[4:]
-        elif line.startswith("data: "):
-            data = line[6:]
-        elif not line and data is not None:
-            yield Event(data, event_id)
-            event_id, data = None, None
-
-
-def said(events: list[Event]) -> str:
-    return "".join(event.text for event in events)
-
-
-async def eventually(holds: Callable[[], Any], what: str) -> Any:
-    """The first true value of `holds`, or of what it gives to await, within a deadline."""
-    deadline = time.monotonic() + DEADLINE_S
-    while time.monotonic() < deadline:
-        value = holds()
-        if asyncio.iscoroutine(value):
-            value = await value
-        if value:
-            return value
-        await asyncio.sleep(0.02)
-    pytest.fail(f"not within {DEADLINE_S:g} s: {what}")
-
-
-class Cloud:
-    """Gateways, a kv-session, a scripted verifier and the store beneath them."""
-
-    def __init__(self, settings: dict[str, Any], stack: AsyncExitStack) -> None:
-        self._settings = settings
-        self._stack = stack
-        self.store = Store(GatewaySettings(**settings))
-        self.verifier = ScriptedVerifier(
-            GatewaySettings(**settings), recite, model=MODEL, stop_tokens=frozenset({END})
-        )
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The settings as a process of its own reads them."""
-        return {f"OUTRIDER_{name.upper()}": str(value) for name, value in self._settings.items()}
-
-    async def start(self, *, kv_session: bool = True) -> None:
-        await self._stack.enter_async_context(self.store)
-        await self._stack.enter_async_context(self.verifier)
-        if kv_session:
-            await self._stack.enter_async_context(_kv_session(self._settings))
-
-    async def gateway(self, **settings: Any) -> httpx.AsyncClient:
-        """A client of a new gateway that is ready."""
-        client = await self._stack.enter_async_context(_gateway(self._settings | settings))
-        await eventually(lambda: _ready(client), "the gateway is ready")
-        return client
-
-    async def state(self, session: str) -> SessionState:
-        state = await self.store.state(session)
-        assert state is not None
-        return state
-
-
-async def _ready(client: httpx.AsyncClient) -> bool:
-    return (await client.get("/readyz")).status_code == 200
-
-
-@asynccontextmanager
-async def _gateway(settings: dict[str, Any]) -> AsyncIterator[httpx.AsyncClient]:
-    gateway = DraftGateway(GatewaySettings(gateway_port=0, **settings))
-    stop = asyncio.Event()
-    async with HttpServer(gateway.app, host="127.0.0.1", port=0, grace_s=2) as server:
-        serving = asyncio.create_task(gateway.serve(stop))
-        url = f"http://127.0.0.1:{server.port}"
-        async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as client:
-            yield client
-        stop.set()
-        await serving
-
-
-@asynccontextmanager
-async def _kv_session(settings: dict[str, Any]) -> AsyncIterator[None]:
-    service = KvSessionService(KvSessionSettings(kv_session_port=0, **settings))
-    stop = asyncio.Event()
-    running = asyncio.create_task(service.run(stop))
-    yield
-    stop.set()
-    await running
-
-
-@pytest.fixture(scope="module")
-def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_byte_model(tmp_path_factory.mktemp("models") / MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -173,17 +54,7 @@ def shared_topics() -> str:
 def settings(
     kafka_broker: Broker, redis_url: str, redis_prefix: str, byte_model: Path, shared_topics: str
 ) -> dict[str, Any]:
-    return {
-        "kafka": kafka_broker.bootstrap,
-        "kafka_flavor": kafka_broker.flavor.value,
-        "redis_url": redis_url,
-        "redis_prefix": redis_prefix,
-        "topic_prefix": shared_topics,
-        "model": str(byte_model),
-        "round_timeout_s": 1.0,
-        "sweep_s": 0.2,
-        "verifier_timeout_s": 2.0,
-    }
+    return cloud_settings(kafka_broker, redis_url, redis_prefix, byte_model, shared_topics)
 
 
 @pytest.fixture
@@ -197,42 +68,6 @@ async def cloud(settings: dict[str, Any], stack: AsyncExitStack) -> Cloud:
     cloud = Cloud(settings, stack)
     await cloud.start()
     return cloud
-
-
-def chat(content: str = "Sing!", **fields: Any) -> dict[str, Any]:
-    return {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": 60} | fields
-
-
-def completion(prompt: Any = "Sing!", **fields: Any) -> dict[str, Any]:
-    return {"model": MODEL, "prompt": prompt, "max_tokens": 60} | fields
-
-
-async def stream(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> list[Event]:
-    async with client.stream("POST", path, json=body | {"stream": True}) as response:
-        assert response.status_code == 200, await response.aread()
-        return [event async for event in read_events(response)]
-
-
-async def resume(client: httpx.AsyncClient, session: str, after: str | None) -> list[Event]:
-    headers = {} if after is None else {"Last-Event-ID": after}
-    async with client.stream("GET", f"/v1/streams/{session}", headers=headers) as response:
-        assert response.status_code == 200, await response.aread()
-        return [event async for event in read_events(response)]
-
-
-async def read_some(client: httpx.AsyncClient, body: dict[str, Any], count: int) -> list[Event]:
-    """The first events of a stream that is then left."""
-    events: list[Event] = []
-    async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
-        async for event in read_events(response):
-            events.append(event)
-            if len(events) == count:
-                break
-    return events
-
-
-def session_of(events: list[Event]) -> str:
-    return str(events[0].json["id"])
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------
@@ -682,7 +517,7 @@ async def test_without_broker_or_store_the_gateway_says_so_at_once(
     settings: dict[str, Any], stack: AsyncExitStack, setting: str, address: str, names: str
 ) -> None:
     away = settings | {setting: address, "bus_deadline_s": 0.5, "store_deadline_s": 0.5}
-    client = await stack.enter_async_context(_gateway(away))
+    client = await stack.enter_async_context(run_gateway(away))
 
     async def told() -> bool:
         response = await client.get("/readyz")
@@ -718,7 +553,7 @@ async def test_a_broker_that_goes_away_is_told_at_the_door_and_costs_a_stream_no
     events = await asking
     assert said(events) == text_of(recite(tuple(b"Sing!"), 200))
     assert events[-1].data == "[DONE]"
-    await eventually(lambda: _ready(gateway), "the gateway is ready again")
+    await eventually(lambda: ready(gateway), "the gateway is ready again")
 
 
 async def test_a_store_that_goes_away_is_told_at_the_door(
@@ -740,7 +575,7 @@ async def test_a_store_that_goes_away_is_told_at_the_door(
     read = await gateway.get("/v1/streams/cmpl-1")
     assert (read.status_code, read.json()["error"]["code"]) == (503, "store_unavailable")
     await asyncio.to_thread(own_redis.start)
-    await eventually(lambda: _ready(gateway), "the gateway is ready again")
+    await eventually(lambda: ready(gateway), "the gateway is ready again")
 
 
 async def test_a_lost_lease_moves_replies_and_keeps_streams_alive(cloud: Cloud) -> None:
@@ -779,23 +614,6 @@ async def test_metrics_count_rounds_tokens_and_leads(cloud: Cloud) -> None:
 # --- the process ------------------------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def process(environment: dict[str, str]) -> AsyncIterator[asyncio.subprocess.Process]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "services.draft_gateway",
-        env={**os.environ, **environment},
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-
-
 @pytest.mark.stack
 async def test_sigterm_detaches_streams_which_go_on_elsewhere(cloud: Cloud, unused_tcp_port: int) -> None:
     other = await cloud.gateway()
@@ -809,13 +627,13 @@ async def test_sigterm_detaches_streams_which_go_on_elsewhere(cloud: Cloud, unus
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{unused_tcp_port}", timeout=DEADLINE_S) as client,
     ):
 
-        async def ready() -> bool:
+        async def started() -> bool:
             try:
-                return await _ready(client)
+                return await ready(client)
             except httpx.TransportError:
                 return False
 
-        await eventually(ready, "the process is ready")
+        await eventually(started, "the process is ready")
         body = completion(max_tokens=150, stream=True)
         async with client.stream("POST", "/v1/completions", json=body) as response:
             reading = read_events(response)

@@ -36,10 +36,11 @@ from shared.protocol import (
     Topic,
     TouchSession,
 )
+from shared.session import SessionState
 from shared.stack.kafka import Broker
 from shared.stack.ports import free_port
 from shared.stack.redis import RedisServer
-from shared.store import SessionState, Store
+from shared.store import Store
 
 pytestmark = pytest.mark.kafka
 

@@ -22,10 +22,11 @@ from redis.crc import key_slot
 
 from shared.errors import InvalidRequest, SessionNotFound, SessionTaken, StoreUnavailable
 from shared.protocol import FinishReason, GenerationParams, OpenSession, Outcome, ReplyRoute
+from shared.session import SessionStatus
 from shared.settings import CommonSettings
 from shared.stack.ports import free_port
 from shared.stack.redis import RedisServer
-from shared.store import CommitConflict, CommitResult, SessionStatus, StaleClaim, StaleState, Store
+from shared.store import CommitConflict, CommitResult, StaleClaim, StaleState, Store
 
 HERE = ReplyRoute(gateway="gateway-0", partition=0)
 THERE = ReplyRoute(gateway="gateway-1", partition=1)

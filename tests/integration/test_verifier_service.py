@@ -31,9 +31,9 @@ from shared.protocol import (
     Topic,
     Verdict,
 )
+from shared.session import SessionStatus
 from shared.stack.kafka import Broker
 from shared.stack.redis import RedisServer
-from shared.store import SessionStatus
 from tests.integration.scripted_engine import LAYERS, truth
 from tests.integration.verifier_peer import (
     PROMPT,

@@ -36,7 +36,8 @@ from shared.protocol import (
     Topic,
     Verdict,
 )
-from shared.store import SessionState, Store
+from shared.session import SessionState
+from shared.store import Store
 from tests.integration.scripted_engine import ScriptedEngine
 
 WAIT_S = 20.0

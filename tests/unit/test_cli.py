@@ -34,6 +34,9 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (("settings", "moon"), "invalid choice"),
         (("demo", "--max-tokens", "0"), "'0' is not a number above 0"),
         (("models",), "required"),
+        (("demo", "--rtt", "-5"), "'-5' is not a time in ms"),
+        (("up", "--rtt", "soon"), "'soon' is not a time in ms"),
+        (("up", "--jitter", "nan"), "'nan' is not a time in ms"),
     ],
 )
 def test_wrong_arguments_end_with_usage_and_status_2(

@@ -392,7 +392,8 @@ def import_with(
     ("requirements", "modules"),
     [
         ("kv-session.txt", ["services.kv_session.__main__"]),
-        ("gateway.txt", ["services.draft_gateway.__main__"]),
+        ("gateway.txt", ["services.draft_gateway.__main__", "services.draft_gateway.kafka_uplink"]),
+        ("edge.txt", ["services.draft_gateway.__main__", "services.draft_gateway.link.client"]),
         ("verifier-cpu.txt", ["services.verifier.__main__"]),
         (
             "models.txt",

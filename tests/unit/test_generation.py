@@ -34,8 +34,8 @@ from shared.protocol import (
     Tokens,
     Verdict,
 )
+from shared.session import SessionState, SessionStats, SessionStatus
 from shared.speculation.edge import EdgeConfig
-from shared.store import SessionState, SessionStats, SessionStatus
 from shared.telemetry import TraceContext
 
 SESSION = "cmpl-1"

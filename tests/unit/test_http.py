@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -125,6 +126,17 @@ async def test_metrics_are_prometheus_text_and_docs_are_on() -> None:
         assert metrics.headers["Content-Type"].startswith("text/plain")
         assert "python_info" in metrics.text
         assert (await http.get("/openapi.json")).json()["info"]["title"] == "Test"
+
+
+async def test_what_is_written_to_a_client_waits_for_no_acknowledgement() -> None:
+    async with (
+        HttpServer(an_app(), host="127.0.0.1", port=0) as server,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as client,
+    ):
+        await client.get("/healthz")
+        connections = server._server.server_state.connections
+        sockets = [connection.transport.get_extra_info("socket") for connection in connections]
+        assert [one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for one in sockets] == [1]
 
 
 async def test_stopping_lets_open_requests_end() -> None:

@@ -27,7 +27,8 @@ from shared.protocol import (
     Verdict,
     VerdictsMessage,
 )
-from shared.store import Claim, CommitResult, SessionState, SessionStatus, Store
+from shared.session import SessionState, SessionStatus
+from shared.store import Claim, CommitResult, Store
 
 ROUTE = ReplyRoute(gateway="g", partition=0)
 
