@@ -12,8 +12,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from services.verifier.engine.exit_modules import TrainedExit
 from training.draft import DraftModel
-from training.exits import Exit, opinion
+from training.exits import opinion
 from training.llama import KeyValueCache, Target
 from training.rollout import Continuation
 
@@ -29,7 +30,7 @@ class Play:
         self,
         target: Target,
         draft: DraftModel,
-        exits: Mapping[int, Exit],
+        exits: Mapping[int, TrainedExit],
         exit_vocabulary: Tensor,
         texts: Sequence[Continuation],
         block: int,
@@ -110,7 +111,9 @@ class Play:
             drafts.append(tokens[:, 0])
         return torch.stack(drafts[:-1], 1), torch.stack(best_tokens, 1), torch.stack(best_scores, 1)
 
-    def _exit(self, layer: int, exit_: Exit, hidden: Tensor, drafts: Tensor, edge_scores: Tensor) -> Record:
+    def _exit(
+        self, layer: int, exit_: TrainedExit, hidden: Tensor, drafts: Tensor, edge_scores: Tensor
+    ) -> Record:
         rows, width = hidden.shape[0], self.block + 1
         padded = torch.cat((drafts, drafts[:, :1]), dim=1)
         seen = opinion(
@@ -133,7 +136,7 @@ class Play:
 def play_rounds(
     target: Target,
     draft: DraftModel,
-    exits: Mapping[int, Exit],
+    exits: Mapping[int, TrainedExit],
     exit_vocabulary: Tensor,
     texts: Sequence[Continuation],
     *,

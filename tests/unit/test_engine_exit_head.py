@@ -22,9 +22,23 @@ def weight() -> torch.Tensor:
 def test_shortlist_gives_the_tokens_and_log_probabilities_of_the_whole_head(weight: torch.Tensor) -> None:
     hidden = torch.randn(ROWS, HIDDEN) * torch.rand(ROWS, 1) * 4
     drafts = torch.randint(VOCABULARY, (ROWS,))
-    exact = ExactHead(lambda rows: rows @ weight.T)(hidden, drafts, K)
+    exact = ExactHead(lambda rows: rows @ weight.T, weight)(hidden, drafts, K)
     found = ShortlistHead(weight)(hidden, drafts, K)
     assert torch.equal(found.tokens, exact.tokens)
+    torch.testing.assert_close(found.log_probs, exact.log_probs, atol=0.05, rtol=0)
+    torch.testing.assert_close(found.drafted, exact.drafted, atol=0.05, rtol=0)
+
+
+def test_a_reduced_vocabulary_names_its_own_tokens_alone_and_judges_any(weight: torch.Tensor) -> None:
+    vocabulary = torch.arange(1, VOCABULARY, 2)
+    hidden = torch.randn(ROWS, HIDDEN) * 2
+    drafts = torch.randint(VOCABULARY, (ROWS,))
+    exact = ExactHead(lambda rows: rows @ weight.T, weight, vocabulary)(hidden, drafts, K)
+    found = ShortlistHead(weight, vocabulary)(hidden, drafts, K)
+    assert bool((exact.tokens % 2 == 1).all())
+    assert torch.equal(found.tokens, exact.tokens)
+    named = (hidden @ weight[vocabulary].T).log_softmax(dim=-1)
+    torch.testing.assert_close(exact.log_probs, named.topk(K, dim=-1).values)
     torch.testing.assert_close(found.log_probs, exact.log_probs, atol=0.05, rtol=0)
     torch.testing.assert_close(found.drafted, exact.drafted, atol=0.05, rtol=0)
 
@@ -46,6 +60,6 @@ def test_other_types_and_small_vocabularies_take_the_whole_head(weight: torch.Te
 
 
 def test_exact_head_needs_no_more_candidates_than_there_are() -> None:
-    found = ExactHead(lambda rows: rows)(torch.tensor([[1.0, 2.0]]), torch.tensor([0]), 5)
+    found = ExactHead(lambda rows: rows, torch.eye(2))(torch.tensor([[1.0, 2.0]]), torch.tensor([0]), 5)
     assert found.tokens.tolist() == [[1, 0]]
     assert found.drafted.exp() + found.log_probs[0, 0].exp() == pytest.approx(1.0)

@@ -42,7 +42,7 @@ from services.draft_gateway.drafting.engine import (
 from services.draft_gateway.drafting.network import Choices, FloatNetwork, Network, Words
 from services.draft_gateway.drafting.shape import LlamaShape, check_weights
 from shared.errors import ModelFilesError
-from shared.models import read_config, target_sha256, tokenizer_sha256, verify, weight_files
+from shared.models import known_target_sha256, read_config, tokenizer_sha256, verify, weight_files
 from shared.protocol import Tokens
 
 PREFILL_CHUNK: Final = 256
@@ -132,15 +132,11 @@ class _Run:
         """What was drafted for a lane so far."""
         choices = self.choices[lane]
         drafted = [best for best, *_ in choices[: self.lengths[lane]]]
-        return Draft(
-            tuple(token for token, _ in drafted), tuple(sure for _, sure in drafted), tuple(choices)
-        )
+        return Draft(tuple(token for token, _ in drafted), tuple(sure for _, sure in drafted), tuple(choices))
 
     def leave(self) -> None:
         """Note what the caches hold now."""
-        held = [
-            (*request.context, *self.draft(lane).tokens) for lane, request in enumerate(self.requests)
-        ]
+        held = [(*request.context, *self.draft(lane).tokens) for lane, request in enumerate(self.requests)]
         if self.cache is self.session.cache:
             self.session.tokens = held[0][: self.start]
             return
@@ -195,14 +191,15 @@ class LlamaDraft:
         header, tensors = read_distilled(directory)
         check_made_for(
             header,
-            target_sha256=target_sha256(target),
+            target_sha256=known_target_sha256(target),
             tokenizer_sha256=tokenizer_sha256(target),
             what=f"the draft {directory.name}",
         )
         shape = LlamaShape.of(config_of(header))
         torch.set_num_threads(threads)
         network = DistilledNetwork(tensors, shape.layers, shape.vocabulary)
-        return cls(directory.name, shape, network, cache_tokens=cache_tokens)
+        name = f"draft for {header.get('target', target.name)}"
+        return cls(name, shape, network, cache_tokens=cache_tokens)
 
     # --- drafting -------------------------------------------------------------------------------------
 

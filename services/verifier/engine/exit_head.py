@@ -35,34 +35,52 @@ class ExitHead(Protocol):
     def __call__(self, hidden: Tensor, drafts: Tensor, k: int) -> Scores:
         """`hidden` [rows, hidden size]; `drafts` [rows] token ids, whatever they are where there is no draft."""
 
+    def rows(self, tokens: Tensor) -> Tensor:
+        """The head's rows of these tokens, `[…, hidden size]`."""
+
 
 class ExactHead:
-    """The model's own head, in full."""
+    """The model's own head, in full; with a `vocabulary` it names these tokens only."""
 
-    def __init__(self, logits: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, logits: Callable[[Tensor], Tensor], weight: Tensor, vocabulary: Tensor | None = None
+    ) -> None:
+        """`logits` is what the model makes of hidden states, by `weight` [vocabulary, hidden size] and whatever else."""
         self._logits = logits
+        self._weight = weight
+        self._ids = None if vocabulary is None else vocabulary.to(weight.device)
 
     def __call__(self, hidden: Tensor, drafts: Tensor, k: int) -> Scores:
         """See `ExitHead`."""
         logits = self._logits(hidden).float()
-        total = logits.logsumexp(dim=-1, keepdim=True)
-        best, tokens = logits.topk(min(k, logits.shape[-1]), dim=-1)
+        named = logits if self._ids is None else logits[:, self._ids]
+        total = named.logsumexp(dim=-1, keepdim=True)
+        best, columns = named.topk(min(k, named.shape[-1]), dim=-1)
+        tokens = columns if self._ids is None else self._ids[columns]
         return Scores(tokens, best - total, (logits.gather(1, drafts[:, None]) - total).squeeze(1))
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """See `ExitHead`."""
+        return self._weight[tokens]
 
 
 class ShortlistHead:
     """An int8 copy of the head for the shortlist, the head itself for what is on it."""
 
-    def __init__(self, weight: Tensor) -> None:
-        """`weight` is the head's, [vocabulary, hidden size], float32; it is kept, not copied."""
+    def __init__(self, weight: Tensor, vocabulary: Tensor | None = None) -> None:
+        """`weight` is the head's, [vocabulary, hidden size], float32; it is kept, not copied. With a `vocabulary` only
+        these tokens are named."""
         self._weight = weight
-        self._packed = _pack(weight)
+        self._ids = vocabulary
+        self._packed = _pack(weight if vocabulary is None else weight[vocabulary])
 
     def __call__(self, hidden: Tensor, drafts: Tensor, k: int) -> Scores:
         """See `ExitHead`. The normalising sum is int8's, with the shortlist's share replaced by the exact one."""
         rough = torch.ops.quantized.linear_dynamic(hidden, self._packed, True)
         total = rough.logsumexp(dim=-1, keepdim=True)
         rough_best, shortlist = rough.topk(max(SHORTLIST, 2 * k), dim=-1)
+        if self._ids is not None:
+            shortlist = self._ids[shortlist]
         exact = torch.einsum("rh,rsh->rs", hidden, self._weight[shortlist])
         on_list = (rough_best - total).logsumexp(dim=-1, keepdim=True).clamp(max=-1e-6)
         tail = total + torch.log(-torch.expm1(on_list))
@@ -70,6 +88,10 @@ class ShortlistHead:
         best, order = exact.topk(k, dim=-1)
         drafted = (hidden * self._weight[drafts]).sum(dim=-1, keepdim=True) - total
         return Scores(shortlist.gather(1, order), best - total, drafted.squeeze(1))
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """See `ExitHead`."""
+        return self._weight[tokens]
 
 
 def can_shortlist(weight: Tensor) -> bool:

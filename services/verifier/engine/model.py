@@ -18,8 +18,9 @@ from vllm.model_executor.models.llama import LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.mistral import MistralForCausalLM, MistralModel
 
 from services.verifier.engine.channel import Sender
+from services.verifier.engine.exit_files import TargetFacts, load_exits
 from services.verifier.engine.exit_head import ExactHead, ExitHead, ShortlistHead, can_shortlist
-from services.verifier.engine.exits import ExitReader, Pass, TargetFacts, load_exits
+from services.verifier.engine.exits import ExitReader, Pass
 from services.verifier.engine.options import EngineOptions
 from shared.errors import EngineError
 
@@ -83,18 +84,23 @@ class _WithExits:
         target = TargetFacts(
             directory=Path(vllm_config.model_config.model),
             hidden_size=self.config.hidden_size,
+            vocab_size=self.config.vocab_size,
+            epsilon=self.config.rms_norm_eps,
             dtype=vllm_config.model_config.dtype,
         )
         file = Path(options.exit_modules) if options.exit_modules else None
         exits = load_exits(options.exit_layers, file, target)
-        tap = ExitTap(ExitReader(exits, self.model.norm, self._exit_head(), options.exit_outcomes), sender)
+        head = self._exit_head(exits.vocabulary)
+        tap = ExitTap(ExitReader(exits, self.model.norm, head, options.exit_outcomes), sender)
         self.model.exit_tap = tap
         return tap
 
-    def _exit_head(self) -> ExitHead:
+    def _exit_head(self, vocabulary: Tensor | None) -> ExitHead:
         weight = self.lm_head.weight[: self.config.vocab_size]
         plain = self.logits_processor.scale == 1.0 and self.logits_processor.soft_cap is None
-        return ShortlistHead(weight) if plain and can_shortlist(weight) else ExactHead(self.compute_logits)
+        if plain and can_shortlist(weight):
+            return ShortlistHead(weight, vocabulary)
+        return ExactHead(self.compute_logits, weight, vocabulary)
 
 
 class OutriderLlamaForCausalLM(_WithExits, LlamaForCausalLM):  # type: ignore[misc]

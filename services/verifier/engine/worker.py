@@ -6,6 +6,7 @@ inputs. The worker also ties the engine process to its verifier (`process`).
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,7 @@ class SessionRunner(CPUModelRunner):  # type: ignore[misc]
         sessions: list[VerifiedRows] = []
         positions: list[int] = []
         drafts: list[int] = []
+        sure: list[float] = []
         offset = 0
         for index, request_id in enumerate(batch.req_ids):
             drafted, first = num_draft_tokens[index], offset
@@ -74,10 +76,11 @@ class SessionRunner(CPUModelRunner):  # type: ignore[misc]
             sessions.append(VerifiedRows(key, base, len(positions), block))
             positions.extend(range(first, offset))
             drafts.extend((*block, 0))
+            sure.extend([math.nan] * (len(block) + 1))
         if not sessions:
             return None
         rows = logits_indices if len(positions) == offset else logits_indices[torch.tensor(positions)]
-        return Pass(self._pass_began, rows, tuple(sessions), torch.tensor(drafts))
+        return Pass(self._pass_began, rows, tuple(sessions), torch.tensor(drafts), torch.tensor(sure))
 
 
 class SessionWorker(CPUWorker):  # type: ignore[misc]
