@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import InvalidRequest, ModelFilesError
 
 if TYPE_CHECKING:
-    import torch
     from tokenizers import Tokenizer
 
     from training.draft import DraftModel
@@ -296,7 +294,7 @@ def _exits(arguments: argparse.Namespace) -> int:
     """Trains exit modules and calibrates them; run again to go on from the last checkpoint."""
     import torch
 
-    from training.calibrate import answer_starts, held_out
+    from training.calibrate import Files, answer_starts, calibrate, held_out
     from training.data import load_groups
     from training.draft import common_tokens, read_draft, save_checkpoint
     from training.exits import ExitPlan, ExitTrainer, fitting_width, write_exits
@@ -342,31 +340,9 @@ def _exits(arguments: argparse.Namespace) -> int:
     path = arguments.out / "exits.safetensors"
     size = write_exits(path, trainer.exits, vocabulary, header, torch.bfloat16)
     contexts = answer_starts(held_out(tokens), held_out(roles), arguments.calibration_texts)
-    _calibrate(directory, path, arguments.draft, tokenizer, contexts, target.embedding.device)
+    calibrate(Files(directory, arguments.draft, path), tokenizer, contexts, target.embedding.device, print)
     print(f"{path}: {size / 1e6:.1f} MB, exits after layers {', '.join(map(str, layers))}")
     return 0
-
-
-def _calibrate(
-    directory: Path,
-    exits: Path,
-    draft: Path,
-    tokenizer: Tokenizer,
-    contexts: Sequence[list[int]],
-    device: torch.device,
-) -> None:
-    from shared.models import target_sha256, tokenizer_sha256
-    from shared.pair import write_foresight
-    from training.calibrate import calibrate
-    from training.exits import write_calibrations
-
-    fitted = calibrate(directory, exits, draft, tokenizer, contexts, device, print)
-    write_calibrations(exits, fitted.exits)
-    made_for = {
-        "target_sha256": target_sha256(directory),
-        "tokenizer_sha256": tokenizer_sha256(directory),
-    }
-    write_foresight(draft, fitted.foresight, made_for)
 
 
 def _fit(arguments: argparse.Namespace) -> int:
@@ -374,13 +350,13 @@ def _fit(arguments: argparse.Namespace) -> int:
     import torch
     from tokenizers import Tokenizer
 
-    from training.calibrate import answer_starts
+    from training.calibrate import Files, answer_starts, calibrate
     from training.data import load_groups
 
     directory, device = _directory(arguments), torch.device(_device(arguments.device))
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     contexts = answer_starts(*load_groups(arguments.data, device), arguments.texts)
-    _calibrate(directory, arguments.exits, arguments.draft, tokenizer, contexts, device)
+    calibrate(Files(directory, arguments.draft, arguments.exits), tokenizer, contexts, device, print)
     print(f"{arguments.exits} and {arguments.draft / 'foresight.json'}: fitted on {len(contexts)} texts")
     return 0
 

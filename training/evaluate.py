@@ -22,8 +22,8 @@ from services.draft_gateway.drafting.hybrid import HybridDraft, Worths
 from services.draft_gateway.drafting.llama import LlamaDraft
 from services.draft_gateway.drafting.lookup import PromptLookup
 from services.verifier.engine.exit_files import ExitSet
-from services.verifier.engine.exit_head import ExactHead, ShortlistHead, can_shortlist
-from services.verifier.engine.exit_modules import TrainedExit
+from services.verifier.engine.exit_head import Naming, best_head
+from services.verifier.engine.exit_modules import TrainedExit, quickest
 from services.verifier.engine.exits import ExitReader, Pass, VerifiedRows
 from shared.errors import InvalidRequest, ModelFilesError
 from shared.models import target_sha256
@@ -283,7 +283,7 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = 10) -> list[tup
 
 @torch.inference_mode()
 def exit_step_ratio(
-    target: Target, exits: Mapping[int, TrainedExit], vocabulary: Tensor, sessions: int = 1
+    target: Target, exits: Mapping[int, TrainedExit], naming: Naming, sessions: int = 1
 ) -> float:
     """Time of all exits over that of a verification pass of one block a session, medians on this machine.
 
@@ -295,13 +295,9 @@ def exit_step_ratio(
     tokens = torch.randint(0, target.config.vocab_size, (sessions, 200), generator=generator).to(device)
     target.decoder.aligned(target.embed(tokens), 0, cache)
     block, positions = tokens[:, :rows], torch.arange(200, 200 + rows, device=device).repeat(sessions, 1)
-    weight = target.head.data
-    head = (
-        ShortlistHead(weight, vocabulary)
-        if can_shortlist(weight)
-        else ExactHead(target.logits, weight, vocabulary)
-    )
-    reader = ExitReader(ExitSet(dict(exits), "timed"), target.decoder.normed, head, outcomes.HINTED)
+    head = best_head(target.logits, target.head.data, naming)
+    modules = {layer: quickest(exit_) for layer, exit_ in exits.items()}
+    reader = ExitReader(ExitSet(modules, "timed"), target.decoder.normed, head, outcomes.HINTED)
     own = [
         VerifiedRows(str(number), 0, number * rows, tuple(block[number, 1:].tolist()))
         for number in range(sessions)
@@ -404,7 +400,7 @@ def measure_exits(
 ) -> dict[str, Any]:
     """The figures of the edge's guess and of the exits."""
     assert plan.exits is not None
-    exits, vocabulary = load_exits(plan.exits, plan.target, target)
+    exits, naming = load_exits(plan.exits, plan.target, target)
     device = target.embedding.device
     exits = {layer: exit_.to(device) for layer, exit_ in exits.items()}
     foresight = read_foresight(plan.draft)
@@ -412,13 +408,13 @@ def measure_exits(
     some = [texts[index * len(texts) // count] for index in range(count)]
     parts: list[Record] = []
     for at in range(0, count, 16):
-        parts.append(play_rounds(target, draft, exits, vocabulary, some[at : at + 16], block=BLOCK))
+        parts.append(play_rounds(target, draft, exits, naming, some[at : at + 16], block=BLOCK))
         say(f"evaluate: rounds with exits on {min(at + 16, count)} of {count} texts")
     record = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     own = sum(parameter.numel() for exit_ in exits.values() for parameter in exit_.parameters())
     whole = sum(parameter.numel() for parameter in target.parameters())
     torch.set_num_threads(1)  # as the verifier's engine by default
-    ratios = {str(count): exit_step_ratio(target, exits, vocabulary, count) for count in (1, 4, 16)}
+    ratios = {str(count): exit_step_ratio(target, exits, naming, count) for count in (1, 4, 16)}
     torch.set_num_threads(plan.threads)
     return exit_figures(record, exits, target.config.num_hidden_layers, foresight) | {
         "rounds": len(record["accepted"]),

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from services.verifier.engine.exit_files import FILE_FORMAT, TargetFacts, read_exits
+from services.verifier.engine.exit_head import ROUGH_SHORTLIST, Naming
 from services.verifier.engine.exit_modules import Judged, TrainedExit
 from shared.speculation.outcomes import Calibration
 from training.data import batches, held_out_count
@@ -252,21 +253,57 @@ def write_exits(
 
 def write_calibrations(path: Path, fitted: Mapping[int, Calibration]) -> None:
     """Puts calibrations into the header of a file of exits."""
+    _rewrite(path, {}, calibration=json.dumps({str(layer): asdict(found) for layer, found in fitted.items()}))
+
+
+def write_naming(path: Path, naming: Naming) -> None:
+    """Puts a way to read the head in fewer dimensions into a file of exits."""
+    assert naming.reduce is not None and naming.restore is not None
+    added = {
+        "head.reduce": naming.reduce.bfloat16().contiguous(),
+        "head.restore": naming.restore.bfloat16().contiguous(),
+        "head.tail": torch.tensor([naming.tail]),
+    }
+    _rewrite(path, added)
+
+
+def _rewrite(path: Path, added: Mapping[str, Tensor], **more: str) -> None:
     with safe_open(path, framework="pt") as opened:
         header = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    header["calibration"] = json.dumps({str(layer): asdict(found) for layer, found in fitted.items()})
     part = path.with_suffix(".part")
-    save_file(tensors, part, metadata=header)
+    save_file({**tensors, **added}, part, metadata={**header, **more})
     part.rename(path)
 
 
-def load_exits(path: Path, directory: Path, target: Target) -> tuple[dict[int, TrainedExit], Tensor]:
-    """Written exits by layer, in float32, with their calibration, and their vocabulary: as the verifier loads them.
+@torch.inference_mode()
+def fit_naming(head: Tensor, vocabulary: Tensor, states: Tensor, rank: int = 192) -> Naming:
+    """A way to read the head's rows of a vocabulary in `rank` dimensions, for hidden states like `states` `[n, hidden]`.
+
+    The truncated decomposition of the head in coordinates in which these states are white: the least mean square error of
+    the logits that a rank allows.
+    """
+    named = head[vocabulary].float()
+    moments = states.T @ states / len(states)
+    floor = 1e-3 * moments.diagonal().mean() * torch.eye(len(moments), device=states.device)
+    whitening = torch.linalg.cholesky(moments + floor)
+    _, _, directions = torch.linalg.svd(named @ whitening, full_matrices=False)
+    rank = min(rank, len(directions))
+    restore = (whitening @ directions[:rank].T).bfloat16().float()
+    reduce = torch.linalg.solve_triangular(whitening.T, directions[:rank].T, upper=True).T.bfloat16().float()
+    sample = states[:: max(1, len(states) // 512)]
+    exact, rough = sample @ named.T, (sample @ reduce.T) @ (named @ restore).T
+    listed = rough.topk(min(ROUGH_SHORTLIST, rough.shape[1] - 1), dim=-1).indices
+    tails = [scores.scatter(1, listed, -torch.inf).logsumexp(dim=-1) for scores in (exact, rough)]
+    return Naming(vocabulary, reduce, restore, float((tails[0] - tails[1]).mean()))
+
+
+def load_exits(path: Path, directory: Path, target: Target) -> tuple[dict[int, TrainedExit], Naming]:
+    """Written exits by layer, in float32, with their calibration, and how they name tokens: as the verifier loads them.
 
     `ModelFilesError` when the file is damaged or was made for another target than the one in `directory`.
     """
     config = target.config
     facts = TargetFacts(directory, config.hidden_size, config.vocab_size, config.rms_norm_eps, torch.float32)
-    exits, vocabulary = read_exits(path, facts)
-    return {layer: exit_.requires_grad_(False) for layer, exit_ in exits.items()}, vocabulary
+    exits, naming = read_exits(path, facts)
+    return {layer: exit_.requires_grad_(False) for layer, exit_ in exits.items()}, naming

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from services.verifier.engine.exit_head import ExactHead, ShortlistHead, can_shortlist
+from services.verifier.engine.exit_head import ExactHead, Naming, ShortlistHead, can_shortlist
 
 VOCABULARY, HIDDEN, ROWS, K = 4096, 192, 40, 5
 
@@ -33,8 +33,8 @@ def test_a_reduced_vocabulary_names_its_own_tokens_alone_and_judges_any(weight: 
     vocabulary = torch.arange(1, VOCABULARY, 2)
     hidden = torch.randn(ROWS, HIDDEN) * 2
     drafts = torch.randint(VOCABULARY, (ROWS,))
-    exact = ExactHead(lambda rows: rows @ weight.T, weight, vocabulary)(hidden, drafts, K)
-    found = ShortlistHead(weight, vocabulary)(hidden, drafts, K)
+    exact = ExactHead(lambda rows: rows @ weight.T, weight, Naming(vocabulary))(hidden, drafts, K)
+    found = ShortlistHead(weight, Naming(vocabulary))(hidden, drafts, K)
     assert bool((exact.tokens % 2 == 1).all())
     assert torch.equal(found.tokens, exact.tokens)
     named = (hidden @ weight[vocabulary].T).log_softmax(dim=-1)

@@ -74,8 +74,8 @@ def test_trained_exits_are_loaded(target: TargetFacts) -> None:
     found = load_exits((2, 4), write_exits(target), target)
     assert (found.label, found.notes) == ("trained: exits.safetensors", ())
     assert all(isinstance(module, TrainedExit) for module in found.modules.values())
-    assert found.vocabulary is not None
-    assert found.vocabulary.tolist() == [0, 2, 4, 6, 8, 10]
+    assert found.naming.vocabulary is not None
+    assert found.naming.vocabulary.tolist() == [0, 2, 4, 6, 8, 10]
 
 
 def test_a_files_calibration_is_that_of_its_exits(target: TargetFacts) -> None:

@@ -3,20 +3,22 @@
 One that can't be used costs hints, never service: the untrained exits take over and a note says why. A file's metadata:
 `format` = "outrider-exits/1", `target_sha256` and `tokenizer_sha256` (see `shared.models`), `hidden_size`, `layers`
 ("18,21,24"), and perhaps `calibration`, JSON with a `Calibration` for each layer. Its tensors: `exit_vocab`, the token ids
-that exits may name, and `<layer>.<parameter>` of a `TrainedExit` for each layer.
+that exits may name, `<layer>.<parameter>` of a `TrainedExit` for each layer, and perhaps `head.reduce`, `head.restore` and
+`head.tail` (see `exit_head.Naming`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from services.verifier.engine.exit_head import Naming
 from services.verifier.engine.exit_modules import ExitModule, TrainedExit
 from shared.errors import ModelFilesError
 from shared.models import target_sha256
@@ -29,15 +31,12 @@ OFF: Final = "off"
 
 @dataclass(frozen=True, slots=True)
 class ExitSet:
-    """The exits that a model runs with: a module per layer, and how `EngineInfo` describes them.
-
-    `vocabulary` are the token ids that they name, None for all.
-    """
+    """The exits that a model runs with: a module per layer, how they name tokens, and how `EngineInfo` describes them."""
 
     modules: dict[int, ExitModule]
     label: str
     notes: tuple[str, ...] = ()
-    vocabulary: Tensor | None = None
+    naming: Naming = field(default_factory=Naming)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +58,17 @@ def load_exits(layers: Sequence[int], file: Path | None, target: TargetFacts) ->
     if file is None:
         return ExitSet(untrained, UNTRAINED)
     try:
-        trained, vocabulary = read_exits(file, target)
+        trained, naming = read_exits(file, target)
     except ModelFilesError as error:
         return ExitSet(untrained, UNTRAINED, (f"{error.message}; untrained exits serve instead",))
     missing = [layer for layer in layers if layer not in trained]
     notes = (f"{file.name} has no exit after layers {_listed(missing)}: untrained there",) if missing else ()
     modules = {layer: trained.get(layer, untrained[layer]) for layer in layers}
-    return ExitSet(modules, f"trained: {file.name}", notes, vocabulary)
+    return ExitSet(modules, f"trained: {file.name}", notes, naming)
 
 
-def read_exits(file: Path, target: TargetFacts) -> tuple[dict[int, TrainedExit], Tensor]:
-    """The trained exits in `file` by layer, and the token ids that they name; `ModelFilesError` when it is unreadable or
+def read_exits(file: Path, target: TargetFacts) -> tuple[dict[int, TrainedExit], Naming]:
+    """The trained exits in `file` by layer, and how they name tokens; `ModelFilesError` when it is unreadable or
     was made for another target."""
     from safetensors import SafetensorError, safe_open
 
@@ -84,7 +83,7 @@ def read_exits(file: Path, target: TargetFacts) -> tuple[dict[int, TrainedExit],
     exits = {layer: _exit(file, layer, tensors, target) for layer in _layers(file, header)}
     for layer, module in exits.items():
         module.calibration = calibrations.get(layer, Calibration())
-    return exits, _vocabulary(file, tensors, target)
+    return exits, _naming(file, tensors, target)
 
 
 def _check_header(file: Path, header: dict[str, str], target: TargetFacts) -> None:
@@ -127,6 +126,19 @@ def _vocabulary(file: Path, tensors: Mapping[str, Tensor], target: TargetFacts) 
             f"exit modules {file}: exit_vocab names tokens beyond the vocabulary of {target.vocab_size}"
         )
     return found.long()
+
+
+def _naming(file: Path, tensors: Mapping[str, Tensor], target: TargetFacts) -> Naming:
+    vocabulary = _vocabulary(file, tensors, target)
+    reduce, restore, tail = (tensors.get(f"head.{name}") for name in ("reduce", "restore", "tail"))
+    if reduce is None or restore is None or tail is None:
+        return Naming(vocabulary)
+    if reduce.shape[1:] != (target.hidden_size,) or restore.shape != reduce.T.shape or tail.numel() != 1:
+        raise ModelFilesError(
+            f"exit modules {file}: head.reduce {list(reduce.shape)} and head.restore {list(restore.shape)} don't fit a "
+            f"hidden size of {target.hidden_size}"
+        )
+    return Naming(vocabulary, reduce.float(), restore.float(), float(tail))
 
 
 def _exit(file: Path, layer: int, tensors: Mapping[str, Tensor], target: TargetFacts) -> TrainedExit:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from services.verifier.engine.int8 import Int8Matrix, has_int8
 from shared.speculation.outcomes import Calibration
 
 FEATURES: Final = 8
@@ -89,8 +90,39 @@ class TrainedExit(ExitModule):
 
     def acceptance(self, judged: Judged) -> Tensor:
         """See `ExitModule.acceptance`; calibrated."""
-        line = self.calibration.accept
-        return F.logsigmoid(self.judge(judged) * line.slope + line.offset)
+        return calibrated_odds(self.judge(judged), self.calibration)
+
+
+class Int8Exit(ExitModule):
+    """A trained exit whose adapter is kept in int8: what it costs on a CPU is reading its matrices."""
+
+    def __init__(self, trained: TrainedExit) -> None:
+        super().__init__()
+        self._norm, self._eps = trained.norm.weight, trained.norm.eps
+        self._gate_up = Int8Matrix(torch.cat((trained.gate.weight, trained.up.weight)))
+        self._down = Int8Matrix(trained.down.weight)
+        self.judge = trained.judge
+        self.calibration = trained.calibration
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """See `ExitModule.forward`."""
+        normed = F.rms_norm(hidden, (hidden.shape[-1],), self._norm, self._eps)
+        gate, up = self._gate_up(normed).chunk(2, dim=-1)
+        return hidden + self._down(F.silu(gate) * up)
+
+    def acceptance(self, judged: Judged) -> Tensor:
+        """See `ExitModule.acceptance`; calibrated."""
+        return calibrated_odds(self.judge(judged), self.calibration)
+
+
+def quickest(module: TrainedExit) -> TrainedExit | Int8Exit:
+    """The module in the form that is quickest where its weights are."""
+    return Int8Exit(module) if has_int8(module.down.weight) else module
+
+
+def calibrated_odds(odds: Tensor, calibration: Calibration) -> Tensor:
+    """Log-probabilities from a judge's log-odds."""
+    return F.logsigmoid(odds * calibration.accept.slope + calibration.accept.offset)
 
 
 def judge_features(judged: Judged) -> Tensor:

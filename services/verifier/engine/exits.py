@@ -62,9 +62,7 @@ class ExitReader:
         module = self.exits.modules[layer]
         normed = self._norm(module(hidden))
         scores = self._head(normed, current.drafts, self._outcomes + 1)
-        judged = Judged(
-            normed, self._head.rows(current.drafts), scores.drafted, current.sure, scores.log_probs[:, :2]
-        )
+        judged = Judged(normed, scores.draft_rows, scores.drafted, current.sure, scores.log_probs[:, :2])
         accepted = module.acceptance(judged).tolist()
         drafted = scores.drafted.tolist()
         candidates = [
