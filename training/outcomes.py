@@ -113,7 +113,9 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> fl
     """Expected calibration error: |confidence − accuracy| over equally filled bins, weighted by their sizes."""
     order = confidence.flatten().argsort()
     pairs = torch.stack((confidence.flatten()[order].double(), correct.flatten()[order].double()))
-    gaps = [abs(float(part[0].mean() - part[1].mean())) * part.shape[1] for part in pairs.chunk(bins, dim=1)]
+    gaps = [
+        abs(float(part[0].mean() - part[1].mean())) * int(part.shape[1]) for part in pairs.chunk(bins, dim=1)
+    ]
     return sum(gaps) / int(pairs.shape[1])
 
 

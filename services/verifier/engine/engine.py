@@ -10,7 +10,7 @@ import asyncio
 import logging
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -232,7 +232,9 @@ class VllmEngine:
             self._forget(opened)
             await self._abort(opened.key)
 
-    async def submit(self, session: str, base: int, tokens: Tokens) -> BlockStatus:
+    async def submit(
+        self, session: str, base: int, tokens: Tokens, confidences: Sequence[int] = ()
+    ) -> BlockStatus:
         """See `Engine.submit`."""
         llm = self._alive()
         if len(tokens) > self._settings.max_block:
@@ -246,7 +248,8 @@ class VllmEngine:
         own_base = base - opened.offset
         if own_base < 0:
             return BlockStatus.STALE
-        return BlockStatus(await self._call(llm.submit_block(opened.key, own_base, list(tokens))))
+        levels = list(confidences) if len(confidences) == len(tokens) else []
+        return BlockStatus(await self._call(llm.submit_block(opened.key, own_base, list(tokens), levels)))
 
     async def close(self, session: str) -> None:
         """See `Engine.close`."""

@@ -33,7 +33,7 @@ OFF: Final = "off"
 class ExitSet:
     """The exits that a model runs with: a module per layer, how they name tokens, and how `EngineInfo` describes them."""
 
-    modules: dict[int, ExitModule]
+    modules: Mapping[int, ExitModule]
     label: str
     notes: tuple[str, ...] = ()
     naming: Naming = field(default_factory=Naming)
