@@ -118,13 +118,13 @@ def references(
         prompt for prompt in prompts if kept.get(prompt.question, {}).get("prompt") != list(prompt.tokens)
     ]
     missing.sort(key=lambda prompt: len(prompt.tokens))
-    for at in range(0, len(missing), 16):
-        group = missing[at : at + 16]
+    for at in range(0, len(missing), 24):
+        group = missing[at : at + 24]
         said = greedy(target, [prompt.tokens for prompt in group], most=plan.most_tokens, end=end)
         for prompt, text in zip(group, said, strict=True):
             kept[prompt.question] = {"prompt": list(text.prompt), "tokens": list(text.tokens)}
         path.write_text(json.dumps({"key": key, "texts": kept}))
-        say(f"evaluate: {min(at + 16, len(missing))} of {len(missing)} continuations")
+        say(f"evaluate: {min(at + 24, len(missing))} of {len(missing)} continuations")
     return [Continuation(prompt.tokens, tuple(kept[prompt.question]["tokens"])) for prompt in prompts]
 
 

@@ -105,7 +105,7 @@ def in_best(rankings: Rankings, record: Record) -> dict[str, float]:
 def length_right(rankings: Rankings, record: Record) -> float:
     """How often the likeliest outcome has the right accepted length."""
     pairs = zip(rankings, record["accepted"].tolist(), strict=True)
-    hits = [bool(ranking) and ranking[0].accepted == length for ranking, length in pairs]
+    hits: list[bool] = [bool(ranking) and ranking[0].accepted == length for ranking, length in pairs]
     return sum(hits) / len(hits)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from services.verifier.engine.exit_head import ExactHead, Naming, ShortlistHead, can_shortlist
+from training.exits import fit_naming
 
 VOCABULARY, HIDDEN, ROWS, K = 4096, 192, 40, 5
 
@@ -41,6 +42,21 @@ def test_a_reduced_vocabulary_names_its_own_tokens_alone_and_judges_any(weight: 
     torch.testing.assert_close(exact.log_probs, named.topk(K, dim=-1).values)
     torch.testing.assert_close(found.log_probs, exact.log_probs, atol=0.05, rtol=0)
     torch.testing.assert_close(found.drafted, exact.drafted, atol=0.05, rtol=0)
+
+
+def test_a_head_in_fewer_dimensions_names_the_same_tokens_where_states_have_no_more(
+    weight: torch.Tensor,
+) -> None:
+    directions = torch.linalg.qr(torch.randn(HIDDEN, 24)).Q
+    states = torch.randn(400, 24) @ directions.T * 2
+    naming = fit_naming(weight, torch.arange(VOCABULARY), states, rank=32)
+    hidden, drafts = states[:ROWS], torch.randint(VOCABULARY, (ROWS,))
+    exact = ExactHead(lambda rows: rows @ weight.T, weight)(hidden, drafts, K)
+    found = ShortlistHead(weight, naming)(hidden, drafts, K)
+    assert (found.tokens == exact.tokens).float().mean() > 0.99
+    assert abs(naming.tail) < 0.05
+    torch.testing.assert_close(found.log_probs, exact.log_probs, atol=0.1, rtol=0)
+    torch.testing.assert_close(found.drafted, exact.drafted, atol=0.1, rtol=0)
 
 
 def test_shortlist_is_right_where_one_token_has_all_the_probability(weight: torch.Tensor) -> None:
