@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from shared.errors import ModelFilesError
 from shared.models import target_sha256, tokenizer_sha256
 from shared.pair import read_foresight, shipped_draft, shipped_exits, write_foresight
 from shared.speculation.outcomes import Calibration, Foresight, Line, Mixture
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -121,6 +124,21 @@ def test_the_target_that_ships_has_its_draft_and_exits(target_model: Path) -> No
     settings = VerifierSettings(model=str(target_model))
     exits = choose_exits(settings, Checkpoint(target_model, "LlamaForCausalLM", 30, 49152, 8192, ()))
     assert (exits.layers, exits.notes) == ((18, 21, 24), ())
+
+
+def test_an_installed_package_holds_all_of_them() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["training"]
+    files = [path.relative_to(ROOT / "training") for path in pair.WEIGHTS.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"draft-1.safetensors", "foresight.json", "exits.safetensors"}
+    for path in files:
+        assert any(path.match(pattern) for pattern in patterns), path
+
+
+@pytest.mark.parametrize("service", ["draft_gateway", "verifier"])
+def test_the_images_of_those_that_use_them_hold_them_too(service: str) -> None:
+    text = (ROOT / "services" / service / "Dockerfile").read_text()
+    assert "COPY training/weights training/weights" in text
 
 
 # --- foresight ----------------------------------------------------------------------------------------------------
