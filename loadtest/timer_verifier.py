@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Final, TextIO
 
@@ -78,7 +78,9 @@ class TimerEngine:
             if output.finish_reason is not None:
                 return
 
-    async def submit(self, session: str, base: int, tokens: Tokens) -> BlockStatus:
+    async def submit(
+        self, session: str, base: int, tokens: Tokens, confidences: Sequence[int] = ()
+    ) -> BlockStatus:
         """Accept `tokens` after a step."""
         if session not in self._sessions:
             return BlockStatus.GONE

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -27,8 +28,10 @@ SERVICES: Final = {
     "verifier": "services.verifier.__main__",
     "kv-session": "services.kv_session.__main__",
 }
+TRAINING: Final = "training.cli"
 GATEWAY_PORT: Final = 8100
 LONGEST_RTT_MS: Final = 10_000.0
+DRAFTS: Final = ("hybrid", "lookup", "none")
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 
@@ -106,11 +109,18 @@ def parser() -> argparse.ArgumentParser:
     verify = _command(models, "verify", _models_verify, "check the files of a model")
     verify.add_argument("directory", nargs="?", type=Path, help="by default the target that ships")
 
+    _training_commands(commands)
     for name in SERVICES:
         _command(
             commands, name, _service, f"run one {name} in the foreground, set by OUTRIDER_…"
         ).set_defaults(service=name)
     return top
+
+
+def _training_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`train` and `evaluate`, where `training` is installed: a service's image has only the weights of it."""
+    if importlib.util.find_spec("training") and importlib.util.find_spec(TRAINING):
+        importlib.import_module(TRAINING).add_commands(commands)
 
 
 def _command(
@@ -139,8 +149,9 @@ def _stack_options(command: argparse.ArgumentParser) -> None:
         help="the target model's directory (default: $OUTRIDER_MODEL, else the one that ships)",
     )  # fmt: skip
     command.add_argument(
-        "--draft", metavar="lookup|none|DIR", default=os.environ.get("OUTRIDER_DRAFT") or "lookup",
-        help="prompt lookup, nothing, or a small model's directory (default: $OUTRIDER_DRAFT, else lookup)",
+        "--draft", metavar="hybrid|lookup|none|DIR", default=os.environ.get("OUTRIDER_DRAFT") or "hybrid",
+        help="the draft model that comes with Outrider and prompt lookup, lookup alone, nothing, or another small "
+        "model's directory (default: $OUTRIDER_DRAFT, else hybrid)",
     )  # fmt: skip
     command.add_argument(
         "--port", type=int, default=GATEWAY_PORT, metavar="N",
@@ -199,9 +210,9 @@ def _options(parsed: argparse.Namespace, **more: object) -> StackOptions:
     from shared.settings import KafkaFlavor
     from shared.stack.stack import StackOptions
 
-    if parsed.draft not in ("lookup", "none") and not Path(parsed.draft).is_dir():
+    if parsed.draft not in DRAFTS and not Path(parsed.draft).is_dir():
         raise WrongUse(
-            f"--draft {parsed.draft}: no such directory; give 'lookup', 'none' or a model's directory"
+            f"--draft {parsed.draft}: no such directory; give 'hybrid', 'lookup', 'none' or a model's directory"
         )
     if not 0 <= parsed.port < 1 << 16:
         raise WrongUse(f"--port {parsed.port}: a port is a number from 0 (any free one) to 65535")
@@ -212,7 +223,7 @@ def _options(parsed: argparse.Namespace, **more: object) -> StackOptions:
         flavor = KafkaFlavor(flavor)
     except ValueError:
         raise WrongUse(f"OUTRIDER_KAFKA_FLAVOR={flavor}: there are {', '.join(KafkaFlavor)}") from None
-    draft = parsed.draft if parsed.draft in ("lookup", "none") else str(Path(parsed.draft).resolve())
+    draft = parsed.draft if parsed.draft in DRAFTS else str(Path(parsed.draft).resolve())
     threads = os.environ.get("OUTRIDER_ENGINE_THREADS") or str(_spare_threads())
     return StackOptions(
         target=target,

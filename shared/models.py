@@ -22,7 +22,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TextIO
@@ -347,6 +347,16 @@ def _tensor_shapes(path: Path) -> dict[str, list[int]]:
     return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself, beside its tensors; `ModelFilesError` when it is missing or damaged."""
+    try:
+        with path.open("rb") as handle:
+            found = _header(handle, path, path.stat().st_size).get("__metadata__", {})
+    except OSError as error:
+        raise ModelFilesError(f"{path} can't be read ({error.strerror})") from None
+    return {str(name): str(value) for name, value in found.items()}
+
+
 def _header(handle: BinaryIO, path: Path, size: int) -> dict[str, Any]:
     try:
         (length,) = struct.unpack("<Q", handle.read(8))
@@ -410,11 +420,19 @@ def target_sha256(directory: Path) -> str:
     if cached.exists():
         return cached.read_text().strip()
     found = sha256_of(files)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    beside = cached.with_name(f"{key}.{os.getpid()}")
-    beside.write_text(found + "\n")
-    beside.replace(cached)
+    with suppress(OSError):  # a cache that can't be written costs time, nothing else
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        beside = cached.with_name(f"{key}.{os.getpid()}")
+        beside.write_text(found + "\n")
+        beside.replace(cached)
     return found
+
+
+def known_target_sha256(directory: Path) -> str | None:
+    """`target_sha256`, or None where the directory holds no weights: a gateway may have the tokenizer alone."""
+    if not _noted(directory) and not any(directory.glob("*.safetensors")):
+        return None
+    return target_sha256(directory)
 
 
 def cached_models() -> list[Path]:

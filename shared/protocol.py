@@ -27,6 +27,8 @@ Tokens = tuple[TokenId, ...]
 Epoch = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 Confidence = Annotated[float, Field(ge=0.0, le=1.0)]
+Level = Annotated[int, Field(ge=0, le=99)]
+"""A confidence as a small number, see `shared.speculation.outcomes.level`."""
 
 
 class Topic(StrEnum):
@@ -199,7 +201,10 @@ class Prompt(Message):
 
 
 class Block(Message):
-    """Draft tokens that continue the first `base` committed tokens; verified in one pass. May be empty."""
+    """Draft tokens that continue the first `base` committed tokens; verified in one pass. May be empty.
+
+    `confidences` say how sure the draft was of each, or nothing: early exits make use of them.
+    """
 
     topic: ClassVar[Topic] = Topic.DRAFTS
     kind: Literal["block"] = "block"
@@ -207,6 +212,7 @@ class Block(Message):
     round: Count
     base: Count
     tokens: Tokens
+    confidences: tuple[Level, ...] = ()
 
 
 class Forward(Message):
@@ -214,7 +220,7 @@ class Forward(Message):
 
     `parent` is the round of a block, or of a forward, sent before; `round` is this one's own number. The verifier that
     ends `parent` with that outcome goes on with it at once; otherwise it is dropped without an answer. `base` is what
-    the sender knew to be committed.
+    the sender knew to be committed. `confidences` are as a block's.
     """
 
     topic: ClassVar[Topic] = Topic.DRAFTS
@@ -226,6 +232,7 @@ class Forward(Message):
     accepted: Count
     next_token: TokenId
     tokens: Tokens
+    confidences: tuple[Level, ...] = ()
 
 
 class Cancel(Message):

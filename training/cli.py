@@ -69,6 +69,19 @@ def add_commands(commands: Subparsers) -> None:
     )
     exits.set_defaults(command=_exits)
 
+    fit = steps.add_parser(
+        "calibration", help="fit what draft and exits promise to what happens", description=_fit.__doc__
+    )
+    _target(fit)
+    fit.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="shards that were not trained on"
+    )
+    fit.add_argument("--draft", type=Path, required=True, metavar="DIR", help="gets foresight.json")
+    fit.add_argument("--exits", type=Path, required=True, metavar="FILE", help="gets a calibration")
+    fit.add_argument("--texts", type=_count, default=96, help="texts played (default: 96)")
+    fit.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    fit.set_defaults(command=_fit)
+
     evaluate = commands.add_parser(
         "evaluate", help="measure draft and exits on prompts", description=_evaluate.__doc__
     )
@@ -92,11 +105,6 @@ def add_commands(commands: Subparsers) -> None:
     evaluate.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     evaluate.add_argument("--threads", type=_count, default=1, help="CPU threads (default: 1)")
     evaluate.set_defaults(command=_evaluate)
-
-
-def shipped() -> Path:
-    """Where the weights lie that come with Outrider: `draft/` and `exits.safetensors`."""
-    return Path(__file__).parent / "weights" / "smollm2-135m-instruct"
 
 
 def _count(text: str) -> int:
@@ -286,10 +294,10 @@ def _exits(arguments: argparse.Namespace) -> int:
     """Trains exit modules and calibrates them; run again to go on from the last checkpoint."""
     import torch
 
-    from training.calibrate import calibrate
+    from training.calibrate import Files, answer_starts, calibrate, held_out
     from training.data import load_groups
     from training.draft import common_tokens, read_draft, save_checkpoint
-    from training.exits import ExitPlan, ExitTrainer, fitting_width, write_calibrations, write_exits
+    from training.exits import ExitPlan, ExitTrainer, fitting_width, write_exits
     from training.progress import Journal
 
     directory, target, tokenizer, cuda = _load(arguments)
@@ -331,23 +339,39 @@ def _exits(arguments: argparse.Namespace) -> int:
     )
     path = arguments.out / "exits.safetensors"
     size = write_exits(path, trainer.exits, vocabulary, header, torch.bfloat16)
-    fitted = calibrate(
-        directory, path, arguments.draft, tokenizer, tokens, roles, arguments.calibration_texts, print
-    )
-    write_calibrations(path, fitted)
+    contexts = answer_starts(held_out(tokens), held_out(roles), arguments.calibration_texts)
+    calibrate(Files(directory, arguments.draft, path), tokenizer, contexts, target.embedding.device, print)
     print(f"{path}: {size / 1e6:.1f} MB, exits after layers {', '.join(map(str, layers))}")
+    return 0
+
+
+def _fit(arguments: argparse.Namespace) -> int:
+    """Plays rounds on text that was not trained on and fits the confidences of draft and exits to what happens."""
+    import torch
+    from tokenizers import Tokenizer
+
+    from training.calibrate import Files, answer_starts, calibrate
+    from training.data import load_groups
+
+    directory, device = _directory(arguments), torch.device(_device(arguments.device))
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    contexts = answer_starts(*load_groups(arguments.data, device), arguments.texts)
+    calibrate(Files(directory, arguments.draft, arguments.exits), tokenizer, contexts, device, print)
+    print(f"{arguments.exits} and {arguments.draft / 'foresight.json'}: fitted on {len(contexts)} texts")
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     """Measures draft, prompt lookup, both together and the exits; writes evaluate.json, a table and charts."""
+    from shared.pair import shipped_draft, shipped_exits
     from training.evaluate import EvaluatePlan, evaluate, table
 
-    exits = None if arguments.no_exits else arguments.exits or shipped() / "exits.safetensors"
+    target = _directory(arguments)
+    exits = None if arguments.no_exits else arguments.exits or shipped_exits(target)
     result = evaluate(
         EvaluatePlan(
-            target=_directory(arguments),
-            draft=arguments.draft or shipped() / "draft",
+            target=target,
+            draft=arguments.draft or shipped_draft(target),
             exits=exits,
             prompts=arguments.prompts,
             out=arguments.out,

@@ -21,15 +21,20 @@ from services.draft_gateway.drafting.engine import DraftEngine, DraftRequest
 from services.draft_gateway.drafting.hybrid import HybridDraft, Worths
 from services.draft_gateway.drafting.llama import LlamaDraft
 from services.draft_gateway.drafting.lookup import PromptLookup
-from services.verifier.engine.exit_head import ExactHead, ShortlistHead, can_shortlist
+from services.verifier.engine.exit_files import ExitSet
+from services.verifier.engine.exit_head import Naming, best_head
+from services.verifier.engine.exit_modules import TrainedExit, quickest
+from services.verifier.engine.exits import ExitReader, Pass, VerifiedRows
 from shared.errors import InvalidRequest, ModelFilesError
 from shared.models import target_sha256
+from shared.pair import read_foresight
 from shared.protocol import Tokens
+from shared.speculation.outcomes import Foresight
 from shared.text import Tokenizer
 from training import outcomes
 from training.charts import line_chart
 from training.draft import DraftModel, choices, read_draft
-from training.exits import SCALARS, Exit, read_calibrations, read_exits
+from training.exits import load_exits
 from training.llama import KeyValueCache, Target, load_target
 from training.progress import Say
 from training.rollout import Continuation, along, greedy
@@ -113,13 +118,13 @@ def references(
         prompt for prompt in prompts if kept.get(prompt.question, {}).get("prompt") != list(prompt.tokens)
     ]
     missing.sort(key=lambda prompt: len(prompt.tokens))
-    for at in range(0, len(missing), 16):
-        group = missing[at : at + 16]
+    for at in range(0, len(missing), 24):
+        group = missing[at : at + 24]
         said = greedy(target, [prompt.tokens for prompt in group], most=plan.most_tokens, end=end)
         for prompt, text in zip(group, said, strict=True):
             kept[prompt.question] = {"prompt": list(text.prompt), "tokens": list(text.tokens)}
         path.write_text(json.dumps({"key": key, "texts": kept}))
-        say(f"evaluate: {min(at + 16, len(missing))} of {len(missing)} continuations")
+        say(f"evaluate: {min(at + 24, len(missing))} of {len(missing)} continuations")
     return [Continuation(prompt.tokens, tuple(kept[prompt.question]["tokens"])) for prompt in prompts]
 
 
@@ -239,33 +244,34 @@ def lookup_ms(texts: Sequence[Continuation]) -> float:
 
 
 def exit_figures(
-    record: Record, layers: Sequence[int], depth: int, fitted: Mapping[str, outcomes.Calibration]
+    record: Record, exits: Mapping[int, TrainedExit], depth: int, foresight: Foresight
 ) -> dict[str, Any]:
-    """What the edge and each exit foresaw of the recorded verdicts."""
-    edge = outcomes.edge_ranking(record, fitted["edge"])
-    found: dict[str, Any] = {"edge_guess": {"verdict_in_best": outcomes.in_best(edge, record)}, "exits": []}
-    for layer in layers:
-        calibration = fitted[str(layer)]
-        ranking = outcomes.exit_ranking(record, layer, calibration)
-        confidence = outcomes.promised(ranking, calibration)
-        correct = outcomes.right(ranking, record)
-        together = outcomes.mixed(ranking, edge, calibration.mix)
+    """What the edge and each exit foresaw of the recorded verdicts; an exit's hint is judged as the edge uses it, mixed
+    with its own guess, and alone."""
+    own = outcomes.edge_rankings(record, foresight.own)
+    found: dict[str, Any] = {"edge_guess": ranking_figures(own, record), "exits": []}
+    for layer, exit_ in exits.items():
+        hints = outcomes.exit_rankings(record, layer, exit_.calibration)
+        mixed = outcomes.mixed_rankings(own, hints, foresight.mixture(layer))
+        alone = ranking_figures(hints, record)
         found["exits"].append(
-            {
-                "layer": layer,
-                "depth": layer / depth,
-                "verdict_in_best": outcomes.in_best(ranking, record),
-                "verdict_in_best_mixed": outcomes.in_best(together, record),
-                "length_right": outcomes.length_right(ranking, record),
-                "ece": outcomes.calibration_error(confidence[:, :1], correct[:, :1]),
-                "ece_all_outcomes": outcomes.calibration_error(
-                    confidence[:, : outcomes.HINTED], correct[:, : outcomes.HINTED]
-                ),
-                "thresholds": outcomes.coverage(confidence, correct, THRESHOLDS),
-                "reliability": reliability(confidence[:, 0], correct[:, 0]),
-            }
+            {"layer": layer, "depth": layer / depth, **ranking_figures(mixed, record), "alone": alone}
         )
     return found
+
+
+def ranking_figures(rankings: outcomes.Rankings, record: Record) -> dict[str, Any]:
+    """How good rankings of the recorded rounds' outcomes are, and how well they keep what they promise."""
+    promised = outcomes.promised(rankings, outcomes.HINTED)
+    right = outcomes.right(rankings, record, outcomes.HINTED)
+    return {
+        "verdict_in_best": outcomes.in_best(rankings, record),
+        "length_right": outcomes.length_right(rankings, record),
+        "ece": outcomes.calibration_error(promised[:, :1], right[:, :1]),
+        "ece_all_outcomes": outcomes.calibration_error(promised, right),
+        "thresholds": outcomes.coverage(promised, right, THRESHOLDS),
+        "reliability": reliability(promised[:, 0], right[:, 0]),
+    }
 
 
 def reliability(confidence: Tensor, correct: Tensor, bins: int = 10) -> list[tuple[float, float]]:
@@ -277,34 +283,35 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = 10) -> list[tup
 
 @torch.inference_mode()
 def exit_step_ratio(
-    target: Target, exits: Mapping[int, Exit], vocabulary: Tensor, rows: int = BLOCK + 1
+    target: Target, exits: Mapping[int, TrainedExit], naming: Naming, sessions: int = 1
 ) -> float:
-    """Time of all exits over that of a verification pass of one block (rows of one session), medians on this machine.
+    """Time of all exits over that of a verification pass of one block a session, medians on this machine.
 
-    The exits use the head as the verifier does: on a CPU, an int8 shortlist and exact scores of what is on it.
+    The exits are read by the verifier's own `ExitReader`.
     """
-    device, dtype = target.embedding.device, target.embedding.dtype
-    cache = KeyValueCache(target.config, 1, 256, device, dtype)
-    tokens = torch.randint(0, target.config.vocab_size, (1, 200), device=device)
+    device, dtype, rows = target.embedding.device, target.embedding.dtype, BLOCK + 1
+    cache = KeyValueCache(target.config, sessions, 256, device, dtype)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, target.config.vocab_size, (sessions, 200), generator=generator).to(device)
     target.decoder.aligned(target.embed(tokens), 0, cache)
-    block, positions = tokens[:, :rows], torch.arange(200, 200 + rows, device=device)[None]
-    rows_of_head = target.head[vocabulary.to(device)].contiguous()
-    head = (
-        ShortlistHead(rows_of_head)
-        if can_shortlist(rows_of_head)
-        else ExactHead(lambda normed: normed @ rows_of_head.T)
-    )
-    drafts = torch.zeros(rows, dtype=torch.long, device=device)
+    block, positions = tokens[:, :rows], torch.arange(200, 200 + rows, device=device).repeat(sessions, 1)
+    head = best_head(target.logits, target.head.data, naming)
+    modules = {layer: quickest(exit_) for layer, exit_ in exits.items()}
+    reader = ExitReader(ExitSet(modules, "timed"), target.decoder.normed, head, outcomes.HINTED)
+    own = [
+        VerifiedRows(str(number), 0, number * rows, tuple(block[number, 1:].tolist()))
+        for number in range(sessions)
+    ]
+    drafts = torch.cat((block[:, 1:], block[:, :1]), dim=1).flatten()
+    seen = Pass(0.0, torch.arange(sessions * rows), tuple(own), drafts, torch.full((len(drafts),), -0.5))
     passes, reads = [], []
     for _ in range(12):
         began = time.perf_counter()
         hidden, kept = target.decoder.ragged(target.embed(block), positions, cache, exits)
-        target.logits(hidden[0]).argmax(dim=-1)
+        target.logits(hidden.flatten(0, 1)).argmax(dim=-1)
         middle = time.perf_counter()
-        for layer, exit_ in exits.items():
-            normed = target.decoder.normed(exit_(kept[layer][0]))
-            scores = head(normed, drafts, 9)
-            exit_.judge(normed, rows_of_head[drafts], scores.log_probs[:, :SCALARS].contiguous())
+        for layer in exits:
+            reader.read(layer, kept[layer].flatten(0, 1), seen, lambda: 0.0)
         passes.append(middle - began)
         reads.append(time.perf_counter() - middle)
     return statistics.median(reads) / statistics.median(passes)
@@ -393,23 +400,27 @@ def measure_exits(
 ) -> dict[str, Any]:
     """The figures of the edge's guess and of the exits."""
     assert plan.exits is not None
-    exits, vocabulary = read_exits(plan.exits, eps=target.config.rms_norm_eps)
+    exits, naming = load_exits(plan.exits, plan.target, target)
     device = target.embedding.device
     exits = {layer: exit_.to(device) for layer, exit_ in exits.items()}
-    fitted = read_calibrations(plan.exits)
+    foresight = read_foresight(plan.draft)
     count = min(len(texts), plan.round_texts or len(texts))
     some = [texts[index * len(texts) // count] for index in range(count)]
     parts: list[Record] = []
     for at in range(0, count, 16):
-        parts.append(play_rounds(target, draft, exits, vocabulary, some[at : at + 16], block=BLOCK))
+        parts.append(play_rounds(target, draft, exits, naming, some[at : at + 16], block=BLOCK))
         say(f"evaluate: rounds with exits on {min(at + 16, count)} of {count} texts")
     record = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     own = sum(parameter.numel() for exit_ in exits.values() for parameter in exit_.parameters())
     whole = sum(parameter.numel() for parameter in target.parameters())
-    return exit_figures(record, list(exits), target.config.num_hidden_layers, fitted) | {
+    torch.set_num_threads(1)  # as the verifier's engine by default
+    ratios = {str(count): exit_step_ratio(target, exits, naming, count) for count in (1, 4, 16)}
+    torch.set_num_threads(plan.threads)
+    return exit_figures(record, exits, target.config.num_hidden_layers, foresight) | {
         "rounds": len(record["accepted"]),
         "exit_parameters_share": own / whole,
-        "exit_step_ratio": exit_step_ratio(target, exits, vocabulary),
+        "exit_step_ratio": ratios["1"],
+        "exit_step_ratio_by_sessions": ratios,
     }
 
 
@@ -462,15 +473,16 @@ def table(result: Mapping[str, Any]) -> str:
         ]
         guess = result["edge_guess"]["verdict_in_best"]
         lines.append(
-            "| edge's own guess | " + " | ".join(f"{value:.2f}" for value in guess.values()) + " | | |"
+            "| edge's own guess | "
+            + " | ".join(f"{value:.2f}" for value in guess.values())
+            + f" | {result['edge_guess']['length_right']:.2f} | {result['edge_guess']['ece']:.3f} |"
         )
         for found in result["exits"]:
-            for key, label in (("verdict_in_best", ""), ("verdict_in_best_mixed", ", mixed with the edge's")):
-                shares = " | ".join(f"{value:.2f}" for value in found[key].values())
-                rest = f"{found['length_right']:.2f} | {found['ece']:.3f}" if not label else " | "
-                lines.append(
-                    f"| exit after {found['layer']} ({found['depth']:.0%}){label} | {shares} | {rest} |"
-                )
+            name = f"exit after {found['layer']} ({found['depth']:.0%})"
+            for label, figures in (("", found["alone"]), (", mixed with the edge's", found)):
+                shares = " | ".join(f"{value:.2f}" for value in figures["verdict_in_best"].values())
+                rest = f"{figures['length_right']:.2f} | {figures['ece']:.3f}"
+                lines.append(f"| {name}{label} | {shares} | {rest} |")
         lines += [
             "",
             f"Exits: {result['exit_parameters_share']:.1%} of the target's parameters; all together "

@@ -12,25 +12,24 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from shared.errors import ModelFilesError
+from services.verifier.engine.exit_files import FILE_FORMAT, TargetFacts, read_exits
+from services.verifier.engine.exit_head import ROUGH_SHORTLIST, Naming
+from services.verifier.engine.exit_modules import Judged, TrainedExit
+from shared.speculation.outcomes import Calibration
 from training.data import batches, held_out_count
 from training.draft import DraftModel, answer_positions, choices
 from training.llama import Kernels, Target
-from training.outcomes import Calibration
 from training.progress import Clock, Journal, rate
-
-FORMAT: Final = "outrider-exits/1"
-SCALARS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,42 +63,11 @@ def fitting_width(target: Target, count: int, share: float = 0.039) -> int:
     return max(8, int((share * whole / count - judge) / (3 * hidden)) // 8 * 8)
 
 
-class Judge(nn.Module):
-    """Says whether the target will accept a draft token: a logit."""
-
-    def __init__(self, hidden_size: int, rank: int, width: int) -> None:
-        super().__init__()
-        self.state = nn.Linear(hidden_size, rank, bias=False)
-        self.token = nn.Linear(hidden_size, rank, bias=False)
-        self.first = nn.Linear(3 * rank + SCALARS, width)
-        self.last = nn.Linear(width, 1)
-
-    def forward(self, normed: Tensor, token: Tensor, scalars: Tensor) -> Tensor:
-        """`normed` and the token's head row `[rows, hidden]`, `scalars` `[rows, 8]` → logits `[rows]`."""
-        state, drafted = self.state(normed), self.token(token)
-        features = torch.cat((state, drafted, state * drafted, scalars.to(state.dtype)), dim=-1)
-        logit: Tensor = self.last(F.silu(self.first(features)))[:, 0]
-        return logit.float()
-
-
-class Exit(nn.Module):
-    """Adapter and judge after one layer."""
-
-    def __init__(self, hidden_size: int, plan: ExitPlan, eps: float) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(hidden_size, eps=eps)
-        self.gate = nn.Linear(hidden_size, plan.width, bias=False)
-        self.up = nn.Linear(hidden_size, plan.width, bias=False)
-        self.down = nn.Linear(plan.width, hidden_size, bias=False)
-        self.judge = Judge(hidden_size, plan.judge_rank, plan.judge_width)
-        nn.init.zeros_(self.down.weight)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """The residual stream after the layer → a guess of the one after the last layer."""
-        weight = self.norm.weight.to(hidden.dtype)
-        normed = F.rms_norm(hidden, (hidden.shape[-1],), weight, self.norm.eps)
-        guess: Tensor = hidden + self.down(F.silu(self.gate(normed)) * self.up(normed))
-        return guess
+def new_exit(hidden_size: int, plan: ExitPlan, eps: float) -> TrainedExit:
+    """An exit of the plan's sizes, whose adapter adds nothing yet."""
+    return TrainedExit(
+        hidden_size, width=plan.width, judge_rank=plan.judge_rank, judge_width=plan.judge_width, eps=eps
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +80,7 @@ class Opinion:
 
 
 def opinion(
-    exit_: Exit, target: Target, head: Tensor, hidden: Tensor, drafts: Tensor, confidence: Tensor
+    exit_: TrainedExit, target: Target, head: Tensor, hidden: Tensor, drafts: Tensor, confidence: Tensor
 ) -> Opinion:
     """Reads one exit on flat rows `[rows, hidden]`.
 
@@ -125,24 +93,8 @@ def opinion(
     total = scores.logsumexp(dim=-1)
     drafted = (normed.float() * token.float()).sum(dim=-1) - total
     best = scores.detach().topk(2, dim=-1).values - total.detach()[:, None]
-    known = ~confidence.isnan()
-    sure = torch.where(known, confidence, -1.0).float().clamp(-12.0, -1e-4)
-    own = drafted.detach().clamp(-25.0, 0.0)
-    entropy_like = (best.exp() * best).sum(dim=-1)
-    scalars = torch.stack(
-        (
-            own / 5,
-            own.exp(),
-            (own - best[:, 0]).clamp(-20.0, 5.0) / 5,
-            best[:, 0].exp(),
-            (best[:, 0] - best[:, 1]).clamp(0.0, 20.0) / 5,
-            sure.exp() * known,
-            (sure - torch.log(-torch.expm1(sure))) / 5 * known + entropy_like * 0,
-            known.float(),
-        ),
-        dim=-1,
-    )
-    return Opinion(scores - total[:, None], drafted, exit_.judge(normed, token, scalars))
+    judged = exit_.judge(Judged(normed, token, drafted.detach(), confidence, best))
+    return Opinion(scores - total[:, None], drafted, judged)
 
 
 class ExitTrainer:
@@ -166,7 +118,7 @@ class ExitTrainer:
         torch.manual_seed(plan.seed)
         hidden = target.config.hidden_size
         self.exits = nn.ModuleDict(
-            {str(layer): Exit(hidden, plan, target.config.rms_norm_eps) for layer in plan.layers}
+            {str(layer): new_exit(hidden, plan, target.config.rms_norm_eps) for layer in plan.layers}
         ).to(device)
         self.step, self.spent_s = 0, 0.0
         held = [held_out_count(len(rows)) for rows in tokens]
@@ -294,55 +246,64 @@ def write_exits(
         for name, tensor in module.state_dict().items():
             tensors[f"{layer}.{name}"] = tensor.detach().to(dtype).cpu().contiguous()
     part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"format": FORMAT, "layers": ",".join(exits), **header})
+    save_file(tensors, part, metadata={"format": FILE_FORMAT, "layers": ",".join(exits), **header})
     part.rename(path)
     return path.stat().st_size
 
 
-def read_calibrations(path: Path) -> dict[str, Calibration]:
-    """The calibrations in a file of exits, by layer and for the "edge"; plain ones where it has none."""
-    with safe_open(path, framework="pt") as opened:
-        header = opened.metadata() or {}
-    found = json.loads(header.get("calibration", "{}"))
-    names = ["edge", *header.get("layers", "").split(",")]
-    return {name: Calibration.from_json(found[name]) if name in found else Calibration() for name in names}
-
-
-def write_calibrations(path: Path, fitted: Mapping[str, Calibration]) -> None:
+def write_calibrations(path: Path, fitted: Mapping[int, Calibration]) -> None:
     """Puts calibrations into the header of a file of exits."""
+    _rewrite(path, {}, calibration=json.dumps({str(layer): asdict(found) for layer, found in fitted.items()}))
+
+
+def write_naming(path: Path, naming: Naming) -> None:
+    """Puts a way to read the head in fewer dimensions into a file of exits."""
+    assert naming.reduce is not None and naming.restore is not None
+    added = {
+        "head.reduce": naming.reduce.bfloat16().contiguous(),
+        "head.restore": naming.restore.bfloat16().contiguous(),
+        "head.tail": torch.tensor([naming.tail]),
+    }
+    _rewrite(path, added)
+
+
+def _rewrite(path: Path, added: Mapping[str, Tensor], **more: str) -> None:
     with safe_open(path, framework="pt") as opened:
         header = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    header["calibration"] = json.dumps({name: found.as_json() for name, found in fitted.items()})
     part = path.with_suffix(".part")
-    save_file(tensors, part, metadata=header)
+    save_file({**tensors, **added}, part, metadata={**header, **more})
     part.rename(path)
 
 
-def read_exits(path: Path, *, eps: float) -> tuple[dict[int, Exit], Tensor]:
-    """Written exits by layer, in float32, and their vocabulary; `ModelFilesError` when the file holds none."""
-    try:
-        with safe_open(path, framework="pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelFilesError(f"the exits {path} can't be read ({error})") from None
-    if header.get("format") != FORMAT:
-        raise ModelFilesError(f"{path} holds no exits ({FORMAT}) but {header.get('format')!r}")
-    exits: dict[int, Exit] = {}
-    for layer in header["layers"].split(","):
-        own = {
-            name.removeprefix(f"{layer}."): tensor.float()
-            for name, tensor in tensors.items()
-            if name.startswith(f"{layer}.")
-        }
-        plan = ExitPlan(
-            layers=(int(layer),),
-            width=len(own["gate.weight"]),
-            judge_width=len(own["judge.first.weight"]),
-            judge_rank=len(own["judge.state.weight"]),
-        )
-        exit_ = Exit(own["gate.weight"].shape[1], plan, eps)
-        exit_.load_state_dict(own)
-        exits[int(layer)] = exit_.requires_grad_(False).eval()
-    return exits, tensors["exit_vocab"].long()
+@torch.inference_mode()
+def fit_naming(head: Tensor, vocabulary: Tensor, states: Tensor, rank: int = 192) -> Naming:
+    """A way to read the head's rows of a vocabulary in `rank` dimensions, for hidden states like `states` `[n, hidden]`.
+
+    The truncated decomposition of the head in coordinates in which these states are white: the least mean square error of
+    the logits that a rank allows.
+    """
+    named = head[vocabulary].float()
+    moments = states.T @ states / len(states)
+    floor = 1e-3 * moments.diagonal().mean() * torch.eye(len(moments), device=states.device)
+    whitening = torch.linalg.cholesky(moments + floor)
+    _, _, directions = torch.linalg.svd(named @ whitening, full_matrices=False)
+    rank = min(rank, len(directions))
+    restore = (whitening @ directions[:rank].T).bfloat16().float()
+    reduce = torch.linalg.solve_triangular(whitening.T, directions[:rank].T, upper=True).T.bfloat16().float()
+    sample = states[:: max(1, len(states) // 512)]
+    exact, rough = sample @ named.T, (sample @ reduce.T) @ (named @ restore).T
+    listed = rough.topk(min(ROUGH_SHORTLIST, rough.shape[1] - 1), dim=-1).indices
+    tails = [scores.scatter(1, listed, -torch.inf).logsumexp(dim=-1) for scores in (exact, rough)]
+    return Naming(vocabulary, reduce, restore, float((tails[0] - tails[1]).mean()))
+
+
+def load_exits(path: Path, directory: Path, target: Target) -> tuple[dict[int, TrainedExit], Naming]:
+    """Written exits by layer, in float32, with their calibration, and how they name tokens: as the verifier loads them.
+
+    `ModelFilesError` when the file is damaged or was made for another target than the one in `directory`.
+    """
+    config = target.config
+    facts = TargetFacts(directory, config.hidden_size, config.vocab_size, config.rms_norm_eps, torch.float32)
+    exits, naming = read_exits(path, facts)
+    return {layer: exit_.requires_grad_(False) for layer, exit_ in exits.items()}, naming

@@ -12,8 +12,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from services.verifier.engine.exit_head import Naming, best_head
+from services.verifier.engine.exit_modules import Int8Exit, Judged, TrainedExit, quickest
 from training.draft import DraftModel
-from training.exits import Exit, opinion
 from training.llama import KeyValueCache, Target
 from training.rollout import Continuation
 
@@ -29,16 +30,17 @@ class Play:
         self,
         target: Target,
         draft: DraftModel,
-        exits: Mapping[int, Exit],
-        exit_vocabulary: Tensor,
+        exits: Mapping[int, TrainedExit],
+        naming: Naming,
         texts: Sequence[Continuation],
         block: int,
+        states: list[Tensor] | None = None,
     ) -> None:
-        self.target, self.draft, self.exits, self.block = target, draft, exits, block
+        self.target, self.draft, self.block, self._states = target, draft, block, states
+        self.exits = {layer: quickest(exit_) for layer, exit_ in exits.items()}
         device, dtype = target.embedding.device, target.embedding.dtype
         self._dtype = dtype
-        self._exit_ids = exit_vocabulary.to(device)
-        self._exit_head = target.head[self._exit_ids]
+        self._head = best_head(target.logits, target.head.data, naming)
         self._ends = torch.tensor([len(text.text) for text in texts], device=device)
         reach = int(self._ends.max()) + block + 1
         self._text = torch.full((len(texts), reach), -1, dtype=torch.long, device=device)
@@ -110,42 +112,46 @@ class Play:
             drafts.append(tokens[:, 0])
         return torch.stack(drafts[:-1], 1), torch.stack(best_tokens, 1), torch.stack(best_scores, 1)
 
-    def _exit(self, layer: int, exit_: Exit, hidden: Tensor, drafts: Tensor, edge_scores: Tensor) -> Record:
-        rows, width = hidden.shape[0], self.block + 1
-        padded = torch.cat((drafts, drafts[:, :1]), dim=1)
-        seen = opinion(
-            exit_,
-            self.target,
-            self._exit_head,
-            hidden.flatten(0, 1),
-            padded.flatten(),
-            edge_scores[:, :, 0].flatten(),
-        )
-        best, column = seen.log_probs.topk(WIDTH, dim=-1)
+    def _exit(
+        self, layer: int, exit_: TrainedExit | Int8Exit, hidden: Tensor, drafts: Tensor, edge_scores: Tensor
+    ) -> Record:
+        """What the exit after `layer` makes of the blocks, read as the verifier reads it."""
+        rounds, width = hidden.shape[0], self.block + 1
+        padded = torch.cat((drafts, drafts[:, :1]), dim=1).flatten()
+        normed = self.target.decoder.normed(exit_(hidden.flatten(0, 1)))
+        seen = self._head(normed, padded, WIDTH)
+        sure = edge_scores[:, :, 0].flatten().float()
+        judged = exit_.judge(Judged(normed, seen.draft_rows, seen.drafted, sure, seen.log_probs[:, :2]))
+        if self._states is not None:
+            self._states.append(normed)
         return {
-            f"{layer}.tokens": self._exit_ids[column].view(rows, width, WIDTH),
-            f"{layer}.scores": best.view(rows, width, WIDTH),
-            f"{layer}.drafted": seen.drafted.view(rows, width)[:, :-1],
-            f"{layer}.judged": seen.judged.view(rows, width)[:, :-1],
+            f"{layer}.tokens": seen.tokens.view(rounds, width, WIDTH),
+            f"{layer}.scores": seen.log_probs.view(rounds, width, WIDTH),
+            f"{layer}.drafted": seen.drafted.view(rounds, width)[:, :-1],
+            f"{layer}.judged": judged.view(rounds, width)[:, :-1],
         }
 
 
 def play_rounds(
     target: Target,
     draft: DraftModel,
-    exits: Mapping[int, Exit],
-    exit_vocabulary: Tensor,
+    exits: Mapping[int, TrainedExit],
+    naming: Naming,
     texts: Sequence[Continuation],
     *,
     block: int = 5,
     texts_at_once: int = 64,
+    states: list[Tensor] | None = None,
 ) -> Record:
-    """Plays all texts to their ends; returns the records of all rounds, `text` counting through `texts`."""
+    """Plays all texts to their ends; returns the records of all rounds, `text` counting through `texts`.
+
+    `states`, where given, gets the normed guesses of all exits.
+    """
     parts: list[Record] = []
     order = sorted(range(len(texts)), key=lambda index: len(texts[index].text))
     for at in range(0, len(order), texts_at_once):
         group = order[at : at + texts_at_once]
-        play = Play(target, draft, exits, exit_vocabulary, [texts[index] for index in group], block)
+        play = Play(target, draft, exits, naming, [texts[index] for index in group], block, states)
         while bool(play.active.any()):
             record = play.round()
             if len(record["text"]):

@@ -72,9 +72,10 @@ class GatewaySettings(ModelSettings):
     )
     max_links: Positive = Field(256, description="In the cloud: links at a time; more are refused with 429.")
     draft: str = Field(
-        "lookup",
-        description="Draft engine: 'lookup' (n-gram over prompt and output), 'none', or the directory of a small "
-        "Llama-family model with the target's tokenizer.",
+        "hybrid",
+        description="Draft engine: 'hybrid' (the draft model that comes with Outrider for this target, and prompt "
+        "lookup), 'lookup' (n-gram over prompt and output alone), 'none', or the directory of a small Llama-family "
+        "model with the target's tokenizer to take in the place of the one that comes.",
     )
     draft_threads: Positive = Field(1, description="CPU threads of the draft model.")
     draft_cache_tokens: Positive = Field(

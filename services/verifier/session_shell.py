@@ -362,7 +362,9 @@ class SessionShell:
 
     async def _verify(self, action: core.Verify) -> None:
         try:
-            status = await self._host.engine.submit(self.session, action.base, action.tokens)
+            status = await self._host.engine.submit(
+                self.session, action.base, action.tokens, action.confidences
+            )
         except OutriderError as error:
             self.handle(_failed(error))
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -23,13 +22,15 @@ class VerifierSettings(ModelSettings):
     )
     exit_layers: str = Field(
         "auto",
-        description="Layers with an early exit, such as '18,24,27'; 'auto' is 0.6, 0.8 and 0.9 of the depth; "
-        "'none' switches exits off.",
+        description="Layers with an early exit, such as '18,21,24'; 'auto' is those of the trained exits, or 0.6, "
+        "0.8 and 0.9 of the depth without any; 'none' switches exits off.",
     )
-    exit_modules: Path | None = Field(
-        None, description="Trained exit modules (safetensors); without, final norm and LM head serve."
+    exit_modules: str = Field(
+        "auto",
+        description="Trained exits: a file (safetensors), 'auto' (those that come with Outrider for this target), or "
+        "'none': final norm and LM head serve.",
     )
-    exit_outcomes: Positive = Field(4, description="Outcomes a hint names at most.")
+    exit_outcomes: Positive = Field(8, description="Outcomes a hint names at most.")
     max_sessions: Positive = Field(16, description="Sessions with live KV at a time; more are refused.")
     kv_cache_mb: Positive = Field(512, description="Memory of the KV cache on CPU, MiB.")
     max_batched_tokens: Positive = Field(

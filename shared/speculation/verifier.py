@@ -195,11 +195,15 @@ class OpenEngine:
 
 @dataclass(frozen=True, slots=True)
 class Verify:
-    """Verify `tokens` after the first `base` tokens that the engine has said, in one pass. `round` may be `NO_ROUND`."""
+    """Verify `tokens` after the first `base` tokens that the engine has said, in one pass. `round` may be `NO_ROUND`.
+
+    `confidences` are the draft's of these tokens, as levels, or nothing.
+    """
 
     round: int
     base: int
     tokens: Tokens
+    confidences: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -628,7 +632,9 @@ class VerifierSession:
         self._phase = Phase.VERIFYING
         self._running = _Pass(len(self._said), tokens, draft, now_ms)
         self._patient = False
-        return Verify(NO_ROUND if draft is None else draft.round, len(self._said), tokens)
+        if draft is None:
+            return Verify(NO_ROUND, len(self._said), tokens)
+        return Verify(draft.round, len(self._said), tokens, _confidences(draft.message, tokens))
 
     def _floor(self, now_ms: float) -> list[VerifierAction]:
         """One pass that nobody asked for."""
@@ -881,6 +887,14 @@ class VerifierSession:
 
 def _mean(mean: float | None, value: float) -> float:
     return value if mean is None else MEMORY * mean + (1 - MEMORY) * value
+
+
+def _confidences(message: Prompt | Block | Forward, last: Tokens) -> tuple[int, ...]:
+    """What a message says of the last of its tokens; nothing when it says nothing, or not of each."""
+    told = () if isinstance(message, Prompt) else message.confidences
+    if not last or len(told) != len(_tokens(message)) or _tokens(message)[-len(last) :] != last:
+        return ()
+    return told[-len(last) :]
 
 
 def _tokens(message: Prompt | Block | Forward) -> Tokens:

@@ -90,7 +90,7 @@ class StackOptions:
     """
 
     target: Path
-    draft: str = "lookup"
+    draft: str = "hybrid"
     kafka: str | None = None
     kafka_flavor: KafkaFlavor = KafkaFlavor.APACHE
     redis: str | None = None

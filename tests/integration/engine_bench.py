@@ -151,6 +151,7 @@ def settings_for(target: TinyTarget, **changes: object) -> VerifierSettings:
             "max_block": MAX_BLOCK,
             "kv_cache_mb": 32,
             "exit_layers": "4,6,7",
+            "exit_modules": "none",
             **changes,
         }
     )

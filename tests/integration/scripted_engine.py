@@ -7,7 +7,7 @@ test may hold its passes, kill it, and see what was asked of it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from services.verifier.engine.types import (
@@ -112,7 +112,9 @@ class ScriptedEngine:
         finally:
             self._forget(session, opened)
 
-    async def submit(self, session: str, base: int, tokens: Tokens) -> BlockStatus:
+    async def submit(
+        self, session: str, base: int, tokens: Tokens, confidences: Sequence[int] = ()
+    ) -> BlockStatus:
         """See `Engine.submit`."""
         self.submitted.append((session, base, tokens))
         opened = self._open.get(session)

@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from services.verifier.engine.compat import SYMBOLS, check_compatible
 from services.verifier.engine.engine import VllmEngine
-from services.verifier.engine.exits import FILE_FORMAT, AdapterExit, target_digest
+from services.verifier.engine.exit_files import FILE_FORMAT
+from services.verifier.engine.exit_modules import TrainedExit
 from services.verifier.engine.types import EngineInfo
+from shared import models
 from shared.errors import EngineError, ModelFilesError
 from tests.integration.engine_bench import (
     DEADLINE_S,
@@ -28,7 +30,7 @@ from tests.integration.engine_bench import (
     next_output,
     settings_for,
 )
-from tests.integration.tiny_target import HIDDEN, LAYERS, TinyTarget, random_prompt
+from tests.integration.tiny_target import HIDDEN, LAYERS, VOCABULARY, TinyTarget, random_prompt
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 
@@ -248,15 +250,18 @@ def write_exits(
 ) -> None:
     torch.manual_seed(1)
     assert max(layers) < LAYERS
-    modules = {layer: AdapterExit(HIDDEN, 16) for layer in layers}
+    modules = {
+        layer: TrainedExit(HIDDEN, width=16, judge_rank=4, judge_width=6, eps=1e-5) for layer in layers
+    }
     tensors = {
         f"{layer}.{name}": tensor
         for layer, module in modules.items()
         for name, tensor in module.state_dict().items()
     }
+    tensors["exit_vocab"] = torch.arange(0, VOCABULARY, 2, dtype=torch.int32)
     header = {
         "format": FILE_FORMAT,
-        "target_sha256": target_sha256 or target_digest(target),
+        "target_sha256": target_sha256 or models.target_sha256(target),
         "hidden_size": str(HIDDEN),
         "layers": ",".join(map(str, layers)),
     }

@@ -107,7 +107,7 @@ async def test_every_exit_speaks_before_the_outcome_and_the_deeper_the_surer(
                         len(output.tokens),
                         output.tokens[-1],
                     )
-    assert sorted(leads) == [18, 24, 27]
+    assert sorted(leads) == [18, 21, 24]
     rounds = {len(found) for found in leads.values()}
     assert len(rounds) == 1, "an exit was silent"
     assert all(lead > 0 for found in leads.values() for lead in found)

@@ -19,9 +19,11 @@ import pytest
 import pytest_asyncio
 from safetensors.torch import load_file, save_file
 
+from services.draft_gateway.drafting import load_draft_engine
 from services.draft_gateway.drafting.engine import Draft, DraftEngine, DraftRequest, Dropped, none_dropped
 from services.draft_gateway.drafting.llama import LlamaDraft
 from services.draft_gateway.drafting.lookup import PromptLookup
+from services.draft_gateway.settings import GatewaySettings
 from services.verifier.engine.types import EngineStats
 from shared.protocol import GenerationParams, Tokens
 from shared.text import Tokenizer
@@ -115,6 +117,7 @@ async def bench(
     drafts: dict[str, DraftEngine] = {
         "lookup": PromptLookup(),
         "model": shallow_draft(target_model, tmp_path_factory.mktemp("draft") / "shallow"),
+        "pair": load_draft_engine(GatewaySettings(model=str(target_model))).engine,
         **{name: ReferenceDraft(name, answers) for name in ("right", "wrong", "random")},
     }
     environment = {
@@ -155,6 +158,8 @@ RUNS = [
     ("lookup", False),
     ("model", True),
     ("model", False),
+    ("pair", True),
+    ("pair", False),
     ("right", True),
     ("wrong", True),
     ("random", True),
@@ -198,13 +203,19 @@ def assert_once(bench: Bench, answers: Sequence[Answer], before: EngineStats, af
 
 async def test_one_session_at_a_time_streams_what_the_target_says(bench: Bench) -> None:
     """Each prompt by itself, the drafts taking turns."""
-    drafts = ["lookup", "model", "right", "wrong", "random"]
+    drafts = ["lookup", "model", "pair", "right", "wrong", "random"]
     answers = [
         await bench.whole.stream(drafts[number % len(drafts)], prompt, MAX_TOKENS)
         for number, prompt in enumerate(bench.prompts)
     ]
     assert_exact(bench, answers, "one session")
     note_hints(bench, answers, "one session")
+
+
+async def test_all_this_was_said_with_the_pair_that_comes_with_the_target(bench: Bench) -> None:
+    (answer,) = await bench.whole.stream_all("pair", bench.prompts[:1], MAX_TOKENS, at_a_time=1)
+    assert set(answer.outrider["exit_lead_ms"]) == {"18", "21", "24"}
+    assert list((await bench.whole.verifier.readiness()).notes) == []
 
 
 async def test_the_text_of_a_stream_is_the_text_of_its_tokens(bench: Bench, target_model: Path) -> None:

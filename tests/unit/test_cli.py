@@ -52,7 +52,7 @@ def test_wrong_arguments_end_with_usage_and_status_2(
 @pytest.mark.parametrize(
     ("option", "value", "complaint"),
     [
-        ("--draft", "/no/such/model", "give 'lookup', 'none' or a model's directory"),
+        ("--draft", "/no/such/model", "give 'hybrid', 'lookup', 'none' or a model's directory"),
         ("--port", "70000", "a port is a number from 0 (any free one) to 65535"),
     ],
 )

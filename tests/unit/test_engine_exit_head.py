@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from services.verifier.engine.exit_head import ExactHead, ShortlistHead, can_shortlist
+from services.verifier.engine.exit_head import ExactHead, Naming, ShortlistHead, can_shortlist
+from training.exits import fit_naming
 
 VOCABULARY, HIDDEN, ROWS, K = 4096, 192, 40, 5
 
@@ -22,11 +23,40 @@ def weight() -> torch.Tensor:
 def test_shortlist_gives_the_tokens_and_log_probabilities_of_the_whole_head(weight: torch.Tensor) -> None:
     hidden = torch.randn(ROWS, HIDDEN) * torch.rand(ROWS, 1) * 4
     drafts = torch.randint(VOCABULARY, (ROWS,))
-    exact = ExactHead(lambda rows: rows @ weight.T)(hidden, drafts, K)
+    exact = ExactHead(lambda rows: rows @ weight.T, weight)(hidden, drafts, K)
     found = ShortlistHead(weight)(hidden, drafts, K)
     assert torch.equal(found.tokens, exact.tokens)
     torch.testing.assert_close(found.log_probs, exact.log_probs, atol=0.05, rtol=0)
     torch.testing.assert_close(found.drafted, exact.drafted, atol=0.05, rtol=0)
+
+
+def test_a_reduced_vocabulary_names_its_own_tokens_alone_and_judges_any(weight: torch.Tensor) -> None:
+    vocabulary = torch.arange(1, VOCABULARY, 2)
+    hidden = torch.randn(ROWS, HIDDEN) * 2
+    drafts = torch.randint(VOCABULARY, (ROWS,))
+    exact = ExactHead(lambda rows: rows @ weight.T, weight, Naming(vocabulary))(hidden, drafts, K)
+    found = ShortlistHead(weight, Naming(vocabulary))(hidden, drafts, K)
+    assert bool((exact.tokens % 2 == 1).all())
+    assert torch.equal(found.tokens, exact.tokens)
+    named = (hidden @ weight[vocabulary].T).log_softmax(dim=-1)
+    torch.testing.assert_close(exact.log_probs, named.topk(K, dim=-1).values)
+    torch.testing.assert_close(found.log_probs, exact.log_probs, atol=0.05, rtol=0)
+    torch.testing.assert_close(found.drafted, exact.drafted, atol=0.05, rtol=0)
+
+
+def test_a_head_in_fewer_dimensions_names_the_same_tokens_where_states_have_no_more(
+    weight: torch.Tensor,
+) -> None:
+    directions = torch.linalg.qr(torch.randn(HIDDEN, 24)).Q
+    states = torch.randn(400, 24) @ directions.T * 2
+    naming = fit_naming(weight, torch.arange(VOCABULARY), states, rank=32)
+    hidden, drafts = states[:ROWS], torch.randint(VOCABULARY, (ROWS,))
+    exact = ExactHead(lambda rows: rows @ weight.T, weight)(hidden, drafts, K)
+    found = ShortlistHead(weight, naming)(hidden, drafts, K)
+    assert (found.tokens == exact.tokens).float().mean() > 0.99
+    assert abs(naming.tail) < 0.05
+    torch.testing.assert_close(found.log_probs, exact.log_probs, atol=0.1, rtol=0)
+    torch.testing.assert_close(found.drafted, exact.drafted, atol=0.1, rtol=0)
 
 
 def test_shortlist_is_right_where_one_token_has_all_the_probability(weight: torch.Tensor) -> None:
@@ -46,6 +76,6 @@ def test_other_types_and_small_vocabularies_take_the_whole_head(weight: torch.Te
 
 
 def test_exact_head_needs_no_more_candidates_than_there_are() -> None:
-    found = ExactHead(lambda rows: rows)(torch.tensor([[1.0, 2.0]]), torch.tensor([0]), 5)
+    found = ExactHead(lambda rows: rows, torch.eye(2))(torch.tensor([[1.0, 2.0]]), torch.tensor([0]), 5)
     assert found.tokens.tolist() == [[1, 0]]
     assert found.drafted.exp() + found.log_probs[0, 0].exp() == pytest.approx(1.0)

@@ -118,7 +118,7 @@ def told(block: Block, kept: int) -> list[list[tuple[int, float]]]:
 
 @given(blocks(judged=False), st.integers(1, 5))
 def test_the_edges_guess_is_what_its_draft_says(block: Block, limit: int) -> None:
-    drafts, rows, own = block
+    drafts, _, own = block
     everything = every_outcome(block)
     found = guess_outcomes(drafts, own, told(block, VOCABULARY), limit)
     best = sorted(everything.values(), reverse=True)[:limit]

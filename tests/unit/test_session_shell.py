@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -163,7 +163,9 @@ class _Engine:
         while True:
             yield await self.outputs.get()
 
-    async def submit(self, session: str, base: int, tokens: Tokens) -> BlockStatus:
+    async def submit(
+        self, session: str, base: int, tokens: Tokens, confidences: Sequence[int] = ()
+    ) -> BlockStatus:
         if not self.silent:
             self.outputs.put_nowait(EngineOutput((10 + base,)))
         return BlockStatus.ARMED

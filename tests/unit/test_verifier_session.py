@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from shared.protocol import (
     Block,
     Cancel,
@@ -130,6 +132,16 @@ def test_a_block_on_an_older_base_is_trimmed_where_it_agrees() -> None:
     assert published(session.handle(Committed(4))) == [
         Verdict(session="s", epoch=1, round=1, base=1, accepted=2, tokens=(11, 12, 13))
     ]
+
+
+@pytest.mark.parametrize(
+    ("sent", "verified"), [((90, 80), (80,)), ((), ()), ((90,), ())], ids=["of each", "nothing", "too few"]
+)
+def test_what_the_draft_says_of_its_tokens_goes_with_those_that_are_left(
+    sent: tuple[int, ...], verified: tuple[int, ...]
+) -> None:
+    told = block(1, 1, 11, 12).message.model_copy(update={"confidences": sent})
+    assert parked((10, 11)).handle(Received(told)) == [Verify(1, 2, (12,), verified)]
 
 
 def test_hints_for_a_trimmed_block_count_from_the_block_as_it_was_sent() -> None:

@@ -55,11 +55,11 @@ def read_distilled(directory: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def check_made_for(
-    header: Mapping[str, str], *, target_sha256: str, tokenizer_sha256: str, what: str
+    header: Mapping[str, str], *, target_sha256: str | None, tokenizer_sha256: str, what: str
 ) -> None:
-    """`ModelFilesError` when `what` was trained for another target."""
+    """`ModelFilesError` when `what` was trained for another target; one whose weights are not here has no checksum."""
     for key, own in (("tokenizer_sha256", tokenizer_sha256), ("target_sha256", target_sha256)):
-        if header.get(key) != own:
+        if own is not None and header.get(key) != own:
             raise ModelFilesError(
                 f"{what} was trained for a target with {key} {str(header.get(key))[:12]}…, this one's is "
                 f"{own[:12]}…; train one with `outrider train`"

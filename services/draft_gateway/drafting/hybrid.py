@@ -116,7 +116,7 @@ class HybridDraft:
         self._model = model
         self._worths = worths or Worths()
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
-        self.name: Final = f"{model.name} with prompt lookup"
+        self.name: Final = f"{model.name} and prompt lookup"
 
     def draft(self, requests: Sequence[DraftRequest], dropped: Dropped = none_dropped) -> list[Draft]:
         """See `DraftEngine`."""

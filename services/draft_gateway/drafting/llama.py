@@ -42,7 +42,7 @@ from services.draft_gateway.drafting.network import Choices, FloatNetwork, Netwo
 from services.draft_gateway.drafting.shape import LlamaShape, check_weights
 from shared.errors import ModelFilesError
 from shared.lookup import common_prefix
-from shared.models import read_config, target_sha256, tokenizer_sha256, verify, weight_files
+from shared.models import known_target_sha256, read_config, tokenizer_sha256, verify, weight_files
 from shared.protocol import Tokens
 
 PREFILL_CHUNK: Final = 256
@@ -191,14 +191,15 @@ class LlamaDraft:
         header, tensors = read_distilled(directory)
         check_made_for(
             header,
-            target_sha256=target_sha256(target),
+            target_sha256=known_target_sha256(target),
             tokenizer_sha256=tokenizer_sha256(target),
             what=f"the draft {directory.name}",
         )
         shape = LlamaShape.of(config_of(header))
         torch.set_num_threads(threads)
         network = DistilledNetwork(tensors, shape.layers, shape.vocabulary)
-        return cls(directory.name, shape, network, cache_tokens=cache_tokens)
+        name = f"draft for {header.get('target', target.name)}"
+        return cls(name, shape, network, cache_tokens=cache_tokens)
 
     # --- drafting -------------------------------------------------------------------------------------
 

@@ -58,7 +58,10 @@ class Choices:
 
     def split(self, sizes: Sequence[int]) -> list[Choices]:
         """Those of so many rows each."""
-        parts = zip(self.tokens.split(list(sizes)), self.probabilities.split(list(sizes)), strict=True)
+        sections = list(sizes)
+        parts = zip(
+            torch.split(self.tokens, sections), torch.split(self.probabilities, sections), strict=True
+        )
         return [Choices(tokens, probabilities) for tokens, probabilities in parts]
 
 

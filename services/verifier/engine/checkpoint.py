@@ -32,6 +32,7 @@ LAYER_TENSORS: Final = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
+AUTO: Final = "auto"
 AUTO_DEPTHS: Final = (0.6, 0.8, 0.9)
 MEND: Final = (
     "name a Hugging Face directory of a Llama-family model in OUTRIDER_MODEL, or run `outrider models fetch`"
@@ -87,7 +88,7 @@ def exit_layers(setting: str, num_layers: int) -> tuple[int, ...]:
     """The layers after which exits stand: 'auto', 'none' or a list. `EngineError` when there are no such layers."""
     if setting.strip() == "none":
         return ()
-    if setting.strip() == "auto":
+    if setting.strip() == AUTO:
         return tuple(
             sorted({min(max(round(depth * num_layers), 1), num_layers - 1) for depth in AUTO_DEPTHS} - {0})
         )

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from services.verifier.engine import launch
 from services.verifier.engine.channel import ChannelMessage, ExitMessage, FailureMessage, Receiver
-from services.verifier.engine.checkpoint import Checkpoint, exit_layers, read_checkpoint
+from services.verifier.engine.checkpoint import Checkpoint, read_checkpoint
+from services.verifier.engine.exit_choice import ExitChoice, choose_exits
 from services.verifier.engine.options import SESSION_KEY, EngineOptions
 from services.verifier.engine.types import (
     BlockStatus,
@@ -93,12 +94,12 @@ class VllmEngine:
             raise EngineError(f"the engine {self._state} and can't be started; make a new one")
         self._on_exit = on_exit
         checkpoint = self._checkpoint = read_checkpoint(self._settings.model)
-        layers = exit_layers(self._settings.exit_layers, checkpoint.num_layers)
+        exits = choose_exits(self._settings, checkpoint)
         self._state = _State.RUNNING
         try:
-            self._llm = await self._build(checkpoint, layers)
+            self._llm = await self._build(checkpoint, exits)
             self._watch(self._llm)
-            self._info = await self._describe(self._llm, checkpoint)
+            self._info = await self._describe(self._llm, checkpoint, exits)
         except Exception as error:
             reason = await self._reason(error)
             await self.stop()
@@ -108,15 +109,15 @@ class VllmEngine:
             raise
         return self._info
 
-    async def _build(self, checkpoint: Checkpoint, layers: tuple[int, ...]) -> EngineClient:
+    async def _build(self, checkpoint: Checkpoint, exits: ExitChoice) -> EngineClient:
         """Start the engine process, in a thread; a cancelled start waits for it, so that it can be stopped."""
         self._folder = Path(tempfile.mkdtemp(prefix="outrider-engine-"))
         address = f"ipc://{self._folder / 'exits'}"
         self._receiver = Receiver(address, self._received)
         options = EngineOptions(
             exit_address=address,
-            exit_layers=layers,
-            exit_modules=str(self._settings.exit_modules or ""),
+            exit_layers=exits.layers,
+            exit_modules=str(exits.file or ""),
             exit_outcomes=self._settings.exit_outcomes,
             threads=self._settings.engine_threads,
         )
@@ -132,9 +133,9 @@ class VllmEngine:
                     self._llm = await building
                 raise
 
-    async def _describe(self, llm: EngineClient, checkpoint: Checkpoint) -> EngineInfo:
+    async def _describe(self, llm: EngineClient, checkpoint: Checkpoint, exits: ExitChoice) -> EngineInfo:
         found: dict[str, Any] = await self._call(llm.describe())
-        notes = list(found["notes"])
+        notes = [*exits.notes, *found["notes"]]
         max_model_len = int(llm.model_config.max_model_len)
         if max_model_len < self._settings.max_model_len:
             notes.append(
@@ -231,7 +232,9 @@ class VllmEngine:
             self._forget(opened)
             await self._abort(opened.key)
 
-    async def submit(self, session: str, base: int, tokens: Tokens) -> BlockStatus:
+    async def submit(
+        self, session: str, base: int, tokens: Tokens, confidences: Sequence[int] = ()
+    ) -> BlockStatus:
         """See `Engine.submit`."""
         llm = self._alive()
         if len(tokens) > self._settings.max_block:
@@ -245,7 +248,8 @@ class VllmEngine:
         own_base = base - opened.offset
         if own_base < 0:
             return BlockStatus.STALE
-        return BlockStatus(await self._call(llm.submit_block(opened.key, own_base, list(tokens))))
+        levels = list(confidences) if len(confidences) == len(tokens) else []
+        return BlockStatus(await self._call(llm.submit_block(opened.key, own_base, list(tokens), levels)))
 
     async def close(self, session: str) -> None:
         """See `Engine.close`."""

@@ -8,25 +8,46 @@ everything, wherever there is no int8 kernel or the logits are not a plain produ
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
+from services.verifier.engine.int8 import Int8Matrix, has_int8
+
 SHORTLIST: Final = 16
-INT8_ENGINE: Final = "fbgemm"
+ROUGH_SHORTLIST: Final = 40
+"""The same where the head is read in fewer dimensions."""
+CHUNK: Final = 64
+"""Columns whose largest value is found first, when the largest of all are sought."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Per row: the `k` most likely tokens, best first, with their log-probabilities, and the draft's log-probability."""
+    """Per row: the `k` most likely tokens, best first, with their log-probabilities; the log-probability of the draft's
+    token, and its row of the head `[rows, hidden size]`."""
 
     tokens: Tensor
     log_probs: Tensor
     drafted: Tensor
+    draft_rows: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """Which tokens exits name, and perhaps how to find the likeliest of them in fewer dimensions.
+
+    `vocabulary` are token ids, None for all. With `reduce` [r, hidden size] and `restore` [hidden size, r], head · restore ·
+    reduce comes near the head on the hidden states that exits see; `tail` is what the logarithm of a sum of such
+    probabilities lacks, on average.
+    """
+
+    vocabulary: Tensor | None = None
+    reduce: Tensor | None = None
+    restore: Tensor | None = None
+    tail: float = 0.0
 
 
 class ExitHead(Protocol):
@@ -39,51 +60,75 @@ class ExitHead(Protocol):
 class ExactHead:
     """The model's own head, in full."""
 
-    def __init__(self, logits: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, logits: Callable[[Tensor], Tensor], weight: Tensor, naming: Naming = Naming()) -> None:
+        """`logits` is what the model makes of hidden states, by `weight` [vocabulary, hidden size] and whatever else."""
         self._logits = logits
+        self._weight = weight
+        self._ids = None if naming.vocabulary is None else naming.vocabulary.to(weight.device)
 
     def __call__(self, hidden: Tensor, drafts: Tensor, k: int) -> Scores:
         """See `ExitHead`."""
         logits = self._logits(hidden).float()
-        total = logits.logsumexp(dim=-1, keepdim=True)
-        best, tokens = logits.topk(min(k, logits.shape[-1]), dim=-1)
-        return Scores(tokens, best - total, (logits.gather(1, drafts[:, None]) - total).squeeze(1))
+        named = logits if self._ids is None else logits[:, self._ids]
+        total = named.logsumexp(dim=-1, keepdim=True)
+        best, columns = named.topk(min(k, named.shape[-1]), dim=-1)
+        tokens = columns if self._ids is None else self._ids[columns]
+        drafted = (logits.gather(1, drafts[:, None]) - total).squeeze(1)
+        return Scores(tokens, best - total, drafted, self._weight[drafts])
 
 
 class ShortlistHead:
-    """An int8 copy of the head for the shortlist, the head itself for what is on it."""
+    """An int8 copy of the head, perhaps in fewer dimensions, for the shortlist; the head itself for what is on it."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, naming: Naming = Naming()) -> None:
         """`weight` is the head's, [vocabulary, hidden size], float32; it is kept, not copied."""
         self._weight = weight
-        self._packed = _pack(weight)
+        self._ids = naming.vocabulary
+        self._reduce = naming.reduce
+        self._tail = naming.tail if naming.reduce is not None else 0.0
+        self._shortlist = SHORTLIST if naming.reduce is None else ROUGH_SHORTLIST
+        named = weight if naming.vocabulary is None else weight[naming.vocabulary]
+        self._rough = Int8Matrix(named if naming.restore is None else named @ naming.restore)
 
     def __call__(self, hidden: Tensor, drafts: Tensor, k: int) -> Scores:
-        """See `ExitHead`. The normalising sum is int8's, with the shortlist's share replaced by the exact one."""
-        rough = torch.ops.quantized.linear_dynamic(hidden, self._packed, True)
+        """See `ExitHead`. The normalising sum is the rough copy's, with the shortlist's share replaced by the exact one."""
+        rough = self._rough(hidden if self._reduce is None else hidden @ self._reduce.T)
+        rough_best, shortlist = _largest(rough, max(self._shortlist, 2 * k))
         total = rough.logsumexp(dim=-1, keepdim=True)
-        rough_best, shortlist = rough.topk(max(SHORTLIST, 2 * k), dim=-1)
-        exact = torch.einsum("rh,rsh->rs", hidden, self._weight[shortlist])
         on_list = (rough_best - total).logsumexp(dim=-1, keepdim=True).clamp(max=-1e-6)
-        tail = total + torch.log(-torch.expm1(on_list))
+        tail = total + torch.log(-torch.expm1(on_list)) + self._tail
+        tokens = shortlist if self._ids is None else self._ids[shortlist]
+        rows = self._weight[torch.cat((tokens, drafts[:, None]), dim=1)]
+        exact, drafted = torch.split(
+            torch.bmm(rows, hidden[:, :, None])[:, :, 0], [tokens.shape[1], 1], dim=1
+        )
         total = torch.logaddexp(exact.logsumexp(dim=-1, keepdim=True), tail)
         best, order = exact.topk(k, dim=-1)
-        drafted = (hidden * self._weight[drafts]).sum(dim=-1, keepdim=True) - total
-        return Scores(shortlist.gather(1, order), best - total, drafted.squeeze(1))
+        return Scores(tokens.gather(1, order), best - total, (drafted - total)[:, 0], rows[:, -1])
 
 
 def can_shortlist(weight: Tensor) -> bool:
     """Whether `ShortlistHead` works for a head: float32 on an x86 CPU, and large enough to be worth it."""
-    plain = weight.device.type == "cpu" and weight.dtype is torch.float32 and len(weight) >= 64 * SHORTLIST
-    return plain and INT8_ENGINE in torch.backends.quantized.supported_engines
+    return has_int8(weight) and len(weight) >= 64 * SHORTLIST
 
 
-def _pack(weight: Tensor) -> Any:
-    """int8 by row, symmetric, in the kernel's layout."""
-    torch.backends.quantized.engine = INT8_ENGINE
-    scales = weight.abs().amax(dim=1).clamp(min=1e-8) / 127
-    zeros = torch.zeros(len(weight), dtype=torch.long)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
-        rows = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-    return torch.ops.quantized.linear_prepack(rows, None)
+def best_head(
+    logits: Callable[[Tensor], Tensor], weight: Tensor, naming: Naming, *, plain: bool = True
+) -> ExitHead:
+    """The quickest head for a weight; `plain`: the logits are a product with it and nothing else."""
+    if plain and can_shortlist(weight):
+        return ShortlistHead(weight, naming)
+    return ExactHead(logits, weight, naming)
+
+
+def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row and their columns, largest first. They lie in the `count` chunks with the largest
+    maxima: to look there is a fraction of sorting all."""
+    rows, columns = values.shape
+    if columns % CHUNK or columns // CHUNK <= count:
+        return values.topk(count, dim=-1)
+    chunks = values.view(rows, -1, CHUNK)
+    places = chunks.amax(dim=-1).topk(count, dim=-1).indices
+    found = chunks.gather(1, places[:, :, None].expand(-1, -1, CHUNK)).flatten(1)
+    best, place = found.topk(count, dim=-1)
+    return best, places.gather(1, place // CHUNK) * CHUNK + place % CHUNK

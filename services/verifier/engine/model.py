@@ -9,6 +9,7 @@ to the exits. No forward is copied. The models run eagerly, so that an exit spea
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from vllm.model_executor.models.llama import LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.mistral import MistralForCausalLM, MistralModel
 
 from services.verifier.engine.channel import Sender
-from services.verifier.engine.exit_head import ExactHead, ExitHead, ShortlistHead, can_shortlist
-from services.verifier.engine.exits import ExitReader, Pass, TargetFacts, load_exits
+from services.verifier.engine.exit_files import TargetFacts, load_exits
+from services.verifier.engine.exit_head import ExitHead, Naming, best_head
+from services.verifier.engine.exit_modules import TrainedExit, quickest
+from services.verifier.engine.exits import ExitReader, Pass
 from services.verifier.engine.options import EngineOptions
 from shared.errors import EngineError
 
@@ -83,18 +86,26 @@ class _WithExits:
         target = TargetFacts(
             directory=Path(vllm_config.model_config.model),
             hidden_size=self.config.hidden_size,
+            vocab_size=self.config.vocab_size,
+            epsilon=self.config.rms_norm_eps,
             dtype=vllm_config.model_config.dtype,
         )
         file = Path(options.exit_modules) if options.exit_modules else None
         exits = load_exits(options.exit_layers, file, target)
-        tap = ExitTap(ExitReader(exits, self.model.norm, self._exit_head(), options.exit_outcomes), sender)
+        modules = {
+            layer: quickest(module) if isinstance(module, TrainedExit) else module
+            for layer, module in exits.modules.items()
+        }
+        exits = replace(exits, modules=modules)
+        head = self._exit_head(exits.naming)
+        tap = ExitTap(ExitReader(exits, self.model.norm, head, options.exit_outcomes), sender)
         self.model.exit_tap = tap
         return tap
 
-    def _exit_head(self) -> ExitHead:
+    def _exit_head(self, naming: Naming) -> ExitHead:
         weight = self.lm_head.weight[: self.config.vocab_size]
         plain = self.logits_processor.scale == 1.0 and self.logits_processor.soft_cap is None
-        return ShortlistHead(weight) if plain and can_shortlist(weight) else ExactHead(self.compute_logits)
+        return best_head(self.compute_logits, weight, naming, plain=plain)
 
 
 class OutriderLlamaForCausalLM(_WithExits, LlamaForCausalLM):  # type: ignore[misc]

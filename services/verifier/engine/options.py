@@ -22,6 +22,8 @@ SESSION_KEY: Final = "outrider_session"
 SUBMIT_CALL: Final = "outrider_submit"
 STATS_CALL: Final = "outrider_stats"
 DESCRIBE_CALL: Final = "outrider_describe"
+DRAFT_LEVELS: Final = "outrider_draft_levels"
+"""An attribute that a step's `SchedulerOutput` gets: by request, how sure the draft was of each token of its block."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,8 +33,8 @@ def register() -> None:
     setattr(EngineCore, DESCRIBE_CALL, _describe)
 
 
-def _submit(core: EngineCore, key: str, base: int, tokens: list[int]) -> str:
-    return str(core.scheduler.submit_block(key, base, tokens))
+def _submit(core: EngineCore, key: str, base: int, tokens: list[int], levels: list[int]) -> str:
+    return str(core.scheduler.submit_block(key, base, tokens, levels))
 
 
 def _stats(core: EngineCore) -> dict[str, Any]:

@@ -26,12 +26,13 @@ It does not decide what a block's outcome is, and it knows nothing of epochs or 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from services.verifier.engine.options import session_key
+from services.verifier.engine.options import DRAFT_LEVELS, session_key
 from services.verifier.engine.types import BlockStatus
 
 if TYPE_CHECKING:
@@ -43,8 +44,14 @@ if TYPE_CHECKING:
 NEVER: Final = 1 << 62
 STEP_MS_WEIGHT: Final = 0.1
 
-Block = tuple[int, list[int]]
-"""(base, draft tokens); the base counts the request's own output tokens."""
+
+class Block(NamedTuple):
+    """Draft tokens, and how sure the draft was of them (`levels`, or nothing); the base counts the request's own output
+    tokens."""
+
+    base: int
+    tokens: list[int]
+    levels: list[int]
 
 
 @dataclass(slots=True)
@@ -106,7 +113,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
 
     # --- blocks -------------------------------------------------------------------------------------------------
 
-    def submit_block(self, key: str, base: int, tokens: list[int]) -> BlockStatus:
+    def submit_block(self, key: str, base: int, tokens: list[int], levels: list[int]) -> BlockStatus:
         """Take a block that continues the session's first `base` output tokens.
 
         A newer block takes the place of one that has not been looked at yet.
@@ -114,7 +121,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         session = self._by_key.get(key)
         if session is None:
             return BlockStatus.GONE
-        block = (base, tokens)
+        block = Block(base, tokens, levels)
         if session.parked_at is None and not session.resting:
             session.pending = block
             return BlockStatus.QUEUED
@@ -131,7 +138,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
 
     def _trim(self, session: Session, block: Block) -> list[int] | None:
         """What of a block is still to be verified: all of it but what was generated since. None when it is stale."""
-        base, tokens = block
+        base, tokens, _ = block
         request = session.request
         since = request.output_token_ids[base:] if base <= request.num_output_tokens else None
         if since is None or len(tokens) < len(since) or tokens[: len(since)] != list(since):
@@ -195,6 +202,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 return
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        setattr(scheduler_output, DRAFT_LEVELS, self._levels(scheduler_output.scheduled_spec_decode_tokens))
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
             drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
             self._count(self.requests[request_id], scheduled, drafts)
@@ -205,6 +213,15 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             session = self._by_request.get(request_id)
             if session is not None and session.request.is_prefill_chunk:
                 self._prepare_resumed(session)
+
+    def _levels(self, drafts: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        """How sure the drafts were of the tokens that the step verifies, for the exits to hear."""
+        found = {}
+        for request_id, tokens in drafts.items():
+            session = self._by_request.get(request_id)
+            if session is not None and session.armed is not None:
+                found[request_id] = session.armed.levels[-len(tokens) :]
+        return found
 
     def _count(self, request: Request, scheduled: int, drafts: int) -> None:
         """Book a request's share of the step as first prefill, recomputation, block or plain decoding."""

@@ -6,7 +6,7 @@ written against this file alone. The engine that does the work is `engine.VllmEn
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
@@ -138,8 +138,12 @@ class Engine(Protocol):
         raises `EngineError` when the engine dies later.
         """
 
-    async def submit(self, session: str, base: int, tokens: Tokens) -> BlockStatus:
+    async def submit(
+        self, session: str, base: int, tokens: Tokens, confidences: Sequence[int] = ()
+    ) -> BlockStatus:
         """Have a block verified: `tokens` continue the session's first `base` output tokens; may be empty.
+
+        `confidences` are the draft's, as levels, one a token or none at all; early exits may listen to them.
 
         What was generated past `base` meanwhile is trimmed from the block's front where it agrees; otherwise the block
         is stale. An armed block is answered by exactly one output, also when the session is preempted over it; so is a

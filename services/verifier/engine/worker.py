@@ -6,7 +6,10 @@ inputs. The worker also ties the engine process to its verifier (`process`).
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +20,9 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from services.verifier.engine.channel import Sender
 from services.verifier.engine.exits import Pass, VerifiedRows
 from services.verifier.engine.model import ExitTap
-from services.verifier.engine.options import EngineOptions, session_key
+from services.verifier.engine.options import DRAFT_LEVELS, EngineOptions, session_key
 from services.verifier.engine.process import report_failures, stay_with_parent
+from shared.speculation.outcomes import confidence_at
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,7 +65,9 @@ class SessionRunner(CPUModelRunner):  # type: ignore[misc]
         sessions: list[VerifiedRows] = []
         positions: list[int] = []
         drafts: list[int] = []
+        sure: list[float] = []
         offset = 0
+        levels = getattr(scheduler_output, DRAFT_LEVELS, {})
         for index, request_id in enumerate(batch.req_ids):
             drafted, first = num_draft_tokens[index], offset
             offset += drafted + 1
@@ -74,10 +80,18 @@ class SessionRunner(CPUModelRunner):  # type: ignore[misc]
             sessions.append(VerifiedRows(key, base, len(positions), block))
             positions.extend(range(first, offset))
             drafts.extend((*block, 0))
+            sure.extend((*_log_confidences(levels.get(request_id, ()), len(block)), math.nan))
         if not sessions:
             return None
         rows = logits_indices if len(positions) == offset else logits_indices[torch.tensor(positions)]
-        return Pass(self._pass_began, rows, tuple(sessions), torch.tensor(drafts))
+        return Pass(self._pass_began, rows, tuple(sessions), torch.tensor(drafts), torch.tensor(sure))
+
+
+def _log_confidences(levels: Sequence[int], drafted: int) -> Iterable[float]:
+    """Log-probabilities in the draft of a block's tokens, NaN where it said nothing."""
+    if len(levels) != drafted:
+        return itertools.repeat(math.nan, drafted)
+    return (math.log(confidence_at(level)) for level in levels)
 
 
 class SessionWorker(CPUWorker):  # type: ignore[misc]

@@ -1,0 +1,145 @@
+"""The modules of early exits: an adapter that guesses the last residual stream, and a judge of the draft's tokens.
+
+Naming the next token is hard after two thirds of the layers, saying whether the target will accept a given one is
+easier: so the judge sees, beside the hidden state, the draft's token, what the exit itself thinks of it, and how sure the
+draft was. `training` trains these same classes; what a file of them must say of itself is in `exits`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from services.verifier.engine.int8 import Int8Matrix, has_int8
+from shared.speculation.outcomes import Calibration
+
+FEATURES: Final = 8
+"""Figures that a judge sees beside the two vectors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a judge is asked about, by rows: the guess `[rows, hidden]`, normed; the head's rows of the draft's tokens
+    `[rows, hidden]`; log-probabilities of these in the exit, and in the draft (NaN where unknown) `[rows]`; those of the
+    exit's two likeliest tokens `[rows, 2]`."""
+
+    normed: Tensor
+    token: Tensor
+    drafted: Tensor
+    sure: Tensor
+    best: Tensor
+
+
+class ExitModule(nn.Module):
+    """An exit after one layer, untrained: the residual stream is its own guess, and the exit's own word is its judge."""
+
+    calibration: Calibration = Calibration()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden size]: the residual stream after the layer → a guess of the one after the last layer."""
+        return hidden
+
+    def acceptance(self, judged: Judged) -> Tensor:
+        """[rows]: log-probability that the draft token that a row judges is accepted."""
+        return judged.drafted
+
+
+class Judge(nn.Module):
+    """Says whether the target will accept a draft token: a logit."""
+
+    def __init__(self, hidden_size: int, rank: int, width: int) -> None:
+        super().__init__()
+        self.state = nn.Linear(hidden_size, rank, bias=False)
+        self.token = nn.Linear(hidden_size, rank, bias=False)
+        self.first = nn.Linear(3 * rank + FEATURES, width)
+        self.last = nn.Linear(width, 1)
+
+    def forward(self, judged: Judged) -> Tensor:
+        """Logits `[rows]`."""
+        state, drafted = self.state(judged.normed), self.token(judged.token)
+        figures = judge_features(judged).to(state.dtype)
+        features = torch.cat((state, drafted, state * drafted, figures), dim=-1)
+        logit: Tensor = self.last(F.silu(self.first(features)))[:, 0]
+        return logit.float()
+
+
+class TrainedExit(ExitModule):
+    """Adapter, h + down(silu(gate(n)) · up(n)) with n = norm(h), and judge."""
+
+    def __init__(
+        self, hidden_size: int, *, width: int, judge_rank: int, judge_width: int, eps: float
+    ) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.gate = nn.Linear(hidden_size, width, bias=False)
+        self.up = nn.Linear(hidden_size, width, bias=False)
+        self.down = nn.Linear(width, hidden_size, bias=False)
+        self.judge = Judge(hidden_size, judge_rank, judge_width)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """See `ExitModule.forward`."""
+        weight = self.norm.weight.to(hidden.dtype)
+        normed = F.rms_norm(hidden, (hidden.shape[-1],), weight, self.norm.eps)
+        guess: Tensor = hidden + self.down(F.silu(self.gate(normed)) * self.up(normed))
+        return guess
+
+    def acceptance(self, judged: Judged) -> Tensor:
+        """See `ExitModule.acceptance`; calibrated."""
+        return calibrated_odds(self.judge(judged), self.calibration)
+
+
+class Int8Exit(ExitModule):
+    """A trained exit whose adapter is kept in int8: what it costs on a CPU is reading its matrices."""
+
+    def __init__(self, trained: TrainedExit) -> None:
+        super().__init__()
+        self._norm, self._eps = trained.norm.weight, trained.norm.eps
+        self._gate_up = Int8Matrix(torch.cat((trained.gate.weight, trained.up.weight)))
+        self._down = Int8Matrix(trained.down.weight)
+        self.judge = trained.judge
+        self.calibration = trained.calibration
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """See `ExitModule.forward`."""
+        normed = F.rms_norm(hidden, (hidden.shape[-1],), self._norm, self._eps)
+        gate, up = self._gate_up(normed).chunk(2, dim=-1)
+        return hidden + self._down(F.silu(gate) * up)
+
+    def acceptance(self, judged: Judged) -> Tensor:
+        """See `ExitModule.acceptance`; calibrated."""
+        return calibrated_odds(self.judge(judged), self.calibration)
+
+
+def quickest(module: TrainedExit) -> TrainedExit | Int8Exit:
+    """The module in the form that is quickest where its weights are."""
+    return Int8Exit(module) if has_int8(module.down.weight) else module
+
+
+def calibrated_odds(odds: Tensor, calibration: Calibration) -> Tensor:
+    """Log-probabilities from a judge's log-odds."""
+    return F.logsigmoid(odds * calibration.accept.slope + calibration.accept.offset)
+
+
+def judge_features(judged: Judged) -> Tensor:
+    """`[rows, FEATURES]`: log-odds and probabilities of the draft's token, here and in the draft, and of the best ones."""
+    best, drafted = judged.best.float(), judged.drafted.float().clamp(-25.0, 0.0)
+    known = ~judged.sure.isnan()
+    sure = torch.where(known, judged.sure, -1.0).float().clamp(-12.0, -1e-4)
+    return torch.stack(
+        (
+            drafted / 5,
+            drafted.exp(),
+            (drafted - best[:, 0]).clamp(-20.0, 5.0) / 5,
+            best[:, 0].exp(),
+            (best[:, 0] - best[:, 1]).clamp(0.0, 20.0) / 5,
+            sure.exp() * known,
+            (sure - torch.log(-torch.expm1(sure))) / 5 * known,
+            known.float(),
+        ),
+        dim=-1,
+    )
