@@ -107,7 +107,7 @@ class TimerEngine:
         reason = FinishReason.LENGTH if base + len(said) >= max_tokens else None
         self._passes += 1
         if self._log is not None:
-            record = {
+            record: dict[str, float | str] = {
                 "session": session,
                 "base": base,
                 "submitted_ms": submitted_s * 1000,

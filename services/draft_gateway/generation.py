@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Final, Protocol
 
-from services.draft_gateway.drafting import Drafter, DraftRequest
+from services.draft_gateway.drafting import EMPTY, Drafter, DraftRequest
 from services.draft_gateway.metrics import Watch
 from services.draft_gateway.openai_api import JsonObject
 from services.draft_gateway.uplink import SessionMessage, Uplink
@@ -31,6 +31,8 @@ from shared.protocol import (
     Evicted,
     Fault,
     FinishReason,
+    Floor,
+    Forward,
     Hint,
     Placed,
     Prompt,
@@ -51,10 +53,12 @@ from shared.speculation.edge import (
     Fail,
     FaultArrived,
     Finish,
+    FloorArrived,
     HintArrived,
     Opened,
     Relocated,
     SendBlock,
+    SendForward,
     SendPrompt,
     SetTimer,
     StaleArrived,
@@ -243,10 +247,18 @@ class Generation:
             accepted=self._earlier.accepted + seen.accepted,
         )
         return _report(self.session, stats, self.length) | {
+            "passes": self._earlier.rounds + seen.passes,
             "hits": seen.hits,
+            "hits_by_guess": seen.hits_by_guess,
+            "hits_by_exit": seen.hits_by_exit,
+            "taken": seen.taken,
             "misses": seen.misses,
             "late": seen.late,
             "lanes": seen.lanes,
+            "forwards": seen.forwards,
+            "floor_tokens": seen.floor_tokens,
+            "drafted_in_all": seen.drafted_in_all,
+            "verify_ms": round(seen.verify_ms, 3),
             "hints": self._hints_received,
             "hints_before_verdict": seen.hints,
             "hinted_rounds": seen.hinted_rounds,
@@ -283,6 +295,8 @@ class Generation:
         match message:
             case Verdict():
                 self._handle(VerdictArrived(message))
+            case Floor():
+                self._handle(FloorArrived(message))
             case Hint():
                 self._hints_received += 1
                 self._handle(HintArrived(message))
@@ -373,26 +387,43 @@ class Generation:
 
     def _carry_out(self, action: EdgeAction) -> None:
         match action:
-            case SendBlock(epoch, number, base, tokens):
+            case SendBlock():
                 self._send(
                     Block(
                         session=self.session,
-                        epoch=epoch,
+                        epoch=action.epoch,
                         reply=self._uplink.reply,
-                        round=number,
-                        base=base,
-                        tokens=tokens,
+                        round=action.round,
+                        base=action.base,
+                        tokens=action.tokens,
+                        confidences=action.confidences,
                     )
                 )
+            case SendForward():
+                forward = Forward(
+                    session=self.session,
+                    epoch=action.epoch,
+                    reply=self._uplink.reply,
+                    round=action.round,
+                    base=action.base,
+                    parent=action.parent,
+                    accepted=action.accepted,
+                    next_token=action.next_token,
+                    tokens=action.tokens,
+                    confidences=action.confidences,
+                )
+                self._spawn(self._transmit(forward))
             case SendPrompt(epoch, number, base):
                 self._send(
                     Prompt(
                         session=self.session, epoch=epoch, reply=self._uplink.reply, round=number, base=base
                     )
                 )
-            case StartDraft(lane, base, assumed, length):
+            case StartDraft(lane, base, assumed, length, beyond):
                 context = (*self._prompt, *self._core.committed[:base], *assumed)
-                request = DraftRequest(session=self.session, lane=lane, context=context, length=length)
+                request = DraftRequest(
+                    session=self.session, lane=lane, context=context, length=length, beyond=beyond
+                )
                 self._drafts[lane] = self._spawn(self._draft(request))
             case DropDraft(lane):
                 if (task := self._drafts.pop(lane, None)) is not None:
@@ -413,7 +444,7 @@ class Generation:
         self._sent = message
         self._sending = self._spawn(self._transmit(message))
 
-    async def _transmit(self, message: Prompt | Block) -> None:
+    async def _transmit(self, message: Prompt | Block | Forward) -> None:
         assert self._placed is not None
         try:
             await self._uplink.send(message, partition=self._placed.partition, trace=self._trace)
@@ -424,14 +455,14 @@ class Generation:
 
     async def _draft(self, request: DraftRequest) -> None:
         try:
-            tokens = (await self._drafter.draft(request)).tokens
+            draft = await self._drafter.draft(request)
         except asyncio.CancelledError:
             raise
         except Exception:  # a draft engine may fail in any way; without a draft the target goes on alone
             logger.exception("drafting failed; an empty block goes up", extra={"session": self.session})
-            tokens = ()
+            draft = EMPTY
         self._drafts.pop(request.lane, None)
-        self._handle(Drafted(request.lane, tokens))
+        self._handle(Drafted(request.lane, draft.tokens, draft.confidences, draft.alternatives))
 
     def _finished(self, reason: FinishReason, last: Delivery | None) -> None:
         if last is not None:

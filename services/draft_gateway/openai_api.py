@@ -220,7 +220,15 @@ class OutriderOptions(BaseModel):
     trace: bool = Field(False, description="Chunks tell, token by token, who wrote it.")
     return_token_ids: bool = Field(False, description="Choices and chunks carry `token_ids`.")
     block_length: Annotated[int, Field(ge=0)] | None = Field(None, description="Draft tokens a block.")
-    hints: bool | None = Field(None, description="Whether early exits start lanes.")
+    adaptive: bool | None = Field(
+        None, description="Whether each block's length is chosen by measurement, block_length at most."
+    )
+    hints: bool | None = Field(None, description="Whether hints of early exits start lanes.")
+    guesses: bool | None = Field(None, description="Whether lanes start as a block goes up.")
+    forwards: bool | None = Field(None, description="Whether finished lanes go up before the verdict.")
+    policy: Literal["latency", "cost"] | None = Field(
+        None, description="What the verifier does with nothing to verify: 'latency' goes on, 'cost' waits."
+    )
     draft: Literal["engine", "none"] = Field("engine", description="'none' sends empty blocks.")
 
 

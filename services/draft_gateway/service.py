@@ -57,7 +57,11 @@ class DraftGateway:
         in_cloud = settings.uplink is UplinkKind.KAFKA
         self._links = LinkServer(settings, self._uplink) if in_cloud else None
         self._sessions = Sessions(
-            settings, uplink=self._uplink, drafter=self._drafter, tokenizer=self._tokenizer
+            settings,
+            uplink=self._uplink,
+            drafter=self._drafter,
+            tokenizer=self._tokenizer,
+            foresight=loaded.foresight,
         )
         self._notes = loaded.notes
         self.app: Final[FastAPI] = create_app(settings, self._sessions, self.readiness, links=self._links)

@@ -29,9 +29,10 @@ from shared.errors import (
     SessionTaken,
     Unavailable,
 )
-from shared.protocol import Cancel, CloseSession, GenerationParams, OpenSession, Tokens
+from shared.protocol import Cancel, CloseSession, GenerationParams, OpenSession, Policy, Tokens
 from shared.session import SessionState
 from shared.speculation.edge import EdgeConfig
+from shared.speculation.outcomes import Foresight
 from shared.telemetry import TraceContext
 
 logger = logging.getLogger(__name__)
@@ -80,12 +81,19 @@ class Sessions:
     """All sessions that this gateway drives, at most `gateway_max_streams`."""
 
     def __init__(
-        self, settings: GatewaySettings, *, uplink: Uplink, drafter: Drafter, tokenizer: PromptTokenizer
+        self,
+        settings: GatewaySettings,
+        *,
+        uplink: Uplink,
+        drafter: Drafter,
+        tokenizer: PromptTokenizer,
+        foresight: Foresight,
     ) -> None:
         self._settings = settings
         self._uplink = uplink
         self._drafter = drafter
         self._tokenizer = tokenizer
+        self._foresight = foresight
         self._live: dict[str, Generation] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
@@ -222,16 +230,25 @@ class Sessions:
         length = settings.block_length if options.block_length is None else options.block_length
         if options.draft == "none" or settings.draft == "none":
             length = 0
-        hints = settings.hints if options.hints is None else options.hints
+
+        def chosen(asked: bool | None, setting: bool) -> bool:
+            return length > 0 and (setting if asked is None else asked)
+
         stops = frozenset() if params.ignore_eos else self._tokenizer.stop_tokens
         return EdgeConfig(
             gateway=self._uplink.reply.gateway,
             max_tokens=params.max_tokens,
             block_length=min(length, settings.max_block),
+            adaptive=chosen(options.adaptive, settings.adaptive),
             stop_tokens=stops | frozenset(params.stop_token_ids),
-            hints=hints and length > 0,  # without drafts a lane would hold nothing
-            hint_threshold=settings.hint_threshold,
+            policy=params.policy,
+            hints=chosen(options.hints, settings.hints),
+            guesses=chosen(options.guesses, settings.guesses),
+            forwards=chosen(options.forwards, settings.forwards),
+            lane_threshold=settings.lane_threshold,
             max_lanes=settings.max_lanes,
+            forwards_per_token=settings.forwards_per_token,
+            foresight=self._foresight,
             round_timeout_ms=settings.round_timeout_s * 1000,
             stall_timeout_ms=settings.stall_timeout_s * 1000,
         )
@@ -284,6 +301,7 @@ class Sessions:
             stop_token_ids=request.stop_token_ids,
             ignore_eos=request.ignore_eos,
             seed=request.seed,
+            policy=request.options.policy or self._settings.policy,
         )
 
     def _admit(self) -> None:

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr
 
+from shared.protocol import Policy
 from shared.settings import ModelSettings, Port, Positive, Seconds
 
 
@@ -84,9 +85,22 @@ class GatewaySettings(ModelSettings):
     block_length: Annotated[int, Field(ge=0)] = Field(
         5, description="Draft tokens a block (the paper's gamma)."
     )
-    hints: bool = Field(True, description="Use hints of early exits to start lanes.")
-    hint_threshold: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.2, description="Least confidence of a hint's outcome for a lane to start from it."
+    adaptive: bool = Field(
+        True, description="Choose each block's length by measurement, block_length at most."
+    )
+    policy: Policy = Field(
+        Policy.LATENCY,
+        description="What a verifier does with a session that has nothing to verify: 'latency' goes on by itself, "
+        "'cost' waits for a block.",
+    )
+    hints: bool = Field(True, description="Start lanes from hints of early exits.")
+    guesses: bool = Field(True, description="Start lanes as a block goes up, from the draft's own guesses.")
+    forwards: bool = Field(True, description="Send finished lanes up before the verdict.")
+    forwards_per_token: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="Forwards sent at most for each committed token: each costs some 20 bytes."
+    )
+    lane_threshold: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.05, description="Least probability of an outcome for a lane to start from it."
     )
     max_lanes: Annotated[int, Field(ge=0)] = Field(4, description="Lanes a session drafts at a time.")
     default_max_tokens: Positive = Field(256, description="Length of an answer whose request sets no limit.")

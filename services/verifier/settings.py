@@ -48,6 +48,10 @@ class VerifierSettings(ModelSettings):
     member_timeout_s: Annotated[float, Field(ge=1)] = Field(
         6.0, description="A verifier silent for so long loses its partitions to the others."
     )
+    floor_lookup: bool = Field(
+        True,
+        description="Let a session that goes on by itself draft by prompt lookup where its match is long.",
+    )
     session_queue: Positive = Field(
         32, description="Messages that wait for one session; more are answered as faults."
     )

@@ -36,7 +36,7 @@ from enum import StrEnum
 from typing import Final
 
 from shared.protocol import Fault, FinishReason, Floor, Hint, Policy, Stale, Tokens, Verdict
-from shared.speculation.outcomes import Foresight, Ranked, guess_outcomes, mix
+from shared.speculation.outcomes import Foresight, Ranked, guess_outcomes, level, mix
 from shared.speculation.pace import Clocks, Line, Mean, best_length, lanes_in
 
 
@@ -217,12 +217,13 @@ class SendPrompt:
 
 @dataclass(frozen=True, slots=True)
 class SendBlock:
-    """Send a block up."""
+    """Send a block up. `confidences` are the draft's, as levels, one a token or none at all."""
 
     epoch: int
     round: int
     base: int
     tokens: Tokens
+    confidences: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +237,7 @@ class SendForward:
     accepted: int
     next_token: int
     tokens: Tokens
+    confidences: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,6 +364,10 @@ class _Lane:
     @property
     def path(self) -> Tokens:
         return (*self.assumed, *(self.tokens or ()))
+
+    def levels(self) -> tuple[int, ...]:
+        """How sure the draft was of its tokens, as it travels."""
+        return tuple(level(confidence) for confidence in self.confidences)
 
     def left(self, committed: Sequence[int]) -> Tokens | None:
         """What of its path follows `committed`; None when that has left the path."""
@@ -581,7 +587,8 @@ class EdgeSession:
             return [SendPrompt(self._epoch, self._prompt_round, 0), self._later()]
         if self._open is not None and self._open.round is not None:
             left = self._open.left(self._committed) or ()
-            return [SendBlock(self._epoch, self._open.round, self.base, left), self._later()]
+            levels = self._open.levels()[-len(left) :] if left else ()
+            return [SendBlock(self._epoch, self._open.round, self.base, left, levels), self._later()]
         return [SendBlock(self._epoch, self._take_round(), self.base, ()), self._later()]
 
     def _later(self, delay_ms: float | None = None) -> SetTimer:
@@ -627,7 +634,14 @@ class EdgeSession:
         lane.ranking = self._guess(lane)
         return [
             SendForward(
-                self._epoch, lane.round, self.base, parent.round, accepted, lane.assumed[-1], lane.tokens
+                self._epoch,
+                lane.round,
+                self.base,
+                parent.round,
+                accepted,
+                lane.assumed[-1],
+                lane.tokens,
+                lane.levels(),
             )
         ]
 
