@@ -73,7 +73,7 @@ GATEWAY_HEADER: Final = "outrider-gateway"
 FIRST_PAUSE_S: Final = 0.05
 LONGEST_PAUSE_S: Final = 5.0
 PROBE_S: Final = 2.0
-LINK_WAIT_S: Final = 2.0
+LINK_WAIT_S: Final = 1.0
 """How long a question waits for a link while there is none."""
 
 logger = logging.getLogger(__name__)
