@@ -532,6 +532,7 @@ class EdgeSession:
             draft_ms=self._step(1),
             round_trip_ms=self._round_trip(0.0),
             missed=self._missed(0.5),
+            floor=self._config.policy is Policy.LATENCY,
         )
         best = best_length(clocks, longest)
         if best or self._config.policy is Policy.COST:

@@ -93,29 +93,34 @@ class Clocks:
     round_trip_ms: float
     missed: float
     """Share of rounds that no lane had foreseen: they wait for a draft and for the round trip."""
+    floor: bool = False
+    """Whether the target goes on by itself meanwhile."""
 
 
 def best_length(clocks: Clocks, longest: int) -> int:
     """The block length γ of 0 … `longest` at which tokens get committed fastest.
 
     With E(γ) tokens a round, a pass of `sharers` · (γ + 1) rows (every session that shares it does alike, so that nobody
-    gains at the others' expense), and a share of rounds that were not foreseen, which wait for γ draft steps and the
+    gains at the others' expense), and a share of rounds that were not foreseen, which wait for w = γ draft steps and the
     round trip,
 
-        rate(γ) = E(γ) / (pass(γ) + missed · (γ · draft + round trip)),        rate(0) = 1 / pass(0)
+        rate(γ) = (E(γ) + missed · w · f) / (pass(γ) + missed · w),        rate(0) = 1 / pass(0)
 
-    as without a block the floor goes on by itself. Under load passes grow with their rows, so that shorter blocks win,
-    and at last none; on a long link or with a slow pass the fixed part is the larger one, and long blocks win.
+    f is the rate at which tokens come while a round waits: rate(0) where the floor goes on, else 0. Without a block the
+    target goes on token by token. Under load passes grow with their rows, so that shorter blocks win, and at last none;
+    on a long link or with a slow pass the fixed part is the larger one, and long blocks win.
     """
-
-    def rate(length: int) -> float:
-        busy_ms = clocks.pass_ms(clocks.sharers * (length + 1))
-        if length:
-            busy_ms += clocks.missed * (length * clocks.draft_ms + clocks.round_trip_ms)
-        return expected_tokens(clocks.acceptance, length) / max(busy_ms, 1e-3)
-
     if not clocks.pass_ms.known:
         return longest
+    alone = 1.0 / max(clocks.pass_ms(clocks.sharers), 1e-3)
+
+    def rate(length: int) -> float:
+        if not length:
+            return alone
+        waited_ms = clocks.missed * (length * clocks.draft_ms + clocks.round_trip_ms)
+        tokens = expected_tokens(clocks.acceptance, length) + waited_ms * alone * clocks.floor
+        return tokens / max(clocks.pass_ms(clocks.sharers * (length + 1)) + waited_ms, 1e-3)
+
     return max(range(longest, -1, -1), key=rate)
 
 
