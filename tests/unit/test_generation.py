@@ -36,11 +36,13 @@ from shared.protocol import (
 )
 from shared.session import SessionState, SessionStats, SessionStatus
 from shared.speculation.edge import EdgeConfig
+from shared.speculation.outcomes import LEVELS
 from shared.telemetry import TraceContext
 
 SESSION = "cmpl-1"
 ME = ReplyRoute(gateway="me", partition=3)
 PROMPT = (1, 2, 3)
+SURE = (LEVELS - 1,) * 3
 
 
 class Wire:
@@ -163,7 +165,7 @@ async def test_a_prompt_goes_up_and_its_first_token_is_followed_by_a_block() -> 
     await desk.verdict(0, 0, 9)
     assert desk.pencil.requests[0].context == (*PROMPT, 9)
     assert desk.wire.blocks[-1] == Block(
-        session=SESSION, epoch=1, reply=ME, round=1, base=1, tokens=(10, 11, 12)
+        session=SESSION, epoch=1, reply=ME, round=1, base=1, tokens=(10, 11, 12), confidences=SURE
     )
     assert await desk.delivered() == [Delivery(0, (9,), ("corrected",), 0)]
 
@@ -332,7 +334,7 @@ async def test_a_resumed_generation_gives_first_what_its_reader_missed() -> None
     await desk.begin(committed=(9, 10, 11), read=1)
     assert await desk.delivered() == [Delivery(1, (10, 11), ("replayed", "replayed"), 0)]
     assert desk.wire.blocks == [
-        Block(session=SESSION, epoch=1, reply=ME, round=1, base=3, tokens=(12, 13, 14))
+        Block(session=SESSION, epoch=1, reply=ME, round=1, base=3, tokens=(12, 13, 14), confidences=SURE)
     ]
 
 

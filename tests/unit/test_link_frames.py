@@ -92,6 +92,7 @@ sessions = st.sampled_from([SESSION, "cmpl-another"])
 counts = st.integers(0, 2**40)
 token_ids = st.integers(0, 2**31 - 1)
 tokens = st.lists(token_ids, max_size=40).map(tuple)
+levels = st.lists(st.integers(0, 99), max_size=40).map(tuple)
 texts = st.text(max_size=30)
 times = st.integers(0, 10**8).map(lambda hundredths: hundredths / 100)
 head = {"session": sessions, "epoch": counts}
@@ -124,10 +125,11 @@ states = st.builds(
 
 MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
     Prompt: st.builds(Prompt, reply=st.just(ROUTE), **of_round),
-    Block: st.builds(Block, reply=st.just(ROUTE), tokens=tokens, **of_round),
+    Block: st.builds(Block, reply=st.just(ROUTE), tokens=tokens, confidences=levels, **of_round),
     Forward: st.builds(
         Forward,
-        reply=st.just(ROUTE), parent=counts, accepted=counts, next_token=token_ids, tokens=tokens, **of_round,
+        reply=st.just(ROUTE), parent=counts, accepted=counts, next_token=token_ids, tokens=tokens,
+        confidences=levels, **of_round,
     ),
     Cancel: st.builds(Cancel, reason=texts, **head),
     Hint: st.builds(

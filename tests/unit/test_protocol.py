@@ -26,12 +26,15 @@ from shared.protocol import (
     Evicted,
     Fault,
     FinishReason,
+    Floor,
+    Forward,
     GenerationParams,
     Heartbeat,
     Hint,
     OpenSession,
     Outcome,
     Placed,
+    Policy,
     Prompt,
     Refused,
     ReplyRoute,
@@ -49,6 +52,7 @@ session_ids = st.text("abcXYZ019_-", min_size=1, max_size=80)
 counts = st.integers(0, 2**40)
 token_ids = st.integers(0, 2**31 - 1)
 token_lists = st.lists(token_ids, max_size=40).map(tuple)
+levels = st.lists(st.integers(0, 99), max_size=40).map(tuple)
 texts = st.text(max_size=60)
 milliseconds = st.floats(0, 1e9)
 retry_after = st.none() | st.floats(0, 1e6)
@@ -60,6 +64,7 @@ generation_params = st.builds(
     stop_token_ids=token_lists,
     ignore_eos=st.booleans(),
     seed=st.integers(-(2**63), 2**63),
+    policy=st.sampled_from(Policy),
 )
 outcomes = st.builds(Outcome, accepted=counts, next_token=token_ids, confidence=st.floats(0, 1))
 
@@ -103,7 +108,27 @@ STRATEGIES: dict[type[object], st.SearchStrategy[AnyMessage]] = {
     ),
     Prompt: st.builds(Prompt, session=session_ids, epoch=counts, reply=routes, round=counts, base=counts),
     Block: st.builds(
-        Block, session=session_ids, epoch=counts, reply=routes, round=counts, base=counts, tokens=token_lists
+        Block,
+        session=session_ids,
+        epoch=counts,
+        reply=routes,
+        round=counts,
+        base=counts,
+        tokens=token_lists,
+        confidences=levels,
+    ),
+    Forward: st.builds(
+        Forward,
+        session=session_ids,
+        epoch=counts,
+        reply=routes,
+        round=counts,
+        base=counts,
+        parent=counts,
+        accepted=counts,
+        next_token=token_ids,
+        tokens=token_lists,
+        confidences=levels,
     ),
     Cancel: st.builds(Cancel, session=session_ids, epoch=counts, reason=texts),
     Hint: st.builds(
@@ -125,8 +150,22 @@ STRATEGIES: dict[type[object], st.SearchStrategy[AnyMessage]] = {
         accepted=counts,
         tokens=token_lists,
         finish_reason=finish_reasons,
+        taken=st.none() | counts,
         verify_ms=milliseconds,
         commit_ms=milliseconds,
+        rows=counts,
+    ),
+    Floor: st.builds(
+        Floor,
+        session=session_ids,
+        epoch=counts,
+        base=counts,
+        tokens=token_lists,
+        finish_reason=finish_reasons,
+        taken=st.none() | counts,
+        verify_ms=milliseconds,
+        commit_ms=milliseconds,
+        rows=counts,
     ),
     Stale: st.builds(
         Stale,

@@ -20,6 +20,7 @@ from shared.protocol import (
     DraftsMessage,
     Fault,
     GenerationParams,
+    Policy,
     Prompt,
     ReplyRoute,
     Tokens,
@@ -103,7 +104,7 @@ class _Store:
             epoch=epoch,
             base=0,
             prompt_length=1,
-            params=GenerationParams(max_tokens=100),
+            params=GenerationParams(max_tokens=100, policy=Policy.COST),
             model="m",
             verifier="v",
             partition=0,
@@ -184,6 +185,7 @@ class _Host:
         self.engine = cast(Engine, self.model)
         self.store = cast(Store, self.redis)
         self.bus = cast(Bus, self.kafka)
+        self.rows = 0
         self.read: list[int] = []
         self.held: set[str] = set()
         self.forgotten: list[str] = []

@@ -36,6 +36,7 @@ from services.draft_gateway.link.codec import (
     Route,
     Scaled,
     Session,
+    SmallNumbers,
     Text,
     Texts,
     TokenList,
@@ -215,6 +216,7 @@ class Inner:
 NUMBER, FLAG, TEXT, TEXTS, TOKENS, SESSION = Number(), Flag(), Text(), Texts(), TokenList(), Session()
 MILLISECONDS = SECONDS = Scaled(100)
 FINISH = Choice((FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED))
+LEVELS = SmallNumbers()
 POLICY = Choice((Policy.LATENCY, Policy.COST))
 REASON = Choice(("opened", "resumed", "moved"))
 
@@ -243,7 +245,7 @@ MEASURED: Final[Mapping[str, tuple[int, Codec]]] = {
 
 LAYOUTS: Final[Mapping[int, Layout]] = {
     1: Layout(Prompt, {**ROUND, "reply": Route()}),
-    2: Layout(Block, {**ROUND, "reply": Route(), "tokens": TOKENS}),
+    2: Layout(Block, {**ROUND, "reply": Route(), "tokens": TOKENS}, {"confidences": (1, LEVELS)}),
     3: Layout(Cancel, {**HEAD, "reason": TEXT}),
     4: Layout(Hint, {**ROUND, "layer": NUMBER, "outcomes": Outcomes()}, {"elapsed_ms": (1, MILLISECONDS)}),
     5: Layout(
@@ -269,6 +271,7 @@ LAYOUTS: Final[Mapping[int, Layout]] = {
             "next_token": NUMBER,
             "tokens": TOKENS,
         },
+        {"confidences": (1, LEVELS)},
     ),
     9: Layout(Floor, {**HEAD, "base": NUMBER, "tokens": TOKENS}, MEASURED),
     16: Layout(
