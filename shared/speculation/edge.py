@@ -586,10 +586,14 @@ class EdgeSession:
         self._acknowledged = self.base
         if self._phase is Phase.PREFILL:
             return [SendPrompt(self._epoch, self._prompt_round, 0), self._later()]
-        if self._open is not None and self._open.round is not None:
-            left = self._open.left(self._committed) or ()
-            levels = self._open.levels()[-len(left) :] if left else ()
-            return [SendBlock(self._epoch, self._open.round, self.base, left, levels), self._later()]
+        lane = self._open
+        if lane is not None and lane.round is not None:
+            # As it was, however much of it is committed by now: forwards and hints of its round count from its start.
+            start = lane.base + len(lane.assumed)
+            return [
+                SendBlock(self._epoch, lane.round, start, lane.tokens or (), lane.levels()),
+                self._later(),
+            ]
         return [SendBlock(self._epoch, self._take_round(), self.base, ()), self._later()]
 
     def _later(self, delay_ms: float | None = None) -> SetTimer:
@@ -841,6 +845,7 @@ class EdgeSession:
             stale.round,
             now_ms,
             answers=self._answers(stale.round),
+            verified=False,
         )
 
     def _answers(self, round: int) -> bool:
@@ -900,6 +905,7 @@ class EdgeSession:
         now_ms: float,
         *,
         answers: bool,
+        verified: bool = True,
         taken: int | None = None,
     ) -> list[EdgeAction]:
         """Take over what was committed from position `base` on, and go on from there."""
@@ -912,7 +918,10 @@ class EdgeSession:
             )
         new = tokens[known:]
         if not new and finish_reason is None:
-            return self._ask_again() if answers and base + len(tokens) == self.base else []
+            if not answers or base + len(tokens) < self.base:
+                return []
+            # A round that is over is not asked for again, though all that it said was known already.
+            return self._next(answers, taken, now_ms) if verified else self._ask_again()
         first_new = self.base
         self._committed.extend(new)
         self._progress_ms = now_ms
@@ -987,6 +996,8 @@ class EdgeSession:
         self._missed.saw(float(lane is None or lane.tokens is None))
         if lane is None:
             statistics.misses += 1
+            if self._open is not None and self._open.left(self._committed):  # longer than a pass takes
+                return [*self._drop(list(self._lanes.values())), *self._send_block(self._open, now_ms)]
             return [*self._drop(list(self._lanes.values())), *self._draft_next(now_ms)]
         if lane.tokens is None:
             statistics.late += 1

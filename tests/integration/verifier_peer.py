@@ -24,11 +24,14 @@ from shared.protocol import (
     Cancel,
     DeadLetter,
     Fault,
+    Floor,
+    Forward,
     GenerationParams,
     Heartbeat,
     Hint,
     OpenSession,
     PlacementsMessage,
+    Policy,
     Prompt,
     ReplyRoute,
     Stale,
@@ -45,8 +48,8 @@ ROUTE = ReplyRoute(gateway="gateway-0", partition=1)
 PROMPT: Tokens = (5, 6, 7)
 HEARD = (Topic.VERDICTS, Topic.EXITS, Topic.HEARTBEATS, Topic.DEAD_LETTERS)
 
-Answer = TypeVar("Answer", Verdict, Stale, Fault, Hint)
-Heard = Verdict | Stale | Fault | Hint | Heartbeat | DeadLetter
+Answer = TypeVar("Answer", Verdict, Floor, Stale, Fault, Hint)
+Heard = Verdict | Floor | Stale | Fault | Hint | Heartbeat | DeadLetter
 
 
 async def until(holds: Callable[[], bool | Awaitable[bool]], what: str, deadline_s: float = WAIT_S) -> None:
@@ -84,9 +87,10 @@ class Peer:
         partition: int = 0,
         max_tokens: int = 1000,
         stop: Tokens = (),
+        policy: Policy = Policy.COST,
     ) -> None:
-        """Open the session in Redis, as kv-session does."""
-        params = GenerationParams(max_tokens=max_tokens, stop_token_ids=stop)
+        """Open the session in Redis, as kv-session does. The verifier waits for blocks unless `policy` says otherwise."""
+        params = GenerationParams(max_tokens=max_tokens, stop_token_ids=stop, policy=policy)
         message = OpenSession(session=session, reply=ROUTE, model="m", prompt=prompt, params=params)
         await self.store.create(message, verifier="v0", partition=partition)
 
@@ -100,6 +104,23 @@ class Peer:
         """Send a block."""
         message = Block(session=session, epoch=epoch, reply=ROUTE, round=number, base=base, tokens=tokens)
         await self.bus.send(message, partition=partition)
+
+    async def forward(
+        self, session: str, number: int, parent: int, accepted: int, next_token: int, *tokens: int, base: int
+    ) -> None:
+        """Send a forward: a block for the round `parent` if its outcome is (`accepted`, `next_token`)."""
+        message = Forward(
+            session=session,
+            epoch=1,
+            reply=ROUTE,
+            round=number,
+            base=base,
+            parent=parent,
+            accepted=accepted,
+            next_token=next_token,
+            tokens=tokens,
+        )
+        await self.bus.send(message, partition=0)
 
     async def cancel(self, session: str, *, epoch: int = 1, partition: int = 0) -> None:
         """Send a cancel."""

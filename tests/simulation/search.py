@@ -1,0 +1,141 @@
+"""Runs schedules by the thousand, and makes one that breaks an invariant as short as it gets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from tests.simulation.choices import Choices
+from tests.simulation.world import Counts, Faults, World
+
+WORLDS: Final[Mapping[str, Faults]] = {
+    "calm": Faults(
+        lose=0.0, double=0.0, reorder=0.0, crash_verifier=0.0, crash_gateway=0.0, take_over=0.0, unasked=0.0,
+        move=0.0, evict=0.0, redis_fails=0.0, skew=0.0,
+    ),
+    "lossy": Faults(crash_verifier=0.0, crash_gateway=0.0, take_over=0.0, move=0.0),
+    "ordinary": Faults(),
+    "harsh": Faults(crash_verifier=0.03, crash_gateway=0.02, take_over=0.02, move=0.02, evict=0.03, redis_fails=0.05),
+    "always wrong": Faults(wrong_draft=1.0),
+    "always right": Faults(wrong_draft=0.0),
+    "right and calm": Faults(
+        lose=0.0, double=0.0, reorder=0.0, crash_verifier=0.0, crash_gateway=0.0, take_over=0.0, unasked=0.0,
+        move=0.0, evict=0.0, redis_fails=0.0, wrong_draft=0.1,
+    ),
+}  # fmt: skip
+"""By name, what may go wrong; a search goes through them in turn."""
+
+SHRINKING_S: Final = 30.0
+
+
+@dataclass(frozen=True)
+class Violation:
+    """An invariant that broke. `steps` are those of the shortest schedule found that breaks it as well."""
+
+    world: str
+    seed: int
+    said: str
+    first_steps: int
+    steps: int
+    trace: Sequence[str]
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.said}\n  world {self.world!r}, seed {self.seed}; {self.first_steps} steps at first, "
+            f"{self.steps} when shrunk:"
+        )
+        return "\n".join([head, *(f"  {line}" for line in self.trace)])
+
+
+@dataclass
+class Report:
+    """What a search came to."""
+
+    counts: Counts = field(default_factory=Counts)
+    seconds: float = 0.0
+    violations: list[Violation] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        rate = self.counts.schedules / self.seconds if self.seconds else 0.0
+        lines = [
+            f"{self.counts.schedules:,} schedules in {self.seconds:.1f} s ({rate:,.0f}/s)",
+            ", ".join(f"{name} {value:,}" for name, value in vars(self.counts).items() if name != "schedules"),
+            *(str(violation) for violation in self.violations),
+            f"{len(self.violations)} violations of an invariant",
+        ]
+        return "\n".join(lines)
+
+
+def run(schedules: int, seed: int, *, stop_after: int = 3, every: Callable[[Report], None] | None = None) -> Report:
+    """Run so many schedules, the first of seed `seed`; stop after so many violations. `every` hears of each 10,000."""
+    report = Report()
+    began = time.monotonic()
+    names = list(WORLDS)
+    for number in range(seed, seed + schedules):
+        name = names[number % len(names)]
+        world, said = _run_one(Choices(number), WORLDS[name])
+        report.counts.add(world.counts)
+        if said is not None:
+            report.violations.append(_explain(name, number, world, said))
+            if len(report.violations) == stop_after:
+                break
+        if every is not None and report.counts.schedules % 10_000 == 0:
+            report.seconds = time.monotonic() - began
+            every(report)
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def _run_one(choices: Choices, faults: Faults, trace: list[str] | None = None) -> tuple[World, str | None]:
+    world = World(choices, faults, trace=trace)
+    try:
+        world.run()
+    except Exception as broken:
+        return world, str(broken).partition("\n")[0] or repr(broken)
+    return world, None
+
+
+def _explain(name: str, seed: int, world: World, said: str) -> Violation:
+    trace: list[str] = []
+    tape = shrink(world.choices.tape, WORLDS[name], said)
+    shortest, _ = _run_one(Choices(0, tape), WORLDS[name], trace)
+    return Violation(name, seed, said, world.counts.steps, shortest.counts.steps, trace)
+
+
+def shrink(tape: Sequence[float], faults: Faults, said: str) -> list[float]:
+    """A simpler tape on which the same invariant breaks: parts are left out, others made calm, as long as any can be.
+
+    It gives up after `SHRINKING_S` with the best so far.
+    """
+    kind = _kind(said)
+    best = list(tape)
+    end_s = time.monotonic() + SHRINKING_S
+
+    def breaks(candidate: list[float]) -> bool:
+        world, said = _run_one(Choices(0, candidate), faults)
+        return said is not None and _kind(said) == kind and len(world.choices.tape) <= len(best)
+
+    size = len(best)
+    while size >= 1 and time.monotonic() < end_s:
+        shrunk = False
+        at = 0
+        while at < len(best) and time.monotonic() < end_s:
+            without = best[:at] + best[at + size :]
+            calm = best[:at] + [0.0] * len(best[at : at + size]) + best[at + size :]
+            if breaks(without):
+                best, shrunk = without, True
+            elif calm != best and breaks(calm):
+                best, shrunk = calm, True
+                at += size
+            else:
+                at += size
+        if not shrunk:
+            size //= 2
+    return best
+
+
+def _kind(said: str) -> str:
+    """What broke, without the figures in it."""
+    return "".join(character for character in said if not character.isdigit())[:60]
