@@ -27,7 +27,8 @@ WORLDS: Final[Mapping[str, Faults]] = {
 }  # fmt: skip
 """By name, what may go wrong; a search goes through them in turn."""
 
-SHRINKING_S: Final = 30.0
+ATTEMPTS: Final = 3_000
+"""Schedules run to make one that breaks an invariant shorter."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,27 @@ class Report:
         return "\n".join(lines)
 
 
-def run(schedules: int, seed: int, *, stop_after: int = 3, every: Callable[[Report], None] | None = None) -> Report:
-    """Run so many schedules, the first of seed `seed`; stop after so many violations. `every` hears of each 10,000."""
+def run(
+    schedules: int,
+    seed: int,
+    *,
+    worlds: Sequence[str] = tuple(WORLDS),
+    stop_after: int = 3,
+    attempts: int = ATTEMPTS,
+    every: Callable[[Report], None] | None = None,
+) -> Report:
+    """Run so many schedules, the first of seed `seed`, in `worlds` by turns; stop after so many violations.
+
+    `every` hears of each 10,000.
+    """
     report = Report()
     began = time.monotonic()
-    names = list(WORLDS)
     for number in range(seed, seed + schedules):
-        name = names[number % len(names)]
+        name = worlds[number % len(worlds)]
         world, said = _run_one(Choices(number), WORLDS[name])
         report.counts.add(world.counts)
         if said is not None:
-            report.violations.append(_explain(name, number, world, said))
+            report.violations.append(_explain(name, number, world, said, attempts))
             if len(report.violations) == stop_after:
                 break
         if every is not None and report.counts.schedules % 10_000 == 0:
@@ -97,31 +108,32 @@ def _run_one(choices: Choices, faults: Faults, trace: list[str] | None = None) -
     return world, None
 
 
-def _explain(name: str, seed: int, world: World, said: str) -> Violation:
+def _explain(name: str, seed: int, world: World, said: str, attempts: int) -> Violation:
     trace: list[str] = []
-    tape = shrink(world.choices.tape, WORLDS[name], said)
+    tape = shrink(world.choices.tape, WORLDS[name], said, attempts)
     shortest, _ = _run_one(Choices(0, tape), WORLDS[name], trace)
     return Violation(name, seed, said, world.counts.steps, shortest.counts.steps, trace)
 
 
-def shrink(tape: Sequence[float], faults: Faults, said: str) -> list[float]:
+def shrink(tape: Sequence[float], faults: Faults, said: str, attempts: int = ATTEMPTS) -> list[float]:
     """A simpler tape on which the same invariant breaks: parts are left out, others made calm, as long as any can be.
 
-    It gives up after `SHRINKING_S` with the best so far.
+    It ends after so many attempts with the best so far.
     """
     kind = _kind(said)
     best = list(tape)
-    end_s = time.monotonic() + SHRINKING_S
 
     def breaks(candidate: list[float]) -> bool:
+        nonlocal attempts
+        attempts -= 1
         world, said = _run_one(Choices(0, candidate), faults)
         return said is not None and _kind(said) == kind and len(world.choices.tape) <= len(best)
 
     size = len(best)
-    while size >= 1 and time.monotonic() < end_s:
+    while size >= 1 and attempts > 0:
         shrunk = False
         at = 0
-        while at < len(best) and time.monotonic() < end_s:
+        while at < len(best) and attempts > 0:
             without = best[:at] + best[at + size :]
             calm = best[:at] + [0.0] * len(best[at : at + size]) + best[at + size :]
             if breaks(without):

@@ -49,6 +49,8 @@ from tests.simulation.choices import Choices
 VOCABULARY: Final = 7
 END: Final = 0
 MAX_BLOCK: Final = 3
+LONGEST: Final = 40
+"""Tokens of the longest answer."""
 STEPS: Final = 20_000
 """A schedule that takes more is one that never ends."""
 STRAYS: Final = 0.1
@@ -225,7 +227,7 @@ class World:
         self.counts = Counts(schedules=1)
         self.record = Record()
         self.salt = 7 + choices.below(200)
-        self.max_tokens = max_tokens or 1 + choices.below(40)
+        self.max_tokens = max_tokens or 1 + int(LONGEST * choices.draw() ** 2)  # most are short
         self.expected, self.expected_reason = target_output(self.max_tokens, self.salt)
         self.policy = choices.pick(list(Policy))
         self.slowness = choices.pick([0.0, 0.5, 0.9])
