@@ -399,6 +399,7 @@ class EdgeSession:
         self._credit = CREDIT / 2
         self._acknowledged = 0
         self._rest, self._resting = 0, RESTS[0]
+        self._rested = False
         self._acceptance = Mean()
         self._missed = Mean()
         self._sharers = Mean()
@@ -536,8 +537,12 @@ class EdgeSession:
         )
         best = best_length(clocks, longest)
         if best or self._config.policy is Policy.COST:
-            self._resting = RESTS[0]
+            self._rested, self._resting = False, RESTS[0]
             return max(1, best)
+        if self._rested:  # only a draft can tell whether drafts have become better
+            self._rested = False
+            return longest
+        self._rested = True
         self._rest, self._resting = self._resting, min(2 * self._resting, RESTS[1])
         return 0
 

@@ -121,7 +121,8 @@ def best_length(clocks: Clocks, longest: int) -> int:
         tokens = expected_tokens(clocks.acceptance, length) + waited_ms * alone * clocks.floor
         return tokens / max(clocks.pass_ms(clocks.sharers * (length + 1)) + waited_ms, 1e-3)
 
-    return max(range(longest, -1, -1), key=rate)
+    # A gain of less than a millionth is none: of equals the shortest costs least.
+    return max(range(longest + 1), key=lambda length: round(rate(length) / alone, 6))
 
 
 def lanes_in(window_ms: float, step_ms: Line, length: int, most: int) -> int:

@@ -734,16 +734,18 @@ class VerifierSession:
         self._committing = False
         result = self._results.popleft()
         self._finish_reason = result.finish_reason
+        started = self._go_on(now_ms)
         told: list[VerifierAction] = [self._publish(result)]
         if not self._results:
             late, self._stale_later = self._stale_later, []
             told += [self._stale(message) for message in late]
-        return [*self._go_on(now_ms), *told, *self._commit_next(), *self._end()]
+        return [*started, *told, *self._commit_next(), *self._end()]
 
     def _publish(self, result: _Result) -> Publish:
         """What was committed, as the verdict of the draft that was verified, or as the floor's."""
-        running = self._running.draft if self._running is not None else None
-        taken = running.round if running is not None and not running.asks else None
+        next_pass = self._results[0].ran if self._results else self._running  # it may have ended already
+        following = next_pass.draft if next_pass is not None else None
+        taken = following.round if following is not None and not following.asks else None
         ran, draft = result.ran, result.ran.draft
         if draft is None:
             floor = Floor(

@@ -24,14 +24,18 @@ from shared.protocol import (
     Evicted,
     Fault,
     FinishReason,
+    Floor,
     Hint,
     Placed,
+    Policy,
     ReplyRoute,
     Stale,
+    Tokens,
     Topic,
     Verdict,
 )
 from shared.session import SessionStatus
+from shared.speculation.verifier import MOST_AHEAD
 from shared.stack.kafka import Broker
 from shared.stack.redis import RedisServer
 from tests.integration.scripted_engine import LAYERS, truth
@@ -221,6 +225,60 @@ async def test_sessions_are_verified_side_by_side(peer: Peer, verifier: Running)
         assert verdict.tokens == truth((number + 1,), 2)[1:]
 
 
+# --- forwards and the floor ---------------------------------------------------------------------------------------
+
+
+async def test_under_latency_the_target_goes_on_by_itself_as_long_as_a_gateway_is_heard_of(
+    peer: Peer, verifier: Running
+) -> None:
+    await peer.open("s", policy=Policy.LATENCY)
+    await peer.hears(Verdict, "s")
+
+    def told() -> Tokens:
+        return tuple(token for floor in peer.of(Floor, "s") for token in floor.tokens)
+
+    await peer.hears(Floor, "s", MOST_AHEAD - 1)
+    await until(lambda: verifier.service._shells["s"].idle, "nobody asks for more")
+    assert told() == SAID[1:MOST_AHEAD]
+    assert [floor.base for floor in peer.of(Floor, "s")] == list(range(1, MOST_AHEAD))
+    assert await peer.store.tokens("s") == SAID[:MOST_AHEAD]
+    await peer.block("s", 1, MOST_AHEAD)
+    assert (await peer.hears(Verdict, "s", 2)).tokens == SAID[MOST_AHEAD : MOST_AHEAD + 1]
+    floor = await peer.hears(Floor, "s", MOST_AHEAD)
+    assert (floor.base, floor.tokens) == (MOST_AHEAD + 1, SAID[MOST_AHEAD + 1 : MOST_AHEAD + 2])
+    assert floor.verify_ms > 0 and floor.rows == 1
+
+
+async def test_a_forward_is_verified_in_the_very_next_pass_and_the_verdict_says_so(
+    peer: Peer, verifier: Running
+) -> None:
+    verifier.engine.go.clear()
+    await peer.open("s", policy=Policy.LATENCY)
+    await peer.block("s", 1, 1, *SAID[1:3])
+    await peer.forward("s", 2, 1, 1, 9, 9, base=1)
+    await peer.forward("s", 3, 1, 2, SAID[3], *SAID[4:6], base=1)
+    await until(
+        lambda: "s" in verifier.service.sessions and verifier.service._shells["s"].unanswered == 4,
+        "all has been read",
+    )
+    verifier.engine.go.set()
+    first, second = await peer.hears(Verdict, "s", 2), await peer.hears(Verdict, "s", 3)
+    assert (first.round, first.tokens, first.taken) == (1, SAID[1:4], 3)
+    assert (second.round, second.base, second.accepted, second.tokens) == (3, 4, 2, SAID[4:7])
+    assert verifier.engine.submitted[:2] == [("s", 1, SAID[1:3]), ("s", 4, SAID[4:6])]
+
+
+async def test_a_block_that_the_floor_has_overtaken_is_trimmed(peer: Peer, verifier: Running) -> None:
+    await peer.open("s", policy=Policy.LATENCY)
+    await peer.hears(Floor, "s", MOST_AHEAD - 1)
+    await until(lambda: verifier.service._shells["s"].idle, "nobody asks for more")
+    late = MOST_AHEAD - 5
+    await peer.block("s", 1, late, *SAID[late : late + 8])
+    verdict = await peer.hears(Verdict, "s", 2)
+    assert (verdict.base, verdict.accepted, verdict.tokens) == (late, 8, SAID[late : late + 9])
+    assert ("s", MOST_AHEAD, SAID[MOST_AHEAD : late + 8]) in verifier.engine.submitted
+
+
 # --- messages that change nothing ---------------------------------------------------------------------------------
 
 
@@ -270,10 +328,10 @@ async def test_a_block_that_is_too_long_is_a_fault_that_names_the_limit(
 ) -> None:
     await peer.open("s")
     await peer.hears(Verdict, "s")
-    await peer.block("s", 1, 1, *range(9))
+    await peer.block("s", 1, 1, *range(73))
     fault = await peer.hears(Fault, "s")
     assert fault.code == "invalid_request"
-    assert "9 tokens is longer than 8" in fault.message
+    assert "73 tokens is longer than 72" in fault.message
     assert verifier.engine.submitted == []
 
 
@@ -371,7 +429,7 @@ async def test_cancel_in_mid_pass_frees_the_kv_and_the_ownership(peer: Peer, ver
     await peer.block("s", 2, 1, *SAID[1:3])
     verdict = await peer.hears(Verdict, "s", 2)
     assert (verdict.round, verdict.epoch) == (2, 1)
-    assert verdict.tokens == SAID[1:2]  # restored by prefill, which says one token itself
+    assert verdict.tokens == SAID[1:4]  # the first of them said by the prefill that restored it
     assert verifier.engine.prefills == [("s", 0), ("s", 1)]
 
 
@@ -401,7 +459,7 @@ async def test_an_idle_session_loses_its_kv_and_the_next_block_restores_it(peer:
         await until(lambda: _unowned(peer, "s"), "the session is nobody's")
         await peer.block("s", 2, 4, *SAID[4:6])
         verdict = await peer.hears(Verdict, "s", 3)
-        assert (verdict.epoch, verdict.tokens) == (1, SAID[4:5])
+        assert (verdict.epoch, verdict.tokens) == (1, SAID[4:7])
         assert verifier.engine.prefills == [("s", 0), ("s", 4)]
 
 
@@ -472,8 +530,8 @@ async def test_when_all_places_are_taken_the_session_idle_longest_gives_its_own_
         assert verifier.engine.open_sessions == {"a", "c"}
         assert await peer.owner("b") == ""
         await asyncio.sleep(peer.settings.room_after_s)
-        await peer.block("b", 1, 1, SAID[1])
-        assert (await peer.hears(Verdict, "b", 2)).tokens == SAID[1:2]
+        await peer.block("b", 1, 1, *SAID[1:3])
+        assert (await peer.hears(Verdict, "b", 2)).tokens == SAID[1:4]
         assert verifier.engine.most_open == 2
 
 
@@ -551,17 +609,17 @@ async def test_partitions_move_to_a_second_verifier_and_back_with_their_sessions
             lambda beat: beat.verifier == "v0" and beat.partitions == (1 - moved,), "v0 has the other"
         )
         for number in range(2):
-            await peer.block(f"s{number}", 1, 1, SAID[1], partition=number)
+            await peer.block(f"s{number}", 1, 1, *SAID[1:3], partition=number)
             verdict = await peer.hears(Verdict, f"s{number}", 2)
             assert verdict.epoch == 1  # given back, so nobody was fenced off
-            assert verdict.tokens == (SAID[1:2] if number == moved else SAID[1:3])
+            assert verdict.tokens == SAID[1:4]
         assert second.engine.prefills == [(f"s{moved}", 1)]
         assert verifier.engine.open_sessions == {f"s{1 - moved}"}
         await second.ends()
         assert not second.engine.open_sessions
-    await peer.block(f"s{moved}", 2, 2, SAID[2], partition=moved)
+    await peer.block(f"s{moved}", 2, 4, *SAID[4:6], partition=moved)
     verdict = await peer.hears(Verdict, f"s{moved}", 3)
-    assert (verdict.epoch, verdict.tokens) == (1, SAID[2:3])
+    assert (verdict.epoch, verdict.tokens) == (1, SAID[4:7])
 
 
 def environment_of(settings: VerifierSettings, port: int, **more: object) -> dict[str, str]:
@@ -624,8 +682,8 @@ async def test_a_block_answered_before_a_kill_gets_the_same_verdict_from_the_suc
         assert _essence(after)[1:] == _essence(before)[1:]
         assert (before.epoch, after.epoch) == (1, 2)
         assert await peer.store.tokens("s") == (1, 7, 8, 9, 1)
-        await peer.block("s", 2, 5, 3, epoch=2)
-        assert (await peer.hears(Verdict, "s", 4)).tokens == (1,)
+        await peer.block("s", 2, 5, 1, 3, epoch=2)
+        assert (await peer.hears(Verdict, "s", 4)).tokens == (1, 3, 1)
 
 
 @pytest.mark.stack
@@ -637,17 +695,17 @@ async def test_a_verifier_that_was_frozen_in_mid_pass_finds_its_commit_refused(
     async with a_process(TIMER, slow, tmp_path / "first.log") as first:
         await peer.open("s")
         await peer.hears(Verdict, "s")
-        await peer.block("s", 1, 1, 7)
+        await peer.block("s", 1, 1, 1, 7)
         await peer.hears(Hint, "s")
         os.kill(first.pid, signal.SIGSTOP)
         quick = environment_of(peer.settings, ports[1], verifier_name="v1", timer_ms=5)
         async with a_process(TIMER, quick, tmp_path / "second.log"):
             taken = await peer.hears(Verdict, "s", 2)
-            assert (taken.epoch, taken.round, taken.tokens) == (2, 1, (1,))
+            assert (taken.epoch, taken.round, taken.tokens) == (2, 1, (1, 7, 1))
             os.kill(first.pid, signal.SIGCONT)
             stale = await peer.hears(Stale, "s")
-            assert (stale.epoch, stale.base, stale.since, stale.tokens) == (2, 2, 1, (1,))
-            assert await peer.store.tokens("s") == (1, 1)
+            assert (stale.epoch, stale.base, stale.since, stale.tokens) == (2, 4, 1, (1, 7, 1))
+            assert await peer.store.tokens("s") == (1, 1, 7, 1)
             assert (await peer.owner("s")).startswith("v1/")
 
 
@@ -698,8 +756,8 @@ async def test_without_redis_a_round_is_a_fault_in_time_and_goes_on_when_it_is_b
         await asyncio.to_thread(own_redis.start)
         await peer.block("s", 3, 1, *SAID[1:3])
         verdict = await peer.hears(Verdict, "s", 2)
-        assert (verdict.round, verdict.tokens) == (3, SAID[1:2])
-        assert await peer.store.tokens("s") == SAID[:2]
+        assert (verdict.round, verdict.tokens) == (3, SAID[1:4])
+        assert await peer.store.tokens("s") == SAID[:4]
 
 
 async def test_a_redis_that_returns_in_time_costs_a_round_nothing(
@@ -831,10 +889,10 @@ async def test_what_a_stopped_verifier_did_not_answer_its_successor_does(
     await peer.open("s")
     await peer.hears(Verdict, "s")
     await verifier.ends()
-    await peer.block("s", 1, 1, SAID[1])
+    await peer.block("s", 1, 1, *SAID[1:3])
     async with a_verifier(peer.settings) as successor:
         verdict = await peer.hears(Verdict, "s", 2)
-        assert (verdict.epoch, verdict.tokens) == (1, SAID[1:2])
+        assert (verdict.epoch, verdict.tokens) == (1, SAID[1:4])
         assert successor.engine.prefills == [("s", 1)]
 
 

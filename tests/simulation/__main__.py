@@ -20,7 +20,9 @@ def main() -> int:
 
     def progress(report: Report) -> None:
         if not options.quiet:
-            print(f"{report.counts.schedules:,} schedules, {report.seconds:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{report.counts.schedules:,} schedules, {report.seconds:.0f} s", file=sys.stderr, flush=True
+            )
 
     report = run(options.schedules, options.seed, every=progress)
     print(report)

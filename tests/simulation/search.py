@@ -62,7 +62,9 @@ class Report:
         rate = self.counts.schedules / self.seconds if self.seconds else 0.0
         lines = [
             f"{self.counts.schedules:,} schedules in {self.seconds:.1f} s ({rate:,.0f}/s)",
-            ", ".join(f"{name} {value:,}" for name, value in vars(self.counts).items() if name != "schedules"),
+            ", ".join(
+                f"{name} {value:,}" for name, value in vars(self.counts).items() if name != "schedules"
+            ),
             *(str(violation) for violation in self.violations),
             f"{len(self.violations)} violations of an invariant",
         ]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from shared.protocol import Fault, FinishReason, Hint, Outcome, Stale, Tokens, Verdict
+from shared.protocol import Fault, FinishReason, Floor, Hint, Outcome, Policy, Stale, Tokens, Verdict
 from shared.speculation.edge import (
+    ACKNOWLEDGE,
+    CREDIT,
+    RESTS,
     Abandoned,
     Deliver,
     Drafted,
@@ -16,11 +21,13 @@ from shared.speculation.edge import (
     Fail,
     FaultArrived,
     Finish,
+    FloorArrived,
     HintArrived,
     Opened,
     Phase,
     Relocated,
     SendBlock,
+    SendForward,
     SendPrompt,
     SetTimer,
     Source,
@@ -302,3 +309,359 @@ def test_an_abandoned_session_drops_its_lanes_and_is_deaf() -> None:
     edge.handle(hint(1, 1, (0, 99, 0.9)), 3.0)
     assert edge.handle(Abandoned(), 4.0) == [DropDraft(1)]
     assert edge.handle(verdict(1, 1, 0, 99), 5.0) == []
+
+
+# --- lanes from the edge's own guesses, forwards, the floor -------------------------------------------------------
+
+AHEAD = EdgeConfig(
+    gateway="g",
+    max_tokens=200,
+    block_length=2,
+    stop_tokens=frozenset({2}),
+    policy=Policy.LATENCY,
+    guesses=True,
+    forwards=True,
+    max_lanes=2,
+    lane_threshold=0.1,
+)
+NO_LEVELS: tuple[int, ...] = ()
+
+
+def floor(base: int, *tokens: int, epoch: int = 1, verify_ms: float = 0.0) -> FloorArrived:
+    return FloorArrived(Floor(session="s", epoch=epoch, base=base, tokens=tokens, verify_ms=verify_ms))
+
+
+def took(message: VerdictArrived, taken: int) -> VerdictArrived:
+    return VerdictArrived(message.verdict.model_copy(update={"taken": taken}))
+
+
+def draft(lane: int, first: int = 11) -> Drafted:
+    """Two tokens, of which the draft thinks (accepted, next): (2, first + 2) 36 %, (1, 60) 27 %, (1, 61) 18 %, (0, 50) 10 %."""
+    return Drafted(
+        lane,
+        (first, first + 1),
+        (0.9, 0.5),
+        (
+            ((first, 0.9), (50, 0.1)),
+            ((first + 1, 0.5), (60, 0.3), (61, 0.2)),
+            ((first + 2, 0.8), (70, 0.2)),
+        ),
+    )
+
+
+def plain(lane: int, *tokens: int) -> Drafted:
+    """Tokens that nothing is known of."""
+    return Drafted(lane, tokens)
+
+
+def guessing(config: EdgeConfig = AHEAD) -> tuple[EdgeSession, list[EdgeAction]]:
+    """A session whose block (11, 12) of round 1, on base 1, has just gone up, and what went with it."""
+    edge = drafting(config)
+    return edge, without_timers(edge.handle(draft(0), 2.0))
+
+
+def of_kind(kind: type[EdgeAction], actions: list[EdgeAction]) -> list[EdgeAction]:
+    return [action for action in actions if isinstance(action, kind)]
+
+
+def lane(number: int, base: int, *assumed: int) -> StartDraft:
+    return StartDraft(number, base, assumed, AHEAD.block_length, beyond=True)
+
+
+def test_as_a_block_goes_up_lanes_start_for_the_likeliest_outcomes_and_no_more_than_may() -> None:
+    _, actions = guessing()
+    assert isinstance(actions[0], SendBlock)
+    assert actions[1:] == [lane(1, 1, 11, 12, 13), lane(2, 1, 11, 60)]
+
+
+def test_a_lane_that_ends_makes_room_for_the_next_likely_outcome() -> None:
+    edge, _ = guessing(replace(AHEAD, forwards=False))
+    assert edge.handle(plain(1, 14, 15), 3.0) == [lane(3, 1, 11, 61)]
+    assert edge.handle(plain(2, 80, 81), 4.0) == []  # the rest is less likely than the threshold
+
+
+@pytest.mark.parametrize("changed", [{"guesses": False}, {"max_lanes": 0}])
+def test_without_guesses_or_room_nothing_starts_before_a_hint(changed: dict[str, bool]) -> None:
+    _, actions = guessing(replace(AHEAD, **changed))  # type: ignore[arg-type]
+    assert [type(action) for action in actions] == [SendBlock]
+
+
+def test_a_finished_lane_goes_up_before_the_verdict_with_what_it_follows() -> None:
+    edge, _ = guessing()
+    (forward, *_) = edge.handle(plain(2, 80, 81), 3.0)
+    assert forward == SendForward(
+        1, 2, 1, parent=1, accepted=1, next_token=60, tokens=(80, 81), confidences=NO_LEVELS
+    )
+
+
+def test_a_forward_tells_how_sure_its_draft_was() -> None:
+    edge, actions = guessing()
+    (block,) = of_kind(SendBlock, actions)
+    assert isinstance(block, SendBlock) and len(block.confidences) == 2
+    (forward, *_) = edge.handle(draft(1, 14), 3.0)
+    assert isinstance(forward, SendForward)
+    assert forward.confidences == block.confidences
+
+
+def test_the_verdict_that_took_a_forward_needs_no_new_block() -> None:
+    edge, _ = guessing()
+    edge.handle(plain(1, 14, 15), 3.0)
+    edge.handle(plain(2, 80, 81), 4.0)
+    actions = edge.handle(took(verdict(1, 1, 2, 11, 12, 13), 2), 9.0)
+    assert not of_kind(SendBlock, actions) and not of_kind(SendForward, actions)
+    assert of_kind(SetTimer, actions)
+    assert edge.phase is Phase.VERIFYING
+    assert (edge.statistics.hits, edge.statistics.hits_by_guess, edge.statistics.taken) == (1, 1, 1)
+    delivered = of_kind(Deliver, edge.handle(verdict(2, 4, 2, 14, 15, 16), 12.0))
+    assert delivered == [
+        Deliver(4, (14, 15, 16), (Source.PREEMPTIVE, Source.PREEMPTIVE, Source.CORRECTED), 2)
+    ]
+
+
+def test_lanes_and_forwards_of_other_outcomes_are_dropped_by_the_verdict() -> None:
+    edge, _ = guessing()
+    edge.handle(plain(1, 14, 15), 3.0)  # lane 3 starts in its place
+    actions = edge.handle(took(verdict(1, 1, 2, 11, 12, 13), 2), 9.0)
+    assert {action.lane for action in of_kind(DropDraft, actions) if isinstance(action, DropDraft)} == {2, 3}
+
+
+def test_a_forward_that_came_too_late_is_open_all_the_same() -> None:
+    edge, _ = guessing()
+    edge.handle(plain(1, 14, 15), 3.0)
+    actions = edge.handle(verdict(1, 1, 2, 11, 12, 13), 9.0)
+    assert not of_kind(SendBlock, actions)
+    assert (edge.statistics.hits, edge.statistics.taken) == (1, 0)
+    (timer,) = of_kind(SetTimer, actions)
+    assert isinstance(timer, SetTimer)
+    again = without_timers(edge.handle(TimerFired(timer.timer), 9.0 + timer.delay_ms))
+    assert again == [SendBlock(1, 2, 4, (14, 15))]  # lost on its way, perhaps: now as a block
+
+
+def test_a_lane_that_was_not_forwarded_goes_up_as_a_block_when_it_comes_true() -> None:
+    edge, _ = guessing(replace(AHEAD, forwards=False))
+    edge.handle(plain(1, 14, 15), 3.0)
+    assert edge.handle(verdict(1, 1, 2, 11, 12, 13), 9.0)[0] == SendBlock(1, 2, 4, (14, 15))
+
+
+def test_what_follows_a_forward_is_drafted_and_forwarded_in_turn() -> None:
+    edge, _ = guessing()
+    first, *started = edge.handle(draft(1, 14), 3.0)
+    assert isinstance(first, SendForward)
+    assert started == [lane(3, 1, 11, 61)]
+    # 36 % of 36 %: the outcome of the forward's own tokens is next in line, when there is room.
+    assert lane(4, 1, 11, 12, 13, 14, 15, 16) in edge.handle(plain(2, 80), 4.0)
+    second = of_kind(SendForward, edge.handle(plain(4, 17, 18), 5.0))
+    assert second == [SendForward(1, 4, 1, parent=2, accepted=2, next_token=16, tokens=(17, 18))]
+
+
+def test_two_rounds_ahead_are_taken_without_a_word_from_the_edge() -> None:
+    edge, _ = guessing()
+    edge.handle(draft(1, 14), 3.0)
+    edge.handle(plain(2, 80), 4.0)
+    edge.handle(plain(4, 17, 18), 5.0)
+    actions = edge.handle(took(verdict(1, 1, 2, 11, 12, 13), 2), 9.0)
+    actions += edge.handle(took(verdict(2, 4, 2, 14, 15, 16), 4), 12.0)
+    assert not of_kind(SendBlock, actions)
+    assert (edge.statistics.taken, edge.base) == (2, 7)
+    delivered = of_kind(Deliver, edge.handle(verdict(4, 7, 2, 17, 18, 19), 15.0))
+    assert delivered == [
+        Deliver(7, (17, 18, 19), (Source.PREEMPTIVE, Source.PREEMPTIVE, Source.CORRECTED), 4)
+    ]
+
+
+def test_a_hint_ranks_the_outcomes_anew_which_starts_one_lane_and_stops_another() -> None:
+    edge, _ = guessing()
+    actions = edge.handle(hint(1, 1, (0, 50, 0.98)), 3.0)
+    assert lane(3, 1, 50) in actions
+    assert of_kind(DropDraft, actions)
+    edge.handle(plain(3, 80, 81), 4.0)
+    edge.handle(verdict(1, 1, 0, 50), 9.0)
+    assert (edge.statistics.hits, edge.statistics.hits_by_exit, edge.statistics.hits_by_guess) == (1, 1, 0)
+
+
+def test_a_hint_makes_a_finished_lane_likely_enough_to_be_forwarded() -> None:
+    edge = drafting(replace(AHEAD, lane_threshold=0.0, forwards_per_token=0.0))
+    edge.handle(draft(0), 2.0)
+    edge._config = replace(edge._config, lane_threshold=0.5)  # type: ignore[misc]
+    assert not of_kind(SendForward, edge.handle(plain(1, 14, 15), 3.0))
+    forwards = of_kind(SendForward, edge.handle(hint(1, 1, (2, 13, 0.99)), 4.0))
+    assert forwards == [SendForward(1, 2, 1, parent=1, accepted=2, next_token=13, tokens=(14, 15))]
+
+
+def test_a_hint_about_a_forward_counts_from_the_forwards_own_tokens() -> None:
+    edge, _ = guessing()
+    edge.handle(plain(1, 14, 15), 3.0)
+    edge.handle(plain(2, 80), 4.0)
+    started = of_kind(StartDraft, edge.handle(hint(2, 4, (1, 99, 0.95)), 5.0))
+    assert lane(4, 1, 11, 12, 13, 14, 99) in started
+
+
+def test_a_token_of_the_floor_that_agrees_leaves_the_open_block_alone() -> None:
+    edge, _ = guessing()
+    actions = edge.handle(floor(1, 11), 3.0)
+    assert not of_kind(SendBlock, actions) and not of_kind(SetTimer, actions)
+    assert of_kind(Deliver, actions) == [Deliver(1, (11,), (Source.ACCEPTED,), 2)]
+    assert edge.phase is Phase.VERIFYING
+    after = of_kind(Deliver, edge.handle(verdict(1, 1, 2, 11, 12, 13), 9.0))
+    assert after == [Deliver(2, (12, 13), (Source.ACCEPTED, Source.CORRECTED), 1)]
+    assert edge.statistics.floor_tokens == 1
+
+
+def test_a_token_of_the_floor_that_contradicts_makes_the_edge_draft_anew_at_once() -> None:
+    edge, _ = guessing()
+    actions = edge.handle(floor(1, 77), 3.0)
+    assert actions[0] == StartDraft(3, 2, (), 2, beyond=True)
+    assert {action.lane for action in of_kind(DropDraft, actions) if isinstance(action, DropDraft)} == {1, 2}
+    assert edge.phase is Phase.DRAFTING
+    assert edge.handle(stale(1, 2, 1, 77), 4.0) == []
+
+
+def test_a_token_of_the_floor_that_a_lane_foresaw_makes_that_lane_the_open_one() -> None:
+    edge, _ = guessing()
+    edge.handle(plain(2, 80, 81), 3.0)
+    edge.handle(floor(1, 11), 4.0)
+    actions = edge.handle(floor(2, 60), 5.0)
+    assert edge.phase is Phase.VERIFYING
+    assert not of_kind(SendBlock, actions)
+    assert edge.statistics.hits == 1
+
+
+def test_a_draft_that_the_floor_overtook_goes_up_without_what_was_said_meanwhile() -> None:
+    edge = drafting(AHEAD)
+    edge.handle(floor(1, 11), 2.0)
+    (block, *_) = edge.handle(plain(0, 11, 12), 3.0)
+    assert block == SendBlock(1, 1, 2, (12,))
+
+
+def test_a_draft_that_the_floor_contradicted_is_given_up() -> None:
+    edge = drafting(AHEAD)
+    actions = edge.handle(floor(1, 77), 2.0)
+    assert of_kind(StartDraft, actions) == []
+    assert edge.handle(plain(0, 11, 12), 3.0) == [StartDraft(1, 2, (), 2, beyond=True)]
+
+
+def test_on_a_long_link_the_edge_drafts_past_what_the_floor_will_have_said() -> None:
+    edge = drafting(AHEAD)
+    edge.handle(Drafted(0, (11, 12)), 2.0)
+    away = VerdictArrived(verdict(1, 1, 0, 77).verdict.model_copy(update={"verify_ms": 10.0, "rows": 3}))
+    (start, *_) = edge.handle(away, 112.0)  # 100 ms away, and a pass takes 10 ms
+    assert isinstance(start, StartDraft)
+    assert start.length >= AHEAD.block_length + 10
+
+
+def test_what_a_pass_left_of_a_long_block_goes_up_next() -> None:
+    edge = drafting(replace(AHEAD, block_length=6, guesses=False))
+    edge.handle(plain(0, 11, 12, 13, 14, 15, 16), 2.0)
+    actions = without_timers(edge.handle(verdict(1, 1, 3, 11, 12, 13, 14), 9.0))
+    assert actions[0] == SendBlock(1, 2, 5, (15, 16))
+
+
+def test_a_verdict_that_says_nothing_new_still_ends_its_round() -> None:
+    edge = drafting(replace(AHEAD, guesses=False))
+    edge.handle(plain(0, 11, 12), 2.0)
+    edge.handle(floor(1, 11), 3.0)
+    actions = without_timers(edge.handle(verdict(1, 1, 0, 11), 4.0))
+    assert actions == [SendBlock(1, 2, 2, (12,))]
+
+
+def test_a_block_sent_again_is_what_it_was() -> None:
+    edge, _ = guessing()
+    edge.handle(floor(1, 11), 3.0)
+    (block,) = of_kind(SendBlock, edge.handle(Relocated(2), 4.0))
+    assert isinstance(block, SendBlock)
+    assert (block.epoch, block.round, block.base, block.tokens) == (2, 1, 1, (11, 12))
+
+
+def test_an_empty_draft_is_followed_by_following() -> None:
+    edge = drafting(AHEAD)
+    actions = edge.handle(plain(0), 2.0)
+    assert edge.phase is Phase.FOLLOWING
+    assert not of_kind(SendBlock, actions)
+    assert of_kind(StartDraft, edge.handle(floor(1, 11), 3.0)) == [StartDraft(1, 2, (), 2, beyond=True)]
+
+
+def following(edge: EdgeSession, base: int, count: int) -> list[EdgeAction]:
+    """So many tokens of the floor, one a time."""
+    return [
+        action for at in range(base, base + count) for action in edge.handle(floor(at, 100 + at), 3.0 + at)
+    ]
+
+
+def test_one_that_only_follows_shows_now_and_then_that_it_is_there() -> None:
+    edge = EdgeSession(replace(AHEAD, block_length=0))
+    edge.handle(Opened(epoch=1), 0.0)
+    edge.handle(verdict(0, 0, 0, 10), 1.0)
+    assert edge.phase is Phase.FOLLOWING
+    actions = following(edge, 1, 3 * ACKNOWLEDGE)
+    blocks = of_kind(SendBlock, actions)
+    assert [(block.base, block.tokens) for block in blocks if isinstance(block, SendBlock)] == [
+        (ACKNOWLEDGE, ()),
+        (2 * ACKNOWLEDGE, ()),
+        (3 * ACKNOWLEDGE, ()),
+    ]
+    assert not of_kind(StartDraft, actions)
+
+
+def wrong_drafts_until_it_follows(edge: EdgeSession) -> int:
+    """Every draft is wrong; how many of them there were."""
+    tries = 0
+    while edge.phase is not Phase.FOLLOWING:
+        tries += 1
+        assert tries < 10
+        edge.handle(plain(edge._next_lane - 1, 7, 7), 10.0)
+        answer = verdict(edge._next_round - 1, edge.base, 0, 100).verdict
+        edge.handle(VerdictArrived(answer.model_copy(update={"verify_ms": 10.0, "rows": 3})), 20.0)
+    return tries
+
+
+def tokens_until_it_drafts(edge: EdgeSession) -> int:
+    """How many tokens of the floor it follows."""
+    first = edge.base
+    while edge.phase is Phase.FOLLOWING:
+        edge.handle(floor(edge.base, 100, verify_ms=10.0), 30.0)
+    return edge.base - first
+
+
+def test_where_no_draft_pays_the_edge_follows_ever_longer_between_two_tries() -> None:
+    edge = drafting(replace(AHEAD, max_tokens=10_000, adaptive=True, guesses=False, forwards=False))
+    wrong_drafts_until_it_follows(edge)
+    assert tokens_until_it_drafts(edge) == RESTS[0]
+    assert wrong_drafts_until_it_follows(edge) == 1
+    assert tokens_until_it_drafts(edge) == 2 * RESTS[0]
+    for _ in range(5):
+        wrong_drafts_until_it_follows(edge)
+        followed = tokens_until_it_drafts(edge)
+    assert followed == RESTS[1]
+
+
+def test_no_more_forwards_go_up_than_are_earned_by_committed_tokens() -> None:
+    edge = drafting(replace(AHEAD, forwards_per_token=0.5, max_lanes=8, lane_threshold=0.0))
+    edge.handle(draft(0), 2.0)
+
+    def finish_lanes(first: int, last: int) -> int:
+        """How many forwards go up as these lanes end."""
+        actions = [a for number in range(first, last) for a in edge.handle(draft(number, 20 * number), 3.0)]
+        return len(of_kind(SendForward, actions))
+
+    assert finish_lanes(1, 9) == int(
+        CREDIT / 2 + 0.5
+    )  # what the first token has earned makes up for half a one
+    edge.handle(floor(1, 11), 4.0)
+    assert edge.phase is Phase.VERIFYING
+    assert finish_lanes(9, edge._next_lane) == 1
+
+
+def test_in_a_new_epoch_forwards_are_forgotten_and_sent_anew_only_as_blocks() -> None:
+    edge, _ = guessing()
+    edge.handle(plain(1, 14, 15), 3.0)
+    edge.handle(Relocated(2), 4.0)
+    actions = without_timers(edge.handle(verdict(1, 1, 2, 11, 12, 13, epoch=2), 9.0))
+    assert actions[0] == SendBlock(2, 3, 4, (14, 15))
+    assert edge.statistics.taken == 0
+
+
+def test_a_hint_for_a_forward_of_an_older_epoch_starts_nothing() -> None:
+    edge, _ = guessing()
+    edge.handle(plain(1, 14, 15), 3.0)
+    edge.handle(Relocated(2), 4.0)
+    assert edge.handle(hint(2, 4, (1, 99, 0.95), epoch=2), 5.0) == []

@@ -452,6 +452,30 @@ def test_a_forward_whose_outcome_comes_true_is_verified_in_the_very_next_step() 
     assert (verdict.round, verdict.taken) == (1, 3)
 
 
+def test_a_verdict_tells_which_forward_was_taken_though_its_pass_has_ended_already() -> None:
+    session = parked()
+    session.handle(block(1, 1, 11, 12))
+    session.handle(forward(2, 1, 2, 13, 14))
+    session.handle(EngineAnswered((11, 12, 13)))
+    session.handle(EngineAnswered((14, 15)))
+    (verdict,) = published(session.handle(Committed(4)))
+    assert isinstance(verdict, Verdict)
+    assert (verdict.round, verdict.taken) == (1, 2)
+
+
+def test_a_verdict_tells_which_forward_was_taken_where_its_pass_had_to_wait_for_the_store() -> None:
+    session = parked()
+    session.handle(block(1, 1, 11))
+    session.handle(forward(2, 1, 1, 12, 13))
+    session.handle(forward(3, 2, 1, 14, 15))
+    session.handle(EngineAnswered((11, 12)))
+    session.handle(EngineAnswered((13, 14)))
+    assert session.handle(Committed(3))[0] == Verify(3, 5, (15,))
+    (verdict,) = published(session.handle(Committed(5)))
+    assert isinstance(verdict, Verdict)
+    assert (verdict.round, verdict.taken) == (2, 3)
+
+
 def test_a_forward_of_another_outcome_is_dropped_without_an_answer() -> None:
     session = parked()
     session.handle(block(1, 1, 11, 12))

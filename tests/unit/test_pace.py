@@ -1,0 +1,148 @@
+"""What is learnt of clocks, and what follows: the length of blocks, the number of lanes."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from shared.speculation.pace import Clocks, Line, Mean, best_length, expected_tokens, lanes_in
+
+LONGEST = 8
+
+
+def line(fixed: float, each: float) -> Line:
+    """A line that was seen often enough to be believed."""
+    learnt = Line()
+    for _ in range(10):
+        for x in (1, 4, 16, 64):
+            learnt.saw(x, fixed + each * x)
+    return learnt
+
+
+def length(
+    *,
+    acceptance: float = 0.8,
+    fixed_ms: float = 50.0,
+    row_ms: float = 0.5,
+    sharers: float = 1.0,
+    draft_ms: float = 3.0,
+    round_trip_ms: float = 20.0,
+    missed: float = 0.5,
+    floor: bool = True,
+) -> int:
+    clocks = Clocks(acceptance, line(fixed_ms, row_ms), sharers, draft_ms, round_trip_ms, missed, floor)
+    return best_length(clocks, LONGEST)
+
+
+def test_a_mean_starts_with_the_first_value_and_follows_slowly() -> None:
+    mean = Mean()
+    assert mean(7.0) == 7.0
+    mean.saw(10.0)
+    assert mean(7.0) == 10.0
+    mean.saw(0.0)
+    assert 9.0 < mean(7.0) < 10.0
+    for _ in range(200):
+        mean.saw(0.0)
+    assert mean(7.0) == pytest.approx(0.0, abs=1e-3)
+
+
+def test_a_line_finds_what_a_pass_costs_by_its_rows() -> None:
+    learnt = line(20.0, 0.75)
+    assert learnt.slope == pytest.approx(0.75)
+    assert learnt(0) == pytest.approx(20.0)
+    assert learnt(100) == pytest.approx(95.0)
+
+
+def test_a_line_never_falls_and_begins_at_zero_or_above() -> None:
+    falling = Line()
+    for x in (1, 2, 3, 4) * 5:
+        falling.saw(x, 100.0 - 10.0 * x)
+    assert falling.slope == 0.0
+    steep = Line()
+    for x in (10, 11, 12, 13) * 5:
+        steep.saw(x, 20.0 * (x - 9))
+    assert steep(0) == pytest.approx(0.0)
+    assert steep.slope > 0.0
+
+
+def test_without_spread_or_with_too_little_seen_no_slope_is_believed() -> None:
+    same = Line()
+    for _ in range(50):
+        same.saw(5, 30.0)
+    assert (same.slope, same(1), same(500)) == (0.0, pytest.approx(30.0), pytest.approx(30.0))
+    few = Line()
+    few.saw(1, 10.0)
+    few.saw(9, 90.0)
+    assert few.slope == 0.0
+    unknown = Line()
+    assert not unknown.known
+    assert unknown(3) == 0.0
+
+
+def test_a_line_forgets_what_was_long_ago() -> None:
+    learnt = line(20.0, 1.0)
+    for _ in range(100):
+        for x in (1, 4, 16, 64):
+            learnt.saw(x, 200.0)
+    assert learnt(8) == pytest.approx(200.0, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "drafted", "tokens"), [(0.0, 5, 1.0), (0.5, 1, 1.5), (0.5, 2, 1.75), (1.0, 4, 5.0)]
+)
+def test_a_round_yields_what_the_formula_says(acceptance: float, drafted: int, tokens: float) -> None:
+    assert expected_tokens(acceptance, drafted) == pytest.approx(tokens)
+
+
+def test_before_anything_is_known_blocks_are_as_long_as_they_may_be() -> None:
+    assert best_length(Clocks(0.7, Line(), 1.0, 0.0, 0.0, 0.5), LONGEST) == LONGEST
+
+
+def test_under_load_blocks_get_shorter_and_at_last_there_are_none() -> None:
+    lengths = [length(sharers=sharers, row_ms=1.0) for sharers in (1, 4, 16, 64, 256)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > lengths[2] > 0
+    assert lengths[-1] == 0
+
+
+def test_the_longer_the_link_the_longer_the_block() -> None:
+    lengths = [length(round_trip_ms=rtt, acceptance=0.6) for rtt in (0.0, 50.0, 200.0, 1000.0)]
+    assert all(shorter <= longer for shorter, longer in pairwise(lengths))
+    assert lengths[-1] == LONGEST > lengths[0]
+
+
+def test_the_likelier_a_draft_is_accepted_the_longer_the_block() -> None:
+    lengths = [length(acceptance=acceptance) for acceptance in (0.0, 0.3, 0.6, 0.8, 0.95)]
+    assert lengths == sorted(lengths)
+    assert lengths[-1] == LONGEST
+
+
+def test_a_draft_that_is_always_wrong_is_not_worth_a_block() -> None:
+    assert length(acceptance=0.0) == 0
+
+
+def test_slow_drafting_that_is_hidden_costs_nothing() -> None:
+    assert length(draft_ms=40.0, missed=0.0, floor=False) > length(draft_ms=40.0, missed=1.0, floor=False)
+
+
+def test_where_nothing_goes_on_while_a_round_waits_a_link_may_be_too_long_for_any_block() -> None:
+    assert length(round_trip_ms=2000.0, acceptance=0.5, floor=False) == 0
+    assert length(round_trip_ms=2000.0, acceptance=0.5, floor=True) > 0
+
+
+def test_of_blocks_that_are_worth_the_same_the_shortest_is_chosen() -> None:
+    assert length(acceptance=0.0, row_ms=0.0) == 0
+
+
+def test_as_many_lanes_as_are_ready_within_the_window() -> None:
+    step = line(4.0, 1.0)  # five lanes take 9 ms a step
+    assert lanes_in(9.0 * 3, step, 3, most=16) == 5
+    assert lanes_in(1000.0, step, 3, most=16) == 16
+    assert lanes_in(1.0, step, 3, most=16) == 1
+
+
+def test_lanes_are_bounded_only_by_what_may_be_where_nothing_is_known_or_drafted() -> None:
+    assert lanes_in(1.0, Line(), 3, most=6) == 6
+    assert lanes_in(1.0, line(4.0, 1.0), 0, most=6) == 6
+    assert lanes_in(1.0, line(4.0, 1.0), 3, most=0) == 0
