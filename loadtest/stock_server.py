@@ -32,7 +32,7 @@ from services.verifier.settings import VerifierSettings
 from shared.stack.ports import HOST
 
 NGRAM_MATCH: Final = (2, 5)
-"""Shortest and longest suffix that vLLM's prompt lookup looks for: what suits it best here (see the results)."""
+"""Shortest and longest suffix that vLLM's prompt lookup looks for: short ones too, as answers here are short."""
 
 
 def build(model: Path, threads: int, ngram: int) -> Any:
