@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from loadtest import hop, link
+from loadtest import compare, hop, link
 from shared.errors import OutriderError
 
 
@@ -15,8 +15,11 @@ def main(arguments: list[str] | None = None) -> int:
     benchmarks = parser.add_subparsers(dest="name", required=True)
     hop.add_arguments(benchmarks.add_parser("hop", help="what the path around the model costs, hop by hop"))
     link.add_arguments(benchmarks.add_parser("link", help="what a frame takes through a wide-area link"))
+    compare.add_arguments(
+        benchmarks.add_parser("compare", help="cloud AR, sync speculative decoding, the paper and Outrider")
+    )
     chosen = parser.parse_args(arguments)
-    run = {"hop": hop.run, "link": link.run}[chosen.name]
+    run = {"hop": hop.run, "link": link.run, "compare": compare.run}[chosen.name]
     try:
         return run(chosen)
     except OutriderError as error:

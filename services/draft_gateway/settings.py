@@ -76,7 +76,8 @@ class GatewaySettings(ModelSettings):
         "hybrid",
         description="Draft engine: 'hybrid' (the draft model that comes with Outrider for this target, and prompt "
         "lookup), 'lookup' (n-gram over prompt and output alone), 'none', or the directory of a small Llama-family "
-        "model with the target's tokenizer to take in the place of the one that comes.",
+        "model with the target's tokenizer to take in the place of the one that comes. For measurements there is "
+        "'replay:FILE?...', which reads the target's own answers.",
     )
     draft_threads: Positive = Field(1, description="CPU threads of the draft model.")
     draft_cache_tokens: Positive = Field(

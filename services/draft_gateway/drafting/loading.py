@@ -9,6 +9,7 @@ from typing import Final
 
 from services.draft_gateway.drafting.engine import DraftEngine
 from services.draft_gateway.drafting.lookup import PromptLookup
+from services.draft_gateway.drafting.replay import PREFIX, ReplayDraft, parse_replay, read_answers
 from services.draft_gateway.settings import GatewaySettings
 from shared.errors import ModelFilesError
 from shared.pair import read_foresight, shipped_draft
@@ -32,10 +33,14 @@ def load_draft_engine(settings: GatewaySettings) -> LoadedDraft:
     """The engine for `settings.draft`: a model together with prompt lookup, or lookup alone.
 
     Files that are missing, corrupt or made for another target never stop a gateway: prompt lookup takes over, and the
-    note says why.
+    note says why. A replayed draft is for measurements, and one that can't be had is an `OutriderError`.
     """
     if settings.draft in ("lookup", "none"):
         return LoadedDraft(PromptLookup())
+    if settings.draft.startswith(PREFIX):
+        file, options = parse_replay(settings.draft)
+        replay = ReplayDraft(read_answers(file), options)
+        return LoadedDraft(replay, (f"{replay.name}: for measurements only",))
     try:
         loaded = _hybrid(settings)
     except ModelFilesError as error:

@@ -1,0 +1,433 @@
+"""Cloud AR, vLLM's own speculation, sync speculation, the paper and Outrider, side by side: `scripts/bench compare`.
+
+In one run: the same prompts, the same target on the same core, the same link. Every prompt is asked in every mode before
+the next one is asked at all, and the order of the modes rotates, so that whatever drifts hits all alike. The delay sits
+in TCP proxies of the same kind before everything that the cloud serves. Decoding is greedy, and each mode's tokens are
+compared with those that vLLM says by itself; where they differ the report says so.
+
+`compare.json` holds `{"prompts", "target", "draft", "machine", "max_tokens", "price_per_hour", "notes", "runs": [...]}`;
+a run is one mode at one round trip with so many sessions at a time. Its figures:
+
+    ms_per_token        median and p95 over answers of (last − first token) / (tokens between), as the reader sees it
+    limit_ms            a pass by the tokens of a round: drafting and round trip wholly hidden
+    hit_rate            of rounds: a lane from a guess, from an exit, came true and was drafted; `forward`: taken by the
+                        verifier before the verdict had left; `late`: came true, not yet drafted
+    verifier_ms_per_token   CPU time of the processes that hold the target, prefills included
+    ratio_to            ms/token by that of another mode of the same setting, 95 % of resamplings of the prompts
+
+With `--paper` the draft is replayed and a timer verifies, in the timings of arXiv 2505.21594; all of it is marked
+`synthetic`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from loadtest.compare_clients import Answer, StockReader
+from loadtest.compare_modes import DEFAULT, PAPER_SETTING, Mode, Place, chosen
+from loadtest.compare_parts import Parts, Wanted
+from loadtest.compare_report import Batch, Setting, by_prompt, charts, figures, ratio, table
+from shared.errors import InvalidRequest
+from shared.models import fetch
+from shared.protocol import Tokens
+from shared.stack.delay import precise_loop
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+PROMPTS: Final = ROOT.parent / "shared" / "data" / "spec_bench_dev.jsonl"
+FAMILIES: Final = ("translation", "summarization", "qa", "math_reasoning", "rag")
+CHAT: Final = "chat"
+WARM_UP_TOKENS: Final = 12
+RATIOS: Final = ("ar", "vllm_ngram", "sync", "paper", "full")
+
+PAPER_RTT_MS: Final = 96.0
+PAPER_GAMMA: Final = 4
+PAPER_DRAFT_MS: Final = 75.0
+PAPER_PASS_MS: Final = 522.0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is compared."""
+
+    modes: tuple[Mode, ...]
+    rtts_ms: tuple[float, ...]
+    jitter_ms: float
+    sessions: tuple[int, ...]
+    gamma: int
+    count: int
+    max_tokens: int
+    prompt_tokens: int
+    price: float
+    draft: str = "hybrid"
+    paper: bool = False
+    acceptance: float = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt: its task family, and its tokens up to where the answer begins."""
+
+    family: str
+    tokens: Tokens
+
+
+Say = Callable[[str], None]
+
+
+# --- prompts ------------------------------------------------------------------------------------------------------
+
+
+def read_texts(path: Path) -> list[tuple[str, str]]:
+    """(family, first turn) of each line of a Spec-Bench file; InvalidRequest names the line that is none."""
+    texts = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InvalidRequest(f"--prompts: {path} can't be read: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            held = json.loads(line)
+            category, text = str(held.get("category", CHAT)), str(held["turns"][0])
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise InvalidRequest(
+                f'{path}, line {number}: should be like {{"category": "qa", "turns": ["..."]}} ({error!r})'
+            ) from error
+        texts.append((category if category in FAMILIES else CHAT, text))
+    return texts
+
+
+def balanced(texts: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+    """`count` of them, families in turn, each spread over its own."""
+    by_family: dict[str, list[tuple[str, str]]] = {}
+    for text in texts:
+        by_family.setdefault(text[0], []).append(text)
+    shares = {
+        family: count // len(by_family) + (number < count % len(by_family))
+        for number, family in enumerate(sorted(by_family))
+    }
+    return [
+        held[(2 * n + 1) * len(held) // (2 * min(share, len(held)))]
+        for family, share in shares.items()
+        for held in (by_family[family],)
+        for n in range(min(share, len(held)))
+    ]
+
+
+def questions(path: Path, target: Path, count: int, longest: int) -> list[Question]:
+    """The prompts as the target reads them; texts longer than `longest` tokens are cut there."""
+    from shared.text import Tokenizer
+
+    tokenizer = Tokenizer.load(target)
+    found = []
+    for family, text in balanced(read_texts(path), count):
+        tokens = tokenizer.encode(text)
+        shown = text if len(tokens) <= longest else tokenizer.decode(tokens[:longest])
+        found.append(Question(family, tokenizer.encode_chat([{"role": "user", "content": shown}])))
+    return found
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def batches(count: int, sessions: int) -> Iterator[tuple[int, ...]]:
+    """The numbers of the prompts that are asked at a time; the last batch is filled up from the start."""
+    for first in range(0, count, sessions):
+        yield tuple(n % count for n in range(first, first + sessions))
+
+
+async def ask_batch(
+    parts: Parts, mode: Mode, asked: Sequence[Question], numbers: tuple[int, ...], options: Options, most: int
+) -> Batch:
+    """Some prompts at a time in one mode."""
+    served = parts.places[mode.place]
+    if isinstance(served.reader, StockReader):
+        await served.reader.connect(len(numbers))
+    up, down = await parts.link_bytes(mode.place)
+    cpu_ms = parts.cpu_ms(mode.place)
+    request = mode.request(options.gamma)
+    answers = await asyncio.gather(
+        *(served.reader.ask(asked[number].tokens, most, request) for number in numbers)
+    )
+    cpu_ms = parts.cpu_ms(mode.place) - cpu_ms
+    after_up, after_down = await parts.link_bytes(mode.place)
+    return Batch(numbers, tuple(answers), after_up - up, after_down - down, cpu_ms)
+
+
+async def reference(parts: Parts, asked: Sequence[Question], options: Options) -> list[Answer]:
+    """What the target says by itself."""
+    reader = parts.places[Place.STOCK].reader
+    return [await reader.ask(question.tokens, options.max_tokens, {}) for question in asked]
+
+
+async def measure(
+    parts: Parts,
+    asked: Sequence[Question],
+    truth: Sequence[Tokens],
+    options: Options,
+    say: Say,
+) -> list[dict[str, Any]]:
+    """All runs, with their ratios."""
+    runs: list[dict[str, Any]] = []
+    for rtt_ms in options.rtts_ms:
+        await parts.set_round_trip(rtt_ms)
+        for sessions in options.sessions:
+            found: dict[str, list[Batch]] = {mode.name: [] for mode in options.modes}
+            for mode in options.modes:
+                await ask_batch(parts, mode, asked, (0,), options, WARM_UP_TOKENS)
+            for number, prompts in enumerate(batches(len(asked), sessions)):
+                turn = number % len(options.modes)
+                for mode in (*options.modes[turn:], *options.modes[:turn]):
+                    batch = await ask_batch(parts, mode, asked, prompts, options, options.max_tokens)
+                    found[mode.name].append(batch)
+                say(
+                    f"  {rtt_ms:g} ms, {sessions} at a time: {min((number + 1) * sessions, len(asked))}/{len(asked)}"
+                )
+            runs += setting_runs(found, truth, options, rtt_ms, sessions)
+    return runs
+
+
+def setting_runs(
+    found: Mapping[str, Sequence[Batch]],
+    truth: Sequence[Tokens],
+    options: Options,
+    rtt_ms: float,
+    sessions: int,
+) -> list[dict[str, Any]]:
+    """The runs of one round trip and number of sessions."""
+    times = {name: by_prompt(held) for name, held in found.items()}
+    runs = []
+    for mode in options.modes:
+        gamma = options.gamma if mode.place is not Place.STOCK else 0
+        setting = Setting(mode.name, rtt_ms, sessions, mode.policy, gamma, mode.adaptive, options.paper)
+        held = figures(setting, found[mode.name], truth, max_tokens=options.max_tokens, price=options.price)
+        held["ratio_to"] = {
+            name: {key: round(value, 3) for key, value in asdict(compared).items()}
+            for name in RATIOS
+            if name != mode.name and name in times
+            if (compared := ratio(times[mode.name], times[name])) is not None
+        }
+        runs.append(held)
+    return runs
+
+
+# --- the whole ----------------------------------------------------------------------------------------------------
+
+
+async def compare(
+    options: Options, prompts: Path, target: Path, folder: Path, say: Say = print
+) -> dict[str, Any]:
+    """Bring everything up, measure, take it down; what compare.json holds."""
+    began_s = time.monotonic()
+    asked = await asyncio.to_thread(questions, prompts, target, options.count, options.prompt_tokens)
+    wanted = Wanted(
+        target,
+        frozenset({Place.STOCK, *(mode.place for mode in options.modes)}),
+        {Place.EDGE: options.draft},
+        ngram=max(1, options.gamma),
+        jitter_ms=options.jitter_ms,
+    )
+    answers_file = folder / "answers.json"
+    if options.paper or Place.WRONG in wanted.places:
+        # A replayed draft reads the target's answers, so they are asked for before its gateway is started.
+        alone = replace(wanted, places=frozenset({Place.STOCK}))
+        async with Parts(folder / "alone", alone) as parts:
+            said = await reference(parts, asked, options)
+        _write_answers(answers_file, asked, said)
+        wanted = _synthetic(wanted, options, answers_file)
+    async with Parts(folder, wanted) as parts:
+        say(f"  up after {time.monotonic() - began_s:.0f} s")
+        if Place.STOCK in parts.places:
+            said = await reference(parts, asked, options)
+        truth = [answer.tokens for answer in said]
+        runs = await measure(parts, asked, truth, options, say)
+        pinned = parts.pinned
+    return {
+        "prompts": f"{len(asked)} of {prompts.name}, at most {options.prompt_tokens} tokens of each, families in turn",
+        "target": target.name
+        if not options.paper
+        else f"a timer that knows the answers of {target.name} (synthetic)",
+        "draft": wanted.drafts.get(Place.EDGE, "") if not options.paper else _replay_name(options),
+        "machine": machine(pinned),
+        "max_tokens": options.max_tokens,
+        "jitter_ms": options.jitter_ms,
+        "price_per_hour": options.price,
+        "synthetic": options.paper,
+        "notes": notes(options, runs),
+        "runs": runs,
+    }
+
+
+def _write_answers(path: Path, asked: Sequence[Question], said: Sequence[Answer]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = [
+        {"prompt": list(question.tokens), "tokens": list(answer.tokens)}
+        for question, answer in zip(asked, said, strict=True)
+    ]
+    path.write_text(json.dumps({"answers": held}))
+
+
+def _replay_name(options: Options) -> str:
+    return f"replayed: acceptance {options.acceptance:g}, {PAPER_DRAFT_MS:g} ms a token (synthetic)"
+
+
+def _synthetic(wanted: Wanted, options: Options, answers: Path) -> Wanted:
+    drafts = {
+        **wanted.drafts,
+        Place.WRONG: f"replay:{answers}?acceptance=0&confidence=0.7&second=0&ms_per_token=3",
+    }
+    if not options.paper:
+        return replace(wanted, drafts=drafts)
+    drafts[Place.EDGE] = f"replay:{answers}?acceptance={options.acceptance}&ms_per_token={PAPER_DRAFT_MS}"
+    return replace(
+        wanted,
+        places=wanted.places - {Place.STOCK},
+        drafts=drafts,
+        verifier="loadtest.replay_verifier",
+        verifier_environment={
+            "OUTRIDER_REPLAY_ANSWERS": str(answers),
+            "OUTRIDER_REPLAY_PASS_MS": str(PAPER_PASS_MS),
+        },
+    )
+
+
+def machine(pinned: bool) -> dict[str, Any]:
+    """What it was measured on."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model
+        )
+    except OSError:
+        pass
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "placement": "one core for the processes that hold the target, one for all else (the edge with its draft, the "
+        "cloud's gateway, kv-session, Kafka, Redis, the proxies and the readers)"
+        if pinned
+        else "not pinned: there are fewer than two cores to be had",
+        "load_at_end": [round(value, 2) for value in os.getloadavg()],
+    }
+
+
+def notes(options: Options, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader should know beside the figures."""
+    said = [
+        "A draft model inside vLLM's server is not measured: the distilled draft that comes with Outrider reads a "
+        "reduced vocabulary and is no Hugging Face checkpoint, and vLLM needs one with the target's own vocabulary.",
+        "Prompts are in every engine's prefix cache from its second answer on, so TTFT is mostly the link's.",
+    ]
+    if options.paper:
+        said.insert(
+            0, "SYNTHETIC: draft and verifier are replayed with set times; nothing here is a model's speed."
+        )
+    if differing := sum(len(run["differences"]) for run in runs):
+        answers = sum(run["answers"] for run in runs)
+        said.append(
+            f"{differing} of {answers} answers are not what vLLM says token by token: passes of another shape round "
+            "differently, which decides near-ties otherwise."
+        )
+    return said
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def _numbers(name: str, text: str, least: float) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidRequest(f"{name} should be numbers with commas between, not {text!r}") from None
+    if any(value < least for value in values):
+        raise InvalidRequest(f"{name}: {text}: none may be below {least:g}")
+    return values
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--out", type=Path, help="folder for compare.json, compare.md and charts")
+    parser.add_argument("--prompts", type=Path, default=PROMPTS, help="JSON Lines of category and turns")
+    parser.add_argument("--count", type=int, help="prompts, balanced over families (12; 4 with --paper)")
+    parser.add_argument("--modes", help=f"with commas (default: {','.join(DEFAULT)})")
+    parser.add_argument("--rtt", help="round trips, ms (default: 5,50,200; 96 with --paper)")
+    parser.add_argument(
+        "--jitter", type=float, default=0.0, help="how much a round trip varies, ms (default: 0)"
+    )
+    parser.add_argument("--sessions", default="1", help="answers at a time (default: 1)")
+    parser.add_argument("--gamma", type=int, help="longest block (default: 5; 4 with --paper)")
+    parser.add_argument("--max-tokens", type=int, default=64, help="of an answer (default: 64)")
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=256, help="longer prompts are cut (default: 256)"
+    )
+    parser.add_argument("--price", type=float, default=1.0, help="of a verifier's hour (default: 1.0)")
+    parser.add_argument("--draft", default="hybrid", help="the edge's draft engine (default: hybrid)")
+    parser.add_argument("--paper", action="store_true", help="the paper's own timings (synthetic)")
+    parser.add_argument("--acceptance", type=float, default=0.7, help="of the replayed draft (default: 0.7)")
+    parser.add_argument("--logs", type=Path, help="folder for the processes' logs (default: a temporary one)")
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    """What was asked for; InvalidRequest says what can't be."""
+    paper = bool(arguments.paper)
+    options = Options(
+        modes=chosen(arguments.modes or ",".join(PAPER_SETTING if paper else DEFAULT)),
+        rtts_ms=_numbers("--rtt", arguments.rtt or (f"{PAPER_RTT_MS:g}" if paper else "5,50,200"), 0),
+        jitter_ms=arguments.jitter,
+        sessions=tuple(int(value) for value in _numbers("--sessions", arguments.sessions, 1)),
+        gamma=arguments.gamma if arguments.gamma is not None else PAPER_GAMMA if paper else 5,
+        count=arguments.count or (4 if paper else 12),
+        max_tokens=arguments.max_tokens,
+        prompt_tokens=arguments.prompt_tokens,
+        price=arguments.price,
+        draft=arguments.draft,
+        paper=paper,
+        acceptance=arguments.acceptance,
+    )
+    if options.count < 1 or options.max_tokens < 2 or options.prompt_tokens < 1 or options.gamma < 0:
+        raise InvalidRequest(
+            "--count, --prompt-tokens and --gamma should be positive, --max-tokens at least 2"
+        )
+    if paper and (wrong := [mode.name for mode in options.modes if mode.place is not Place.EDGE]):
+        raise InvalidRequest(f"--paper has no target that runs, so it can't compare {', '.join(wrong)}")
+    return options
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print, write."""
+    options = options_of(arguments)
+    target = fetch()
+    with tempfile.TemporaryDirectory(prefix="outrider-compare-") as temporary:
+        folder = (arguments.logs or Path(temporary)).resolve()
+        with asyncio.Runner(loop_factory=precise_loop) as runner:
+            found = runner.run(compare(options, arguments.prompts, target, folder))
+    print(table(found["runs"]))
+    print("\n".join(found["notes"]))
+    if arguments.out is not None:
+        write(arguments.out, found)
+    return 0
+
+
+def write(directory: Path, found: Mapping[str, Any]) -> None:
+    """compare.json, compare.md and the charts."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "compare.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    drawn = charts(directory, found["runs"])
+    lines = [
+        f"target: {found['target']}; draft: {found['draft']}; {found['prompts']}; {found['max_tokens']} tokens at most",
+        f"machine: {found['machine']['cpu']}, {found['machine']['placement']}",
+        table(found["runs"]),
+        *found["notes"],
+        *(f"![{path.stem}]({path.name})" for path in drawn),
+    ]
+    (directory / "compare.md").write_text("\n\n".join(lines) + "\n")

@@ -1,0 +1,161 @@
+"""vLLM as it comes, streaming greedy answers: what the comparison measures everything else against.
+
+AsyncLLM without our plugin, scheduler, worker or models, with the arguments and environment that the verifier gives its
+own engine (float32 on CPU, eager, as many threads). One process holds one engine, with vLLM's own n-gram speculation if
+so asked. The way to it is as lean as can be, so that what is measured is vLLM and the link: newline-JSON over TCP, token
+ids in and out, no text. A connection carries one answer at a time:
+
+    → {"prompt": [ids], "max_tokens": 64, "stop": [ids]}
+    ← {"t": [ids]}                                  after each step
+    ← {"finish": "length", "steps": 63}             at the end; {"error": "..."} instead when it failed
+
+Run as `python -m loadtest.stock_server --model DIR --port PORT [--ngram K]`; it prints `ready` when it serves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+from unittest import mock
+
+from services.verifier.engine.launch import engine_environment
+from services.verifier.settings import VerifierSettings
+from shared.stack.ports import HOST
+
+NGRAM_MATCH: Final = (2, 5)
+"""Shortest and longest suffix that vLLM's prompt lookup looks for: short ones too, as answers here are short."""
+
+
+def build(model: Path, threads: int, ngram: int) -> Any:
+    """The engine, loaded. `ngram` is how many tokens its prompt lookup proposes, 0 for none."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine import utils
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.executor import Executor
+
+    settings = VerifierSettings(engine_threads=threads)
+    arguments: dict[str, Any] = {
+        "model": str(model),
+        "dtype": "float32",
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_sessions,
+        "max_num_batched_tokens": settings.max_batched_tokens,
+        "kv_cache_memory_bytes": settings.kv_cache_mb << 20,
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+        "async_scheduling": False,
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "use_tqdm_on_load": False,
+        "generation_config": "vllm",
+        "distributed_executor_backend": "uni",
+    }
+    if ngram:
+        shortest, longest = NGRAM_MATCH
+        arguments["speculative_config"] = {
+            "method": "ngram",
+            "num_speculative_tokens": ngram,
+            "prompt_lookup_min": shortest,
+            "prompt_lookup_max": longest,
+        }
+    config = AsyncEngineArgs(**arguments).create_engine_config()
+    with mock.patch.object(utils, "get_mp_context", lambda: multiprocessing.get_context("forkserver")):
+        return AsyncLLM(
+            vllm_config=config,
+            executor_class=Executor.get_class(config),
+            log_stats=False,
+            log_requests=False,
+        )
+
+
+class Server:
+    """Answers on connections."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._numbers: Iterator[int] = itertools.count()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer what comes on a connection, until it ends."""
+        try:
+            while line := await reader.readline():
+                try:
+                    await self._answer(json.loads(line), writer)
+                except (ValueError, KeyError) as error:
+                    writer.write(_line({"error": f"{type(error).__name__}: {error}"}))
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    async def _answer(self, asked: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = SamplingParams(
+            temperature=0.0,
+            max_tokens=int(asked["max_tokens"]),
+            stop_token_ids=list(asked["stop"]),
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        steps, reason = 0, None
+        prompt = tokens_input(list(asked["prompt"]))
+        async for output in self._engine.generate(prompt, sampling, f"stock-{next(self._numbers)}"):
+            (choice,) = output.outputs
+            if choice.token_ids:
+                writer.write(_line({"t": list(choice.token_ids)}))
+                steps += 1
+            reason = choice.finish_reason or reason
+        writer.write(_line({"finish": reason, "steps": steps - 1}))
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+async def run(model: Path, port: int, threads: int, ngram: int) -> None:
+    """Serve until SIGTERM."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    engine = build(model, threads, ngram)
+    try:
+        server = await asyncio.start_server(Server(engine).serve, HOST, port, limit=1 << 22)
+        async with server:
+            print("ready", flush=True)
+            await stop.wait()
+    finally:
+        engine.shutdown(5.0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a server until SIGTERM; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m loadtest.stock_server", description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--ngram", type=int, default=0, metavar="K", help="tokens that n-gram lookup proposes"
+    )
+    parsed = parser.parse_args(arguments)
+    with engine_environment(parsed.threads):
+        os.environ["VLLM_PLUGINS"] = ""
+        asyncio.run(run(parsed.model, parsed.port, parsed.threads, parsed.ngram))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
