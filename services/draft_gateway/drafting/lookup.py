@@ -135,11 +135,10 @@ class PromptLookup:
             return drafted[position - len(context)] if position < len(context) + len(drafted) else None
 
         confidences: list[float] = []
-        source, certainty = witnesses[0], 1.0
+        source = witnesses[0]
         while len(drafted) < request.length and (token := at(source)) is not None:
             agreeing = [end for end in witnesses if at(end) == token]
-            certainty *= (len(agreeing) + 1) / (len(witnesses) + 2)  # Laplace's rule of succession
-            confidences.append(certainty)
+            confidences.append((len(agreeing) + 1) / (len(witnesses) + 2))  # Laplace's rule of succession
             drafted.append(token)
             source += 1
             witnesses = [end + 1 for end in agreeing]
