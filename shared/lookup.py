@@ -97,7 +97,7 @@ class Lookup:
 
     def draft(self, length: int) -> tuple[Tokens, tuple[float, ...]]:
         """What followed the newest earlier occurrence of the longest suffix that has one: at most `length` tokens, and
-        how sure each is, as far as the other occurrences agree."""
+        how sure each is if those before it are right, as far as the other occurrences agree."""
         witnesses = self.earlier()
         if not witnesses:
             return (), ()
@@ -111,11 +111,10 @@ class Lookup:
             return drafted[position - len(context)] if position < len(context) + len(drafted) else None
 
         confidences: list[float] = []
-        source, certainty = witnesses[0], 1.0
+        source = witnesses[0]
         while len(drafted) < length and (token := at(source)) is not None:
             agreeing = [end for end in witnesses if at(end) == token]
-            certainty *= (len(agreeing) + 1) / (len(witnesses) + 2)  # Laplace's rule of succession
-            confidences.append(certainty)
+            confidences.append((len(agreeing) + 1) / (len(witnesses) + 2))  # Laplace's rule of succession
             drafted.append(token)
             source += 1
             witnesses = [end + 1 for end in agreeing]

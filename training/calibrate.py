@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from services.verifier.engine.exit_head import Naming
@@ -20,17 +19,19 @@ from shared.models import target_sha256, tokenizer_sha256
 from shared.pair import write_foresight
 from shared.speculation.outcomes import Calibration, Foresight
 from training import outcomes
-from training.conversations import END_OF_TURN, Role
-from training.data import encoder, held_out_count
+from training.conversations import Role
+from training.data import held_out_count
 from training.draft import read_draft
 from training.exits import fit_naming, load_exits, write_calibrations, write_naming
 from training.llama import load_target
 from training.progress import Say
-from training.rollout import Continuation, greedy
+from training.rollout import Continuation
 from training.simulate import Record, play_rounds
 
 LONGEST: Final = 128
-STATE_TEXTS: Final = 32
+SHORTEST: Final = 8
+STATE_TEXTS: Final = 16
+TEXTS_AT_ONCE: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +47,19 @@ def held_out(streams: Sequence[Tensor]) -> list[Tensor]:
     return [rows[: held_out_count(len(rows))] for rows in streams]
 
 
-def answer_starts(tokens: Sequence[Tensor], roles: Sequence[Tensor], most: int) -> list[list[int]]:
-    """Contexts right before an answer: at most two a stream, `most` in all, evenly spread."""
-    found: list[list[int]] = []
+def answers(tokens: Sequence[Tensor], roles: Sequence[Tensor], most: int) -> list[Continuation]:
+    """What the target said at temperature 0, and after what: at most two answers a stream, `most` in all, evenly spread."""
+    found: list[Continuation] = []
     for rows, role_rows in zip(tokens, roles, strict=True):
         for ids, said_by in zip(rows.tolist(), role_rows.tolist(), strict=True):
             starts = [
-                place
-                for place in range(1, len(said_by) - 8)
-                if said_by[place] >= Role.GREEDY > said_by[place - 1]
+                place for place in range(1, len(ids)) if said_by[place] == Role.GREEDY != said_by[place - 1]
             ]
-            found += [ids[:place] for place in starts[:2]]
+            for start in starts[:2]:
+                ends = (place for place in range(start, len(ids)) if said_by[place] != Role.GREEDY)
+                end = min(next(ends, len(ids)), start + LONGEST)
+                if end - start >= SHORTEST:
+                    found.append(Continuation(tuple(ids[:start]), tuple(ids[start:end])))
     count = min(most, len(found))
     return [found[index * len(found) // count] for index in range(count)]
 
@@ -70,36 +73,31 @@ class Files:
     exits: Path
 
 
-def calibrate(
-    files: Files, tokenizer: Tokenizer, contexts: Sequence[list[int]], device: torch.device, say: Say
-) -> Fitted:
-    """Plays rounds over the target's answers after `contexts` and fits; writes what it finds beside the weights.
+def calibrate(files: Files, texts: Sequence[Continuation], device: torch.device, say: Say) -> Fitted:
+    """Plays rounds over `texts`, greedy answers of the target, and fits; writes what it finds beside the weights.
 
     First, on some of the texts, how the head is read in fewer dimensions; then, with that, all confidences.
     """
     target = load_target(files.target, device=device, dtype=torch.float32)
     draft = read_draft(files.draft).to(device)
     exits, naming = load_exits(files.exits, files.target, target)
-    end = encoder(tokenizer)(END_OF_TURN)[0]
-    prompts = sorted(contexts, key=len)
-    texts: list[Continuation] = []
-    for at in range(0, len(prompts), 16):
-        said = greedy(target, prompts[at : at + 16], most=LONGEST, end=end)
-        texts += [text for text in said if len(text.tokens) > 1]
-        say(f"calibration: {min(at + 16, len(prompts))} of {len(prompts)} texts")
+    texts = sorted(texts, key=lambda text: len(text.text))
     exits = {layer: exit_.to(device) for layer, exit_ in exits.items()}
     assert naming.vocabulary is not None
     states: list[Tensor] = []
     whole = Naming(naming.vocabulary)
-    play_rounds(target, draft, exits, whole, texts[:: max(1, len(texts) // STATE_TEXTS)], states=states)
+    some = texts[:: max(1, len(texts) // STATE_TEXTS)]
+    for at in range(0, len(some), TEXTS_AT_ONCE):
+        play_rounds(target, draft, exits, whole, some[at : at + TEXTS_AT_ONCE], states=states)
+    say(f"calibration: {sum(map(len, states)):,} states of exits seen")
     naming = fit_naming(target.head.data, naming.vocabulary.to(device), torch.cat(states))
     write_naming(files.exits, naming)
     exits, naming = load_exits(files.exits, files.target, target)
     exits = {layer: exit_.to(device) for layer, exit_ in exits.items()}
-    say("calibration: rounds")
-    parts = [
-        play_rounds(target, draft, exits, naming, texts[at : at + 16]) for at in range(0, len(texts), 16)
-    ]
+    parts = []
+    for at in range(0, len(texts), TEXTS_AT_ONCE):
+        parts.append(play_rounds(target, draft, exits, naming, texts[at : at + TEXTS_AT_ONCE]))
+        say(f"calibration: {min(at + TEXTS_AT_ONCE, len(texts))} of {len(texts)} texts")
     record = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     found = fitted(record, list(exits))
     write_calibrations(files.exits, found.exits)

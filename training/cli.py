@@ -294,13 +294,13 @@ def _exits(arguments: argparse.Namespace) -> int:
     """Trains exit modules and calibrates them; run again to go on from the last checkpoint."""
     import torch
 
-    from training.calibrate import Files, answer_starts, calibrate, held_out
+    from training.calibrate import Files, answers, calibrate, held_out
     from training.data import load_groups
     from training.draft import common_tokens, read_draft, save_checkpoint
     from training.exits import ExitPlan, ExitTrainer, fitting_width, write_exits
     from training.progress import Journal
 
-    directory, target, tokenizer, cuda = _load(arguments)
+    directory, target, _, cuda = _load(arguments)
     config = target.config
     depth = config.num_hidden_layers
     default = tuple(sorted({max(1, round(share * depth)) for share in DEFAULT_DEPTHS}))
@@ -339,8 +339,8 @@ def _exits(arguments: argparse.Namespace) -> int:
     )
     path = arguments.out / "exits.safetensors"
     size = write_exits(path, trainer.exits, vocabulary, header, torch.bfloat16)
-    contexts = answer_starts(held_out(tokens), held_out(roles), arguments.calibration_texts)
-    calibrate(Files(directory, arguments.draft, path), tokenizer, contexts, target.embedding.device, print)
+    texts = answers(held_out(tokens), held_out(roles), arguments.calibration_texts)
+    calibrate(Files(directory, arguments.draft, path), texts, target.embedding.device, print)
     print(f"{path}: {size / 1e6:.1f} MB, exits after layers {', '.join(map(str, layers))}")
     return 0
 
@@ -348,16 +348,14 @@ def _exits(arguments: argparse.Namespace) -> int:
 def _fit(arguments: argparse.Namespace) -> int:
     """Plays rounds on text that was not trained on and fits the confidences of draft and exits to what happens."""
     import torch
-    from tokenizers import Tokenizer
 
-    from training.calibrate import Files, answer_starts, calibrate
+    from training.calibrate import Files, answers, calibrate
     from training.data import load_groups
 
     directory, device = _directory(arguments), torch.device(_device(arguments.device))
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    contexts = answer_starts(*load_groups(arguments.data, device), arguments.texts)
-    calibrate(Files(directory, arguments.draft, arguments.exits), tokenizer, contexts, device, print)
-    print(f"{arguments.exits} and {arguments.draft / 'foresight.json'}: fitted on {len(contexts)} texts")
+    texts = answers(*load_groups(arguments.data, device), arguments.texts)
+    calibrate(Files(directory, arguments.draft, arguments.exits), texts, device, print)
+    print(f"{arguments.exits} and {arguments.draft / 'foresight.json'}: fitted on {len(texts)} texts")
     return 0
 
 

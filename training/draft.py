@@ -117,8 +117,10 @@ class DraftModel(nn.Module):
 
     def embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """Hidden states of the target's token ids, before the first layer."""
-        table = torch.cat((fake_quantize(self.head, self.bits).to(dtype), self.rare.to(dtype)))
-        return F.embedding(self.slots[tokens], table)
+        slots, common = self.slots[tokens], len(self.vocabulary)
+        said = F.embedding(slots.clamp(max=common - 1), fake_quantize(self.head, self.bits))
+        rare = F.embedding((slots - common).clamp(min=0), self.rare)
+        return torch.where((slots < common)[..., None], said.to(dtype), rare.to(dtype))
 
     def logits(self, hidden: Tensor, words: Tensor | None = None) -> Tensor:
         """Scores after hidden states of the last layer: over the vocabulary, then over `words` (rare tokens' slots

@@ -79,8 +79,11 @@ class LlamaConfig:
 
 
 def fake_quantize(weight: Tensor, bits: int) -> Tensor:
-    """`weight` rounded to `bits` per value with one scale per row; gradients pass straight through."""
-    if not bits:
+    """`weight` rounded to `bits` per value with one scale per row; gradients pass straight through.
+
+    Frozen weights are left alone: they were rounded when they were written.
+    """
+    if not bits or not weight.requires_grad:
         return weight
     most = 2 ** (bits - 1) - 1
     scale = weight.detach().abs().amax(dim=-1, keepdim=True).clamp(min=1e-8) / most

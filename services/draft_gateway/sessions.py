@@ -301,7 +301,7 @@ class Sessions:
             stop_token_ids=request.stop_token_ids,
             ignore_eos=request.ignore_eos,
             seed=request.seed,
-            policy=request.options.policy or self._settings.policy,
+            policy=Policy(request.options.policy or self._settings.policy),
         )
 
     def _admit(self) -> None:

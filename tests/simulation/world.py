@@ -811,9 +811,8 @@ class World:
                 happen()
                 return
             drawn -= probability
-        if possible := self._possible(patient=not self.choices.chance(self.slowness)):
-            self.choices.pick(possible)()
-        elif possible := self._possible(patient=True):
+        patient = not self.choices.chance(self.slowness)
+        if possible := self._possible(patient=patient) or self._possible(patient=True):
             self.choices.pick(possible)()
         else:
             waiting = [each.clock.when(each.timer[0]) for each in self.gateways if each.timer is not None]

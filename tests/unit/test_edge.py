@@ -336,7 +336,7 @@ def took(message: VerdictArrived, taken: int) -> VerdictArrived:
 
 
 def draft(lane: int, first: int = 11) -> Drafted:
-    """Two tokens, of which the draft thinks (accepted, next): (2, first + 2) 36 %, (1, 60) 27 %, (1, 61) 18 %, (0, 50) 10 %."""
+    """Two tokens. The draft's outcomes: (2, first + 2) 36 %, (1, 60) 27 %, (1, 61) 18 %, (0, 50) 10 %."""
     return Drafted(
         lane,
         (first, first + 1),

@@ -30,7 +30,8 @@ Alternatives = tuple[tuple[Alternative, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Drafted tokens, perhaps fewer than asked for or none, each with the engine's own probability that it is right.
+    """Drafted tokens, perhaps fewer than asked for or none, each with the engine's own probability that it is right if
+    those before it are.
 
     `alternatives` are, for each drafted token, what might have stood in its place: a few tokens, likeliest first, the
     drafted one among them. One entry more, where asked for and found: what may follow the last token. Empty where the

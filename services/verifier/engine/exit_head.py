@@ -127,7 +127,7 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     rows, columns = values.shape
     if columns % CHUNK or columns // CHUNK <= count:
         return values.topk(count, dim=-1)
-    chunks = values.view(rows, -1, CHUNK)
+    chunks = values.view(rows, columns // CHUNK, CHUNK)
     places = chunks.amax(dim=-1).topk(count, dim=-1).indices
     found = chunks.gather(1, places[:, :, None].expand(-1, -1, CHUNK)).flatten(1)
     best, place = found.topk(count, dim=-1)
