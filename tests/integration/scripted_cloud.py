@@ -97,7 +97,10 @@ async def eventually(holds: Callable[[], Any], what: str) -> Any:
 def cloud_settings(
     broker: Broker, redis_url: str, redis_prefix: str, model: Path, topic_prefix: str
 ) -> dict[str, Any]:
-    """Settings of services that find out soon what went wrong."""
+    """Settings of services that find out soon what went wrong.
+
+    The scripted verifier answers blocks: it neither goes on by itself nor takes forwards.
+    """
     return {
         "kafka": broker.bootstrap,
         "kafka_flavor": broker.flavor.value,
@@ -106,6 +109,9 @@ def cloud_settings(
         "topic_prefix": topic_prefix,
         "model": str(model),
         "round_timeout_s": 1.0,
+        "policy": "cost",
+        "adaptive": False,
+        "forwards": False,
         "sweep_s": 0.2,
         "verifier_timeout_s": 2.0,
     }

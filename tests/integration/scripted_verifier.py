@@ -20,6 +20,7 @@ from shared.protocol import (
     DraftsMessage,
     Fault,
     FinishReason,
+    Forward,
     Heartbeat,
     Hint,
     Outcome,
@@ -119,6 +120,8 @@ class ScriptedVerifier:
         if isinstance(message, Cancel):
             self.cancelled.append(message)
             self._claims.pop(message.session, None)
+            return
+        if isinstance(message, Forward):
             return
         self.blocks.append(message)
         await self.hold.wait()

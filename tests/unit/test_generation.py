@@ -25,10 +25,13 @@ from shared.protocol import (
     CloseSession,
     Fault,
     FinishReason,
+    Floor,
+    Forward,
     GenerationParams,
     Hint,
     Outcome,
     Placed,
+    Policy,
     Prompt,
     ReplyRoute,
     Tokens,
@@ -70,7 +73,7 @@ class Wire:
 
     @property
     def blocks(self) -> list[Prompt | Block]:
-        return [message for message, _ in self.sent if not isinstance(message, Cancel)]
+        return [message for message, _ in self.sent if not isinstance(message, Cancel | Forward)]
 
 
 class Pencil:
@@ -196,6 +199,47 @@ async def test_after_a_hit_the_next_block_is_on_its_way_before_the_reader_wakes(
     report = desk.generation.report()
     assert (report["hits"], report["hints"], report["hints_before_verdict"]) == (1, 1, 1)
     assert report["exit_lead_ms"]["7"]["count"] == 1
+
+
+async def test_a_finished_lane_goes_up_as_a_forward_and_the_verdict_that_took_it_needs_no_block() -> None:
+    desk = Desk(forwards=True)
+    await desk.begin()
+    await desk.verdict(0, 0, 9)
+    outcome = Outcome(accepted=3, next_token=13, confidence=0.9)
+    desk.generation.receive(Hint(session=SESSION, epoch=1, round=1, base=1, layer=7, outcomes=(outcome,)))
+    await settle()
+    forward = Forward(
+        session=SESSION,
+        epoch=1,
+        reply=ME,
+        round=2,
+        base=1,
+        parent=1,
+        accepted=3,
+        next_token=13,
+        tokens=(14, 15, 16),
+        confidences=SURE,
+    )
+    assert desk.wire.sent[-1] == (forward, 5)
+    await desk.verdict(1, 1, 10, 11, 12, 13, taken=2)
+    await desk.verdict(2, 5, 14, 15, 16, 17)
+    assert [message.round for message in desk.wire.blocks if isinstance(message, Block)] == [1, 3]
+    report = desk.generation.report()
+    assert (report["forwards"], report["taken"], report["hits_by_exit"]) == (1, 1, 1)
+
+
+async def test_what_the_floor_says_is_delivered_and_leaves_a_block_that_agrees_alone() -> None:
+    desk = Desk(policy=Policy.LATENCY)
+    await desk.begin()
+    await desk.verdict(0, 0, 9)
+    sent = desk.wire.attempts
+    desk.generation.receive(Floor(session=SESSION, epoch=1, base=1, tokens=(10,), verify_ms=5.0, rows=1))
+    await settle()
+    assert desk.wire.attempts == sent
+    await desk.verdict(1, 1, 10, 11, 12, 13)
+    assert [delivery.tokens for delivery in await desk.delivered()] == [(9,), (10,), (11, 12, 13)]
+    report = desk.generation.report()
+    assert (report["floor_tokens"], report["rounds"], report["passes"]) == (1, 1, 2)
 
 
 async def test_the_last_verdict_tells_the_reader_why_it_ends_and_closes_the_session() -> None:
