@@ -29,7 +29,7 @@ from shared.errors import (
     SessionTaken,
     Unavailable,
 )
-from shared.protocol import Cancel, CloseSession, GenerationParams, OpenSession, Tokens
+from shared.protocol import Cancel, CloseSession, GenerationParams, OpenSession, Policy, Tokens
 from shared.session import SessionState
 from shared.speculation.edge import EdgeConfig
 from shared.speculation.outcomes import Foresight

@@ -7,25 +7,31 @@ end a tape goes on with zeros, so that a shorter tape, or one with zeros in it, 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain, repeat
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
 class Choices:
-    """Decides, and keeps what it drew."""
+    """Decides. With `keep`, or from a tape, what it drew is kept as `tape`; keeping costs time."""
 
-    def __init__(self, seed: int, tape: Sequence[float] | None = None) -> None:
+    draw: Callable[[], float]
+    """A number in [0, 1)."""
+
+    def __init__(self, seed: int, tape: Sequence[float] | None = None, *, keep: bool = False) -> None:
         self.tape: list[float] = []
-        self._random = random.Random(seed).random
-        self._given = None if tape is None else iter(tape)
+        if tape is None and not keep:
+            self.draw = random.Random(seed).random
+            return
+        drawn = chain(tape, repeat(0.0)) if tape is not None else iter(random.Random(seed).random, None)
 
-    def draw(self) -> float:
-        """A number in [0, 1)."""
-        drawn = self._random() if self._given is None else next(self._given, 0.0)
-        self.tape.append(drawn)
-        return drawn
+        def kept() -> float:
+            self.tape.append(value := next(drawn))
+            return value
+
+        self.draw = kept
 
     def chance(self, probability: float) -> bool:
         """True so often."""

@@ -112,7 +112,8 @@ def _run_one(choices: Choices, faults: Faults, trace: list[str] | None = None) -
 
 def _explain(name: str, seed: int, world: World, said: str, attempts: int) -> Violation:
     trace: list[str] = []
-    tape = shrink(world.choices.tape, WORLDS[name], said, attempts)
+    again, _ = _run_one(Choices(seed, keep=True), WORLDS[name])
+    tape = shrink(again.choices.tape, WORLDS[name], said, attempts)
     shortest, _ = _run_one(Choices(0, tape), WORLDS[name], trace)
     return Violation(name, seed, said, world.counts.steps, shortest.counts.steps, trace)
 

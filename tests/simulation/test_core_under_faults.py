@@ -46,7 +46,7 @@ def test_in_a_calm_world_that_waits_every_round_is_verified_once() -> None:
 def test_the_same_seed_is_the_same_schedule_and_its_tape_too() -> None:
     for seed in range(20):
         traces: list[list[str]] = [[], [], []]
-        first = World(Choices(seed), WORLDS["harsh"], trace=traces[0])
+        first = World(Choices(seed, keep=True), WORLDS["harsh"], trace=traces[0])
         first.run()
         World(Choices(seed), WORLDS["harsh"], trace=traces[1]).run()
         World(Choices(0, first.choices.tape), WORLDS["harsh"], trace=traces[2]).run()
@@ -176,7 +176,7 @@ def test_what_is_found_is_shrunk_to_the_same_violation(monkeypatch: pytest.Monke
         return [self._publish(self._results[0]), *commits] if commits else []
 
     monkeypatch.setattr(v.VerifierSession, "_commit_next", hasty)
-    world = World(Choices(3), WORLDS["harsh"])
+    world = World(Choices(3, keep=True), WORLDS["harsh"])
     with pytest.raises(AssertionError) as broken:
         world.run()
     tape = shrink(world.choices.tape, WORLDS["harsh"], str(broken.value))
