@@ -10,8 +10,9 @@ a run is one mode at one round trip with so many sessions at a time. Its figures
 
     ms_per_token        median and p95 over answers of (last − first token) / (tokens between), as the reader sees it
     limit_ms            a pass by the tokens of a round: drafting and round trip wholly hidden
-    hit_rate            of rounds: a lane from a guess, from an exit, came true and was drafted; `forward`: taken by the
-                        verifier before the verdict had left; `late`: came true, not yet drafted
+    hit_rate            of what was committed while a lane could have foreseen it (hits, late ones and misses): a lane from a
+                        guess, from an exit, came true and was drafted; `forward`: taken by the verifier before the
+                        verdict had left; `late`: came true, not yet drafted
     verifier_ms_per_token   CPU time of the processes that hold the target, prefills included
     ratio_to            ms/token by that of another mode of the same setting, 95 % of resamplings of the prompts
 

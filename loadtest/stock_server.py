@@ -154,8 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--speculate", type=int, default=0, metavar="K", help="tokens that are proposed")
     parser.add_argument(
-        "--ngram", type=int, default=0, metavar="K", help="tokens that n-gram lookup proposes"
+        "--draft", type=Path, help="a draft model that proposes them (default: n-gram lookup)"
     )
     parsed = parser.parse_args(arguments)
     with engine_environment(parsed.threads):
