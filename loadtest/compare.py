@@ -10,8 +10,9 @@ a run is one mode at one round trip with so many sessions at a time. Its figures
 
     ms_per_token        median and p95 over answers of (last − first token) / (tokens between), as the reader sees it
     limit_ms            a pass by the tokens of a round: drafting and round trip wholly hidden
-    hit_rate            of rounds: a lane from a guess, from an exit, came true and was drafted; `forward`: taken by the
-                        verifier before the verdict had left; `late`: came true, not yet drafted
+    hit_rate            of what was committed while a lane could have foreseen it (hits, late ones and misses): a lane from a
+                        guess, from an exit, came true and was drafted; `forward`: taken by the verifier before the
+                        verdict had left; `late`: came true, not yet drafted
     verifier_ms_per_token   CPU time of the processes that hold the target, prefills included
     ratio_to            ms/token by that of another mode of the same setting, 95 % of resamplings of the prompts
 
@@ -29,7 +30,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,12 +48,15 @@ PROMPTS: Final = ROOT.parent / "shared" / "data" / "spec_bench_dev.jsonl"
 FAMILIES: Final = ("translation", "summarization", "qa", "math_reasoning", "rag")
 CHAT: Final = "chat"
 WARM_UP_TOKENS: Final = 12
-RATIOS: Final = ("ar", "vllm_ngram", "sync", "paper", "full")
+RATIOS: Final = ("ar", "vllm_ngram", "vllm_draft", "sync", "paper", "full")
 
 PAPER_RTT_MS: Final = 96.0
 PAPER_GAMMA: Final = 4
 PAPER_DRAFT_MS: Final = 75.0
 PAPER_PASS_MS: Final = 522.0
+
+WRONG: Final = "acceptance=0&confidence=0.7&second=0&ms_per_token=3"
+"""A draft that is always wrong, sure of itself, and as fast as the one that ships."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,34 +233,33 @@ async def compare(
     """Bring everything up, measure, take it down; what compare.json holds."""
     began_s = time.monotonic()
     asked = await asyncio.to_thread(questions, prompts, target, options.count, options.prompt_tokens)
+    places = frozenset({Place.STOCK, *(mode.place for mode in options.modes)})
     wanted = Wanted(
         target,
-        frozenset({Place.STOCK, *(mode.place for mode in options.modes)}),
-        {Place.EDGE: options.draft},
-        ngram=max(1, options.gamma),
+        places,
+        speculate=max(1, options.gamma),
         jitter_ms=options.jitter_ms,
+        replayed=options.paper,
     )
-    answers_file = folder / "answers.json"
-    if options.paper or Place.WRONG in wanted.places:
-        # A replayed draft reads the target's answers, so they are asked for before its gateway is started.
-        alone = replace(wanted, places=frozenset({Place.STOCK}))
-        async with Parts(folder / "alone", alone) as parts:
-            said = await reference(parts, asked, options)
-        _write_answers(answers_file, asked, said)
-        wanted = _synthetic(wanted, options, answers_file)
+    answers = folder / "answers.json"
+    drafts = {
+        Place.EDGE: _replay(answers, options) if options.paper else options.draft,
+        Place.WRONG: f"replay:{answers}?{WRONG}",
+    }
+    replay = {"OUTRIDER_REPLAY_ANSWERS": str(answers), "OUTRIDER_REPLAY_PASS_MS": str(PAPER_PASS_MS)}
     async with Parts(folder, wanted) as parts:
+        said = await reference(parts, asked, options)
+        await asyncio.to_thread(write_answers, answers, asked, said)
+        await parts.start_edges(drafts, replay)
         say(f"  up after {time.monotonic() - began_s:.0f} s")
-        if Place.STOCK in parts.places:
-            said = await reference(parts, asked, options)
-        truth = [answer.tokens for answer in said]
-        runs = await measure(parts, asked, truth, options, say)
+        runs = await measure(parts, asked, [answer.tokens for answer in said], options, say)
         pinned = parts.pinned
     return {
         "prompts": f"{len(asked)} of {prompts.name}, at most {options.prompt_tokens} tokens of each, families in turn",
         "target": target.name
         if not options.paper
         else f"a timer that knows the answers of {target.name} (synthetic)",
-        "draft": wanted.drafts.get(Place.EDGE, "") if not options.paper else _replay_name(options),
+        "draft": _replay(Path(answers.name), options) + " (synthetic)" if options.paper else options.draft,
         "machine": machine(pinned),
         "max_tokens": options.max_tokens,
         "jitter_ms": options.jitter_ms,
@@ -267,7 +270,8 @@ async def compare(
     }
 
 
-def _write_answers(path: Path, asked: Sequence[Question], said: Sequence[Answer]) -> None:
+def write_answers(path: Path, asked: Sequence[Question], said: Sequence[Answer]) -> None:
+    """The target's answers, for what replays them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     held = [
         {"prompt": list(question.tokens), "tokens": list(answer.tokens)}
@@ -276,28 +280,8 @@ def _write_answers(path: Path, asked: Sequence[Question], said: Sequence[Answer]
     path.write_text(json.dumps({"answers": held}))
 
 
-def _replay_name(options: Options) -> str:
-    return f"replayed: acceptance {options.acceptance:g}, {PAPER_DRAFT_MS:g} ms a token (synthetic)"
-
-
-def _synthetic(wanted: Wanted, options: Options, answers: Path) -> Wanted:
-    drafts = {
-        **wanted.drafts,
-        Place.WRONG: f"replay:{answers}?acceptance=0&confidence=0.7&second=0&ms_per_token=3",
-    }
-    if not options.paper:
-        return replace(wanted, drafts=drafts)
-    drafts[Place.EDGE] = f"replay:{answers}?acceptance={options.acceptance}&ms_per_token={PAPER_DRAFT_MS}"
-    return replace(
-        wanted,
-        places=wanted.places - {Place.STOCK},
-        drafts=drafts,
-        verifier="loadtest.replay_verifier",
-        verifier_environment={
-            "OUTRIDER_REPLAY_ANSWERS": str(answers),
-            "OUTRIDER_REPLAY_PASS_MS": str(PAPER_PASS_MS),
-        },
-    )
+def _replay(answers: Path, options: Options) -> str:
+    return f"replay:{answers}?acceptance={options.acceptance:g}&ms_per_token={PAPER_DRAFT_MS:g}"
 
 
 def machine(pinned: bool) -> dict[str, Any]:
@@ -324,10 +308,12 @@ def machine(pinned: bool) -> dict[str, Any]:
 def notes(options: Options, runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader should know beside the figures."""
     said = [
-        "A draft model inside vLLM's server is not measured: the distilled draft that comes with Outrider reads a "
-        "reduced vocabulary and is no Hugging Face checkpoint, and vLLM needs one with the target's own vocabulary.",
+        "vllm_draft runs the draft that ships in float32 with a full LM head, as vLLM runs a draft model; at the edge it "
+        "runs in int8 with a reduced one.",
         "Prompts are in every engine's prefix cache from its second answer on, so TTFT is mostly the link's.",
     ]
+    if not any(mode.place is Place.DRAFT for mode in options.modes):
+        said.pop(0)
     if options.paper:
         said.insert(
             0, "SYNTHETIC: draft and verifier are replayed with set times; nothing here is a model's speed."

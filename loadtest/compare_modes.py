@@ -17,6 +17,8 @@ class Place(StrEnum):
     """vLLM as it comes."""
     NGRAM = "ngram"
     """vLLM with its own n-gram speculation."""
+    DRAFT = "draft"
+    """vLLM with the draft that ships as a draft model on the server."""
     EDGE = "edge"
     """The gateway at the edge, with the draft that is measured."""
     WRONG = "wrong"
@@ -60,6 +62,7 @@ MODES: Final[Mapping[str, Mode]] = {
     for mode in (
         Mode("ar", "cloud AR: stock vLLM streams over the same link", Place.STOCK),
         Mode("vllm_ngram", "stock vLLM with its own n-gram speculation", Place.NGRAM),
+        Mode("vllm_draft", "stock vLLM with the draft model that ships on the server", Place.DRAFT),
         Mode("sync", "speculative decoding over the link, each block after the verdict", Place.EDGE, _PLAIN),
         Mode("paper", "sync, and lanes from exits: the paper", Place.EDGE, {**_PLAIN, "hints": True}),
         Mode("full", "all of Outrider", Place.EDGE, _FULL),
@@ -78,7 +81,8 @@ MODES: Final[Mapping[str, Mode]] = {
     )
 }
 
-DEFAULT: Final = ("ar", "vllm_ngram", "sync", "paper", "full", "full_cost")
+STOCK: Final = (Place.STOCK, Place.NGRAM, Place.DRAFT)
+DEFAULT: Final = ("ar", "vllm_ngram", "vllm_draft", "sync", "paper", "full", "full_cost")
 PAPER_SETTING: Final = ("sync", "paper", "full", "full_cost")
 
 

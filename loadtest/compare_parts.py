@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,8 @@ import httpx
 import psutil
 
 from loadtest.compare_clients import GatewayReader, Reader, StockReader
-from loadtest.compare_modes import Place
+from loadtest.compare_modes import STOCK, Place
+from loadtest.export_draft import export_draft
 from shared.errors import Unavailable
 from shared.stack.delay import Conditions, DelayProxy
 from shared.stack.health import ask
@@ -42,19 +43,16 @@ Ready = Callable[[], bool]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What to bring up: the target, the places that modes ask, the drafts of the gateways at the edge.
+    """What to bring up: the target, and the places that modes ask. vLLM's own modes speculate `speculate` tokens.
 
-    `verifier` is the module of the process that verifies and `verifier_environment` what it reads beside the usual.
+    With `replayed` the stack has no verifier of its own; one that replays comes up with the gateways at the edge.
     """
 
     target: Path
     places: frozenset[Place]
-    drafts: Mapping[Place, str]
-    ngram: int = 5
+    speculate: int = 5
     jitter_ms: float = 0.0
-    verifier: str | None = None
-    verifier_environment: Mapping[str, str] = field(default_factory=dict)
-    environment: Mapping[str, str] = field(default_factory=dict)
+    replayed: bool = False
 
 
 @dataclass(slots=True)
@@ -78,6 +76,7 @@ class Parts:
         self._exits = AsyncExitStack()
         self._processes: list[ManagedProcess] = []
         self._used: set[int] = set()
+        self._stack: Stack | None = None
 
     async def __aenter__(self) -> Self:
         try:
@@ -127,19 +126,41 @@ class Parts:
     # --- up -------------------------------------------------------------------------------------------------------
 
     async def _up(self) -> None:
+        """vLLM as it comes, and all of Outrider's cloud, at the same time."""
         wanted = self._wanted
         self._http = await self._exits.enter_async_context(httpx.AsyncClient(timeout=None, trust_env=False))
-        stock = {place: self._stock(place) for place in (Place.STOCK, Place.NGRAM) if place in wanted.places}
-        edges = [place for place in (Place.EDGE, Place.WRONG) if place in wanted.places]
-        if edges:
-            await self._outrider(edges)
+        stock = {place: self._stock(place) for place in STOCK if place in wanted.places}
+        if self._edges:
+            await self._cloud()
+        stops = await asyncio.to_thread(stop_tokens, wanted.target)
         for place, (process, port) in stock.items():
             await self._wait(process, partial(_says_ready, process.log))
             proxy = await self._proxy(port)
-            reader = StockReader(proxy.port, await asyncio.to_thread(stop_tokens, wanted.target))
+            reader = StockReader(proxy.port, stops)
             self._exits.callback(reader.close)
             assert process.pid is not None
             self.places[place] = Served(reader, proxy, process.pid)
+
+    @property
+    def _edges(self) -> list[Place]:
+        return [place for place in (Place.EDGE, Place.WRONG) if place in self._wanted.places]
+
+    async def start_edges(
+        self, drafts: Mapping[Place, str], replay_environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Bring up the gateways at the edge, and give everything its core. A draft may read answers that had to be asked
+        for first; so may the verifier that replays, by `replay_environment`."""
+        if self._stack is not None:
+            stack = self._stack
+            replayed = self._wanted.replayed
+            verifier = (
+                await self._verifier(stack, replay_environment or {}) if replayed else stack.pid("verifier-0")
+            )
+            if verifier is None:
+                raise Unavailable("the verifier has no process")
+            proxy = await self._proxy(int(stack.gateway_url.rpartition(":")[2]))
+            for place in self._edges:
+                await self._edge(stack, place, drafts[place], proxy, verifier)
         self.pinned = self._pin()
 
     def _start(
@@ -175,61 +196,56 @@ class Parts:
     def _stock(self, place: Place) -> tuple[ManagedProcess, int]:
         port = self._port()
         command = ["loadtest.stock_server", "--model", str(self._wanted.target), "--port", str(port)]
-        if place is Place.NGRAM:
-            command += ["--ngram", str(self._wanted.ngram)]
+        if place is not Place.STOCK:
+            command += ["--speculate", str(self._wanted.speculate)]
+        if place is Place.DRAFT:
+            exported = self._folder / "draft"
+            export_draft(self._wanted.target, exported)
+            command += ["--draft", str(exported)]
         return self._start(place.value, command), port
 
-    async def _outrider(self, edges: Iterable[Place]) -> None:
-        wanted = self._wanted
-        stack = Stack(
-            StackOptions(
-                target=wanted.target,
-                draft="lookup",
-                verifiers=0 if wanted.verifier else 1,
-                die_with_parent=True,
-                environment=wanted.environment,
-            ),
-            settings=StackSettings(run_dir=self._folder / "stack"),
+    async def _cloud(self) -> None:
+        options = StackOptions(
+            target=self._wanted.target,
+            draft="lookup",
+            verifiers=0 if self._wanted.replayed else 1,
+            die_with_parent=True,
         )
-        await asyncio.to_thread(stack.up)
-        self._exits.callback(stack.down)
-        gateway = int(stack.gateway_url.rpartition(":")[2])
-        verifier = stack.pid("verifier-0") if wanted.verifier is None else await self._verifier(stack)
-        if verifier is None:
-            raise Unavailable("the verifier has no process")
-        proxy = await self._proxy(gateway)
-        for place in edges:
-            port = self._port()
-            name = f"edge-{place.value}"
-            environment = {
-                **wanted.environment,
-                "OUTRIDER_MODEL": str(wanted.target),
-                "OUTRIDER_DRAFT": wanted.drafts[place],
-                "OUTRIDER_UPLINK": "link",
-                "OUTRIDER_LINK": f"ws://{HOST}:{proxy.port}/v1/link",
-                "OUTRIDER_GATEWAY_NAME": name,
-                "OUTRIDER_GATEWAY_HOST": HOST,
-                "OUTRIDER_GATEWAY_PORT": str(port),
-            }
-            process = self._start(name, ["services.draft_gateway"], environment)
-            url = f"http://{HOST}:{port}"
-            await self._wait(process, partial(_is_ready, url))
-            reader = GatewayReader(url, stack.model_name, self._http)
-            self.places[place] = Served(reader, proxy, verifier, f"{url}/metrics")
+        self._stack = Stack(options, settings=StackSettings(run_dir=self._folder / "stack"))
+        self._exits.callback(self._stack.down)
+        await asyncio.to_thread(self._stack.up)
 
-    async def _verifier(self, stack: Stack) -> int | None:
-        wanted, port = self._wanted, self._port()
-        assert wanted.verifier is not None
+    async def _edge(self, stack: Stack, place: Place, draft: str, proxy: DelayProxy, verifier: int) -> None:
+        port, name = self._port(), f"edge-{place.value}"
         environment = {
-            "OUTRIDER_MODEL": str(wanted.target),
-            "OUTRIDER_KAFKA": stack.kafka,
-            "OUTRIDER_REDIS_URL": stack.redis_url,
-            "OUTRIDER_VERIFIER_HOST": HOST,
-            "OUTRIDER_VERIFIER_PORT": str(port),
-            **wanted.environment,
-            **wanted.verifier_environment,
+            "OUTRIDER_MODEL": str(self._wanted.target),
+            "OUTRIDER_DRAFT": draft,
+            "OUTRIDER_UPLINK": "link",
+            "OUTRIDER_LINK": f"ws://{HOST}:{proxy.port}/v1/link",
+            "OUTRIDER_GATEWAY_NAME": name,
+            "OUTRIDER_GATEWAY_HOST": HOST,
+            "OUTRIDER_GATEWAY_PORT": str(port),
         }
-        process = self._start("verifier", [wanted.verifier], environment)
+        process = self._start(name, ["services.draft_gateway"], environment)
+        url = f"http://{HOST}:{port}"
+        await self._wait(process, partial(_is_ready, url))
+        reader = GatewayReader(url, stack.model_name, self._http)
+        self.places[place] = Served(reader, proxy, verifier, f"{url}/metrics")
+
+    async def _verifier(self, stack: Stack, environment: Mapping[str, str]) -> int | None:
+        port = self._port()
+        process = self._start(
+            "verifier",
+            ["loadtest.replay_verifier"],
+            {
+                "OUTRIDER_MODEL": str(self._wanted.target),
+                "OUTRIDER_KAFKA": stack.kafka,
+                "OUTRIDER_REDIS_URL": stack.redis_url,
+                "OUTRIDER_VERIFIER_HOST": HOST,
+                "OUTRIDER_VERIFIER_PORT": str(port),
+                **environment,
+            },
+        )
         await self._wait(process, partial(_is_ready, f"http://{HOST}:{port}"))
         return process.pid
 

@@ -125,6 +125,7 @@ def figures(
         return float(sum(answer.usage.get(name, 0) for answer in answers))
 
     rounds, passes = total("rounds"), total("passes")
+    foreseeable = total("hits") + total("late") + total("misses")
     cpu_ms = sum(batch.cpu_ms for batch in batches) / tokens
     after_prefill = tokens - len(answers)
     stock = not rounds and not total("drafted_in_all") and "rounds" not in answers[0].usage
@@ -156,10 +157,10 @@ def figures(
         "pass_ms": _rounded(pass_ms),
         "limit_ms": _rounded(pass_ms / per_round if pass_ms and per_round else None),
         "hit_rate": {
-            "guess": _rounded(total("hits_by_guess") / rounds) if rounds else None,
-            "exit": _rounded(total("hits_by_exit") / rounds) if rounds else None,
-            "forward": _rounded(total("taken") / rounds) if rounds else None,
-            "late": _rounded(total("late") / rounds) if rounds else None,
+            "guess": _rounded(total("hits_by_guess") / foreseeable) if foreseeable else None,
+            "exit": _rounded(total("hits_by_exit") / foreseeable) if foreseeable else None,
+            "forward": _rounded(total("taken") / foreseeable) if foreseeable else None,
+            "late": _rounded(total("late") / foreseeable) if foreseeable else None,
         },
         "floor_share": _rounded(total("floor_tokens") / tokens),
         "passes_per_token": _rounded(passes / tokens),

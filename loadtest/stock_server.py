@@ -1,15 +1,16 @@
 """vLLM as it comes, streaming greedy answers: what the comparison measures everything else against.
 
 AsyncLLM without our plugin, scheduler, worker or models, with the arguments and environment that the verifier gives its
-own engine (float32 on CPU, eager, as many threads). One process holds one engine, with vLLM's own n-gram speculation if
-so asked. The way to it is as lean as can be, so that what is measured is vLLM and the link: newline-JSON over TCP, token
-ids in and out, no text. A connection carries one answer at a time:
+own engine (float32 on CPU, eager, as many threads). One process holds one engine, with vLLM's own speculation if so
+asked: n-gram lookup, or a draft model. The way to it is as lean as can be, so that what is measured is vLLM and the link:
+newline-JSON over TCP, token ids in and out, no text. A connection carries one answer at a time:
 
     → {"prompt": [ids], "max_tokens": 64, "stop": [ids]}
     ← {"t": [ids]}                                  after each step
     ← {"finish": "length", "steps": 63}             at the end; {"error": "..."} instead when it failed
 
-Run as `python -m loadtest.stock_server --model DIR --port PORT [--ngram K]`; it prints `ready` when it serves.
+Run as `python -m loadtest.stock_server --model DIR --port PORT [--speculate K [--draft DIR]]`; it prints `ready` when
+it serves.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ NGRAM_MATCH: Final = (2, 5)
 """Shortest and longest suffix that vLLM's prompt lookup looks for: short ones too, as answers here are short."""
 
 
-def build(model: Path, threads: int, ngram: int) -> Any:
-    """The engine, loaded. `ngram` is how many tokens its prompt lookup proposes, 0 for none."""
+def build(model: Path, threads: int, speculate: int, draft: Path | None) -> Any:
+    """The engine, loaded. It speculates so many tokens, 0 for none, by `draft` or else by prompt lookup."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine import utils
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -59,11 +60,17 @@ def build(model: Path, threads: int, ngram: int) -> Any:
         "generation_config": "vllm",
         "distributed_executor_backend": "uni",
     }
-    if ngram:
+    if speculate and draft is not None:
+        arguments["speculative_config"] = {
+            "method": "draft_model",
+            "model": str(draft),
+            "num_speculative_tokens": speculate,
+        }
+    elif speculate:
         shortest, longest = NGRAM_MATCH
         arguments["speculative_config"] = {
             "method": "ngram",
-            "num_speculative_tokens": ngram,
+            "num_speculative_tokens": speculate,
             "prompt_lookup_min": shortest,
             "prompt_lookup_max": longest,
         }
@@ -125,13 +132,13 @@ def _line(message: dict[str, Any]) -> bytes:
     return json.dumps(message, separators=(",", ":")).encode() + b"\n"
 
 
-async def run(model: Path, port: int, threads: int, ngram: int) -> None:
+async def run(model: Path, port: int, threads: int, speculate: int, draft: Path | None) -> None:
     """Serve until SIGTERM."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    engine = build(model, threads, ngram)
+    engine = build(model, threads, speculate, draft)
     try:
         server = await asyncio.start_server(Server(engine).serve, HOST, port, limit=1 << 22)
         async with server:
@@ -147,13 +154,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--speculate", type=int, default=0, metavar="K", help="tokens that are proposed")
     parser.add_argument(
-        "--ngram", type=int, default=0, metavar="K", help="tokens that n-gram lookup proposes"
+        "--draft", type=Path, help="a draft model that proposes them (default: n-gram lookup)"
     )
     parsed = parser.parse_args(arguments)
     with engine_environment(parsed.threads):
         os.environ["VLLM_PLUGINS"] = ""
-        asyncio.run(run(parsed.model, parsed.port, parsed.threads, parsed.ngram))
+        asyncio.run(run(parsed.model, parsed.port, parsed.threads, parsed.speculate, parsed.draft))
     return 0
 
 
