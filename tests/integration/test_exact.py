@@ -154,34 +154,40 @@ def note_hints(bench: Bench, answers: Sequence[Answer], what: str) -> None:
 
 
 RUNS = [
-    ("lookup", True),
-    ("lookup", False),
-    ("model", True),
-    ("model", False),
-    ("pair", True),
-    ("pair", False),
-    ("right", True),
-    ("wrong", True),
-    ("random", True),
-    ("random", False),
+    ("lookup", True, "cost"),
+    ("lookup", False, "cost"),
+    ("model", True, "cost"),
+    ("model", False, "cost"),
+    ("pair", True, "cost"),
+    ("right", True, "cost"),
+    ("wrong", True, "cost"),
+    ("random", True, "cost"),
+    ("pair", True, "latency"),
+    ("wrong", True, "latency"),
+    ("random", False, "latency"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("draft", "hints"), RUNS, ids=[f"{d}-{'hints' if h else 'no hints'}" for d, h in RUNS]
+    ("draft", "lanes", "policy"), RUNS, ids=[f"{d}-{'lanes' if x else 'no lanes'}-{p}" for d, x, p in RUNS]
 )
 async def test_sixteen_sessions_at_a_time_stream_what_the_target_says_and_compute_it_once(
-    bench: Bench, draft: str, hints: bool
+    bench: Bench, draft: str, lanes: bool, policy: str
 ) -> None:
+    options = {"hints": lanes, "guesses": lanes, "forwards": lanes, "policy": policy}
     before = await bench.whole.engine.stats()
-    answers = await bench.whole.stream_all(draft, bench.prompts, MAX_TOKENS, at_a_time=16, hints=hints)
+    answers = await bench.whole.stream_all(draft, bench.prompts, MAX_TOKENS, at_a_time=16, **options)
     after = await bench.whole.engine.stats()
-    assert_exact(bench, answers, draft)
-    note_hints(bench, answers, f"{draft}, 16 sessions")
-    assert_once(bench, answers, before, after)
+    assert_exact(bench, answers, f"{draft}, {policy}")
     report = [answer.outrider for answer in answers]
-    if not hints:
-        assert sum(usage["hits"] for usage in report) == 0
+    if policy == "cost":
+        note_hints(bench, answers, f"{draft}, 16 sessions")
+        assert_once(bench, answers, before, after)
+        assert sum(usage["floor_tokens"] for usage in report) == 0
+    else:
+        assert sum(usage["floor_tokens"] for usage in report) > 0
+    if not lanes:
+        assert sum(usage["hits"] + usage["forwards"] for usage in report) == 0
     if draft == "right":
         assert all(usage["accepted"] >= usage["drafted"] - usage["rounds"] for usage in report)
     if draft == "wrong":
@@ -209,11 +215,12 @@ async def test_one_session_at_a_time_streams_what_the_target_says(bench: Bench) 
         for number, prompt in enumerate(bench.prompts)
     ]
     assert_exact(bench, answers, "one session")
-    note_hints(bench, answers, "one session")
 
 
 async def test_all_this_was_said_with_the_pair_that_comes_with_the_target(bench: Bench) -> None:
-    (answer,) = await bench.whole.stream_all("pair", bench.prompts[:1], MAX_TOKENS, at_a_time=1)
+    (answer,) = await bench.whole.stream_all(
+        "pair", bench.prompts[:1], MAX_TOKENS, at_a_time=1, policy="cost"
+    )
     assert set(answer.outrider["exit_lead_ms"]) == {"18", "21", "24"}
     assert list((await bench.whole.verifier.readiness()).notes) == []
 

@@ -93,7 +93,7 @@ SYMBOLS: Final[tuple[Symbol, ...]] = (
         "vllm.v1.engine.core",
         "EngineCoreProc._process_input_queue",
         ("self",),
-        ("has_work",),
+        ("has_work", "input_queue", "_handle_client_request"),
     ),
     Symbol(
         "vllm.v1.engine.core_client",

@@ -22,7 +22,7 @@ from services.verifier.engine import launch
 from services.verifier.engine.channel import ChannelMessage, ExitMessage, FailureMessage, Receiver
 from services.verifier.engine.checkpoint import Checkpoint, read_checkpoint
 from services.verifier.engine.exit_choice import ExitChoice, choose_exits
-from services.verifier.engine.options import SESSION_KEY, EngineOptions
+from services.verifier.engine.options import EAGER_KEY, SESSION_KEY, EngineOptions
 from services.verifier.engine.types import (
     BlockStatus,
     EngineInfo,
@@ -33,7 +33,7 @@ from services.verifier.engine.types import (
 )
 from services.verifier.settings import VerifierSettings
 from shared.errors import ContextLengthExceeded, EngineError, InvalidRequest, OutriderError, Overloaded
-from shared.protocol import FinishReason, GenerationParams, Outcome, Tokens
+from shared.protocol import FinishReason, GenerationParams, Outcome, Policy, Tokens
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -216,7 +216,10 @@ class VllmEngine:
                 retry_after_s=1.0,
             )
         opened = _Open(session, f"{session}.{next(self._numbers)}", len(committed))
-        sampling.extra_args = {SESSION_KEY: opened.key}
+        sampling.extra_args = {
+            SESSION_KEY: opened.key,
+            EAGER_KEY: params.policy is Policy.LATENCY,
+        }
         self._open[session] = self._by_key[opened.key] = opened
         return self._session_stream(opened, (*prompt, *committed), sampling)
 

@@ -19,6 +19,9 @@ CONFIG_KEY: Final = "outrider"
 SESSION_KEY: Final = "outrider_session"
 """In `SamplingParams.extra_args`: the request is a session, under this key. Other requests are plain."""
 
+EAGER_KEY: Final = "outrider_eager"
+"""In `extra_args` of a session: its next block follows its output at once, so that a step may wait for it."""
+
 SUBMIT_CALL: Final = "outrider_submit"
 STATS_CALL: Final = "outrider_stats"
 DESCRIBE_CALL: Final = "outrider_describe"
@@ -55,3 +58,8 @@ class EngineOptions:
 def session_key(extra_args: Mapping[str, Any] | None) -> str | None:
     """The session that a request stands for, or None for a plain request."""
     return extra_args.get(SESSION_KEY) if extra_args else None
+
+
+def is_eager(extra_args: Mapping[str, Any] | None) -> bool:
+    """Whether a session's blocks follow its outputs at once."""
+    return bool(extra_args and extra_args.get(EAGER_KEY))

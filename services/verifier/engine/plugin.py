@@ -1,16 +1,21 @@
-"""What vLLM gets from us in every process that it starts: our models, and calls that reach our scheduler.
+"""What vLLM gets from us in every process that it starts: our models, calls that reach our scheduler, and a moment's
+patience before a step.
 
 The calls become methods of `EngineCore`, where vLLM's front-end finds them by name (`call_utility_async`).
 """
 
 from __future__ import annotations
 
+import functools
+import queue
 from typing import TYPE_CHECKING, Any, Final
 
 from services.verifier.engine.options import DESCRIBE_CALL, STATS_CALL, SUBMIT_CALL
 
 if TYPE_CHECKING:
-    from vllm.v1.engine.core import EngineCore
+    from collections.abc import Callable
+
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
 MODELS: Final = {
     "OutriderLlamaForCausalLM": "services.verifier.engine.model:OutriderLlamaForCausalLM",
@@ -22,7 +27,7 @@ MODELS: Final = {
 def register() -> None:
     """Register models and calls; may be called more than once."""
     from vllm import ModelRegistry
-    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
     known = ModelRegistry.get_supported_archs()
     for architecture, where in MODELS.items():
@@ -31,6 +36,25 @@ def register() -> None:
     setattr(EngineCore, SUBMIT_CALL, _submit)
     setattr(EngineCore, STATS_CALL, _stats)
     setattr(EngineCore, DESCRIBE_CALL, _describe)
+    if not hasattr(EngineCoreProc._process_input_queue, "__wrapped__"):
+        EngineCoreProc._process_input_queue = _gathering(EngineCoreProc._process_input_queue)
+
+
+def _gathering(process_input_queue: Callable[[EngineCoreProc], None]) -> Callable[[EngineCoreProc], None]:
+    """vLLM's look at what came in, and then a moment for blocks that are on their way (`gather_s`)."""
+
+    @functools.wraps(process_input_queue)
+    def gathered(core: EngineCoreProc) -> None:
+        process_input_queue(core)
+        gather_s = getattr(core.scheduler, "gather_s", None)  # a stock scheduler has no sessions
+        while gather_s is not None and core.has_work() and (left_s := gather_s()) > 0.0:
+            try:
+                request = core.input_queue.get(timeout=left_s)
+            except queue.Empty:
+                return
+            core._handle_client_request(*request)
+
+    return gathered
 
 
 def _submit(core: EngineCore, key: str, base: int, tokens: list[int], levels: list[int]) -> str:

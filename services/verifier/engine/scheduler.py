@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from services.verifier.engine.options import DRAFT_LEVELS, session_key
+from services.verifier.engine.options import DRAFT_LEVELS, is_eager, session_key
 from services.verifier.engine.types import BlockStatus
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 NEVER: Final = 1 << 62
 STEP_MS_WEIGHT: Final = 0.1
+MOST_GATHERED_S: Final = 0.015
+GATHERED_SHARE: Final = 0.15
+"""How long a step waits for sessions to share it: this share of a step, and no longer than that."""
 
 
 class Block(NamedTuple):
@@ -68,6 +71,8 @@ class Session:
     """To be verified in the next step."""
     pending: Block | None = None
     """To be looked at when what runs now has ended."""
+    eager: bool = False
+    """Its next block follows at once: the verifier lets it go on by itself where no client's block is there."""
     reached: int = 0
     """Prompt tokens whose KV was computed, or found in the prefix cache, at some time."""
 
@@ -110,6 +115,8 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         self._by_request: dict[str, Session] = {}
         self._starved = False
         self._step = _Step()
+        self._awaited: set[str] = set()  # eager sessions that spoke in the last step and have no block yet
+        self._ended_s = 0.0
 
     # --- blocks -------------------------------------------------------------------------------------------------
 
@@ -155,6 +162,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         session.request.next_decode_eligible_step = 0
         session.parked_at = None
         session.armed = block
+        self._awaited.discard(session.key)
         return True
 
     def _park(self, session: Session) -> None:
@@ -163,11 +171,26 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if session.pending is not None:
             pending, session.pending = session.pending, None
             self._arm(session, pending)
+        if session.eager and session.armed is None:
+            self._awaited.add(session.key)
+
+    def gather_s(self) -> float:
+        """For how long the next step may still wait, so that sessions that have just spoken share it; 0 when none is
+        awaited.
+
+        Their blocks are a few ms behind their outputs. A step without them would make each run in every other step,
+        alternating with those that were quicker: half the speed, for all of them.
+        """
+        if not self._awaited:
+            return 0.0
+        most_s = min(MOST_GATHERED_S, GATHERED_SHARE * self.counters.step_ms / 1000)
+        return max(0.0, self._ended_s + most_s - time.monotonic())
 
     # --- a step -------------------------------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """One step's work: blocks first, then prefills. Parked sessions come last, and so are preempted first."""
+        self._awaited.clear()
         self._step = _Step(began=time.monotonic())
         if self._starved and self.waiting:
             self._make_room()
@@ -272,6 +295,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         for session in spoken:
             if self._by_key.get(session.key) is session:
                 self._park(session)
+        self._ended_s = time.monotonic()
         if scheduler_output.num_scheduled_tokens:
             elapsed_ms = (time.monotonic() - step.began) * 1000
             weight = STEP_MS_WEIGHT if counters.step_ms else 1.0
@@ -329,7 +353,8 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         """Take a request in; one that is marked as a session becomes one."""
         key = session_key(request.sampling_params.extra_args) if request.sampling_params else None
         if key is not None:
-            session = Session(key=key, request=request)
+            eager = is_eager(request.sampling_params.extra_args)
+            session = Session(key=key, request=request, eager=eager)
             self._by_key[key] = self._by_request[request.request_id] = session
         super().add_request(request)
 
@@ -337,6 +362,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         session = self._by_request.pop(request.request_id, None)
         if session is not None:
             self._by_key.pop(session.key, None)
+            self._awaited.discard(session.key)
         return super()._free_request(request, delay_free_blocks)
 
     # --- what others ask ----------------------------------------------------------------------------------------
