@@ -247,6 +247,7 @@ def write_exits(
             tensors[f"{layer}.{name}"] = tensor.detach().to(dtype).cpu().contiguous()
     part = path.with_suffix(".part")
     save_file(tensors, part, metadata={"format": FILE_FORMAT, "layers": ",".join(exits), **header})
+    part.chmod(0o644)
     part.rename(path)
     return path.stat().st_size
 
@@ -273,6 +274,7 @@ def _rewrite(path: Path, added: Mapping[str, Tensor], **more: str) -> None:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     part = path.with_suffix(".part")
     save_file({**tensors, **added}, part, metadata={**header, **more})
+    part.chmod(0o644)
     part.rename(path)
 
 
