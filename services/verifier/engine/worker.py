@@ -20,7 +20,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from services.verifier.engine.channel import Sender
 from services.verifier.engine.exits import Pass, VerifiedRows
 from services.verifier.engine.model import ExitTap
-from services.verifier.engine.options import DRAFT_LEVELS, EngineOptions, session_key
+from services.verifier.engine.options import DRAFT_LEVELS, EngineOptions, is_eager, session_key
 from services.verifier.engine.process import report_failures, stay_with_parent
 from shared.speculation.outcomes import confidence_at
 
@@ -71,8 +71,11 @@ class SessionRunner(CPUModelRunner):  # type: ignore[misc]
         for index, request_id in enumerate(batch.req_ids):
             drafted, first = num_draft_tokens[index], offset
             offset += drafted + 1
-            key = session_key(self.requests[request_id].sampling_params.extra_args)
+            extra = self.requests[request_id].sampling_params.extra_args
+            key = session_key(extra)
             if key is None or self.discard_request_mask.np[index]:
+                continue
+            if not drafted and is_eager(extra):  # the floor's pass: nobody waits for a hint
                 continue
             known = int(batch.num_computed_tokens_cpu[index]) + int(num_scheduled_tokens[index]) - drafted
             block = tuple(scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
