@@ -27,6 +27,7 @@ that gives more tokens a second (`patience_ms`), and no longer than a gateway ha
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,9 @@ MOST_RESULTS: Final = 2
 """Results that may wait for Redis before no further pass is started."""
 NO_ROUND: Final = -1
 """The round of a pass that no draft asked for."""
+MOST_READY: Final = 0.9
+LONGER: Final = 1.5
+"""By how much longer than usual a block is waited for."""
 MEMORY: Final = 0.8
 """How much of a running mean is kept a step."""
 
@@ -318,6 +322,8 @@ class _Pace:
     pass_ms: float | None = None
     tokens: float | None = None
     wait_ms: float | None = None
+    ready: float | None = None
+    """Share of a block's passes at whose end the next draft was there already."""
     since_ms: float | None = None
     """When the engine last ended a pass and had no draft for the next one."""
 
@@ -325,23 +331,42 @@ class _Pace:
         self.pass_ms = _mean(self.pass_ms, elapsed_ms)
         self.tokens = _mean(self.tokens, tokens)
 
+    def saw_end(self, *, ready: bool) -> None:
+        self.ready = _mean(self.ready, float(ready))
+
     def saw_draft(self, now_ms: float) -> None:
         if self.since_ms is not None:
             self.wait_ms = _mean(self.wait_ms, now_ms - self.since_ms)
             self.since_ms = None
 
 
-def patience_ms(pass_ms: float | None, tokens: float | None, wait_ms: float | None) -> float:
+def patience_ms(
+    pass_ms: float | None, tokens: float | None, wait_ms: float | None, ready: float | None
+) -> float:
     """How long to wait for a block before the floor takes over; all times in ms.
 
-    With T a pass, E the tokens that a block's pass yields and w the wait for a block: waiting gives E tokens in w + T.
-    A pass of the floor first gives 1 + E in 2 T, as the block comes meanwhile and its first token is trimmed. So
-    waiting pays when w < T (E - 1) / (E + 1), and not beyond that.
+    With T a pass, E the tokens that a block's pass yields, w the wait for a block, and a share h of passes at whose end
+    the next draft is there: a block that is verified leads to n = 1 / (1 - h) passes and N = E n tokens before the next
+    wait. Who waits gets
+
+        N / (w + n T)
+
+    tokens a ms. The floor says one token a pass; the block is looked at after k = ⌈w / T⌉ of these, and is of use if it
+    agrees with what they said: with probability a = ((E - 1) / E)^k, so that there are 1 / a attempts and
+
+        (k / a + N) / (k T / a + n T)
+
+    tokens a ms. The better of the two is chosen; a block that takes much longer than usual is not waited for.
     """
-    if pass_ms is None or tokens is None or wait_ms is None:
+    if not pass_ms or not tokens or wait_ms is None or ready is None:
         return 0.0
-    bound_ms = pass_ms * (tokens - 1) / (tokens + 1)
-    return bound_ms if wait_ms < bound_ms else 0.0
+    passes = 1.0 / (1.0 - min(ready, MOST_READY))
+    said = tokens * passes
+    missed = math.ceil(wait_ms / pass_ms) or 1
+    agrees = max(((tokens - 1.0) / tokens) ** missed, 1e-6)
+    waiting = said / (wait_ms + passes * pass_ms)
+    going_on = (missed / agrees + said) / (missed * pass_ms / agrees + passes * pass_ms)
+    return wait_ms * LONGER if waiting > going_on else 0.0
 
 
 class VerifierSession:
@@ -376,6 +401,9 @@ class VerifierSession:
         self._pace = _Pace()
         self._timer = 0
         self._patient = False  # the floor waits for a block
+        self._judge_end = (
+            False  # a block's pass has ended, and it is not known yet whether the next draft is there
+        )
 
     @property
     def phase(self) -> Phase:
@@ -610,6 +638,9 @@ class VerifierSession:
             for draft in self._drafts.values()
             if draft.ready(self._said) and (draft.asks or self._evicting is None)
         ]
+        if self._judge_end:
+            self._judge_end = False
+            self._pace.saw_end(ready=bool(ready))
         if ready:
             draft = max(ready, key=lambda each: each.round)
             left = draft.left(self._said) or ()
@@ -621,7 +652,9 @@ class VerifierSession:
             return stale
         if self._pace.since_ms is None:
             self._pace.since_ms = now_ms
-            patience = patience_ms(self._pace.pass_ms, self._pace.tokens, self._pace.wait_ms)
+            patience = patience_ms(
+                self._pace.pass_ms, self._pace.tokens, self._pace.wait_ms, self._pace.ready
+            )
             if patience > 0.0:
                 self._patient = True
                 self._timer += 1
@@ -677,6 +710,7 @@ class VerifierSession:
         ran = self._running or _Pass(len(self._said), ())
         if self._phase is Phase.VERIFYING and ran.draft is not None:
             self._pace.saw_pass(now_ms - ran.since_ms, len(event.tokens))
+            self._judge_end = True
         self._running = None
         self._said.extend(event.tokens)
         self._results.append(_Result(ran, event.tokens, event.finish_reason))

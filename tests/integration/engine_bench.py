@@ -15,7 +15,7 @@ import pytest
 from services.verifier.engine.engine import VllmEngine
 from services.verifier.engine.types import BlockStatus, EngineInfo, EngineOutput, EngineStats, ExitReport
 from services.verifier.settings import VerifierSettings
-from shared.protocol import GenerationParams, Tokens
+from shared.protocol import GenerationParams, Policy, Tokens
 from tests.integration.tiny_target import VOCABULARY, TinyTarget, random_prompt
 
 MAX_MODEL_LEN = 256
@@ -158,7 +158,7 @@ def settings_for(target: TinyTarget, **changes: object) -> VerifierSettings:
 
 
 def endless(max_tokens: int = 40) -> GenerationParams:
-    return GenerationParams(max_tokens=max_tokens, ignore_eos=True)
+    return GenerationParams(max_tokens=max_tokens, ignore_eos=True, policy=Policy.COST)
 
 
 def assert_accounted(since: EngineStats, until: EngineStats) -> None:

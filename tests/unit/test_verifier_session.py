@@ -576,23 +576,15 @@ def test_under_the_cost_policy_a_session_waits() -> None:
     assert session.handle(EngineAnswered((11, 12))) == [Commit(1, 1, 1, (11, 12), None, 1, 1)]
 
 
-def test_the_floor_waits_for_a_block_that_is_worth_it_and_no_longer() -> None:
-    session = on_the_floor()
-    session.handle(EngineAnswered((11,)), 100.0)
-    session.handle(Committed(2), 100.0)
-    session.handle(block(1, 2, 12, 13, 14), 110.0)
-    session.handle(EngineAnswered((12,)), 200.0)
-    session.handle(EngineAnswered((13, 14, 15)), 300.0)  # 3 tokens in 100 ms; blocks come after some 110 ms
-    (timer,) = [
-        action
-        for base in (3, 6)
-        for action in session.handle(Committed(base), 300.0)
-        if isinstance(action, SetTimer | Verify)
-    ]
-    assert isinstance(timer, Verify)
-    assert patience_ms(100.0, 3.0, 40.0) == 50.0
-    assert patience_ms(100.0, 3.0, 60.0) == 0.0
-    assert patience_ms(None, None, None) == 0.0
+def test_the_floor_waits_for_a_block_that_is_worth_it() -> None:
+    """A pass takes 100 ms and yields 3 tokens."""
+    assert patience_ms(100.0, 3.0, 40.0, 0.5) == 60.0
+    assert patience_ms(100.0, 3.0, 90.0, 0.5) == 0.0  # it is there before the floor's pass has ended
+    assert patience_ms(100.0, 3.0, 110.0, 0.5) == 165.0  # it would be looked at after two of them
+    assert patience_ms(100.0, 1.0, 110.0, 0.0) == 0.0  # it is never right
+    assert patience_ms(100.0, 3.0, 1_000.0, 0.0) == 0.0  # it takes too long
+    assert patience_ms(100.0, 3.0, 110.0, 0.9) > 0.0
+    assert patience_ms(None, None, None, None) == 0.0
 
 
 def test_when_its_patience_ends_the_floor_takes_over() -> None:
