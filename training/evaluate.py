@@ -246,16 +246,28 @@ def lookup_ms(texts: Sequence[Continuation]) -> float:
 def exit_figures(
     record: Record, exits: Mapping[int, TrainedExit], depth: int, foresight: Foresight
 ) -> dict[str, Any]:
-    """What the edge and each exit foresaw of the recorded verdicts; an exit's hint is judged as the edge uses it, mixed
-    with its own guess, and alone."""
+    """What the edge and each exit foresaw of the recorded verdicts.
+
+    An exit's `verdict_in_best` is what the edge has after the hint, mixed with its own guess; `length_right` and `ece` are
+    the hint's own. All figures of both are in `mixed` and `hint`.
+    """
     own = outcomes.edge_rankings(record, foresight.own)
     found: dict[str, Any] = {"edge_guess": ranking_figures(own, record), "exits": []}
     for layer, exit_ in exits.items():
         hints = outcomes.exit_rankings(record, layer, exit_.calibration)
         mixed = outcomes.mixed_rankings(own, hints, foresight.mixture(layer))
         alone = ranking_figures(hints, record)
+        together = ranking_figures(mixed, record)
         found["exits"].append(
-            {"layer": layer, "depth": layer / depth, **ranking_figures(mixed, record), "alone": alone}
+            {
+                "layer": layer,
+                "depth": layer / depth,
+                "verdict_in_best": together["verdict_in_best"],
+                "length_right": alone["length_right"],
+                "ece": alone["ece"],
+                "hint": alone,
+                "mixed": together,
+            }
         )
     return found
 
@@ -479,7 +491,7 @@ def table(result: Mapping[str, Any]) -> str:
         )
         for found in result["exits"]:
             name = f"exit after {found['layer']} ({found['depth']:.0%})"
-            for label, figures in (("", found["alone"]), (", mixed with the edge's", found)):
+            for label, figures in (("", found["hint"]), (", mixed with the edge's", found["mixed"])):
                 shares = " | ".join(f"{value:.2f}" for value in figures["verdict_in_best"].values())
                 rest = f"{figures['length_right']:.2f} | {figures['ece']:.3f}"
                 lines.append(f"| {name}{label} | {shares} | {rest} |")
@@ -512,7 +524,7 @@ def charts(result: Mapping[str, Any], out: Path) -> None:
         "share of rounds",
         {name: [(float(count), value) for count, value in found.items()] for name, found in lines.items()},
     )
-    shown = {f"exit {found['layer']}": found["reliability"] for found in result["exits"]}
+    shown = {f"exit {found['layer']}": found["hint"]["reliability"] for found in result["exits"]}
     line_chart(
         out / "reliability.svg",
         "Promised and kept",

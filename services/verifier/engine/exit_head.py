@@ -14,6 +14,7 @@ from typing import Final, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from services.verifier.engine.int8 import Int8Matrix, has_int8
 
@@ -98,9 +99,9 @@ class ShortlistHead:
         on_list = (rough_best - total).logsumexp(dim=-1, keepdim=True).clamp(max=-1e-6)
         tail = total + torch.log(-torch.expm1(on_list)) + self._tail
         tokens = shortlist if self._ids is None else self._ids[shortlist]
-        rows = self._weight[torch.cat((tokens, drafts[:, None]), dim=1)]
+        rows = functional.embedding(torch.cat((tokens, drafts[:, None]), dim=1), self._weight)
         exact, drafted = torch.split(
-            torch.bmm(rows, hidden[:, :, None])[:, :, 0], [tokens.shape[1], 1], dim=1
+            torch.bmm(hidden[:, None], rows.transpose(1, 2))[:, 0], [tokens.shape[1], 1], dim=1
         )
         total = torch.logaddexp(exact.logsumexp(dim=-1, keepdim=True), tail)
         best, order = exact.topk(k, dim=-1)
@@ -108,7 +109,7 @@ class ShortlistHead:
 
 
 def can_shortlist(weight: Tensor) -> bool:
-    """Whether `ShortlistHead` works for a head: float32 on an x86 CPU, and large enough to be worth it."""
+    """Whether `ShortlistHead` works for a head: float32 on a CPU, and large enough to be worth it."""
     return has_int8(weight) and len(weight) >= 64 * SHORTLIST
 
 

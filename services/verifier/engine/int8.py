@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-ENGINE: Final = "x86"
+ENGINE: Final = "onednn"
 
 
 class Int8Matrix:
@@ -33,6 +33,6 @@ class Int8Matrix:
 
 
 def has_int8(weight: Tensor) -> bool:
-    """Whether `Int8Matrix` takes this matrix: float32 on an x86 CPU."""
+    """Whether `Int8Matrix` takes this matrix: float32, on a CPU for which this torch has the kernels."""
     plain = weight.device.type == "cpu" and weight.dtype is torch.float32
     return plain and ENGINE in torch.backends.quantized.supported_engines
