@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from loadtest import compare, hop, link
@@ -18,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     compare.add_arguments(
         benchmarks.add_parser("compare", help="cloud AR, sync speculative decoding, the paper and Outrider")
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is stopped, as after Ctrl-C
     chosen = parser.parse_args(arguments)
     run = {"hop": hop.run, "link": link.run, "compare": compare.run}[chosen.name]
     try:
