@@ -35,7 +35,7 @@ from loadtest.timer_verifier import TIMER_LOG, TIMER_MS
 from services.draft_gateway.kafka_uplink import KafkaUplink
 from services.draft_gateway.uplink import SessionMessage
 from shared.errors import Unavailable
-from shared.protocol import Block, GenerationParams, OpenSession, Prompt, Verdict
+from shared.protocol import Block, GenerationParams, OpenSession, Policy, Prompt, Verdict
 from shared.settings import CommonSettings
 from shared.stack.kafka import find_kafka
 from shared.stack.processes import ManagedProcess
@@ -183,7 +183,7 @@ async def _batch(store: Store, uplink: KafkaUplink, name: str, options: Options)
         reply=uplink.reply,
         model="timer",
         prompt=(1, 2, 3),
-        params=GenerationParams(max_tokens=(count + 2) * (len(BLOCK) + 1)),
+        params=GenerationParams(max_tokens=(count + 2) * (len(BLOCK) + 1), policy=Policy.COST),
     )
     await store.create(opened, verifier="timer", partition=0)
     session = _Session(name, uplink, 0)
