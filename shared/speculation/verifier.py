@@ -431,10 +431,7 @@ class VerifierSession:
             return False
         if round in self._drafts or any(message.round == round for message in self._arrived):
             return True
-        passes = [self._running, *(result.ran for result in self._results)]
-        return any(
-            ran is not None and ran.draft is not None and ran.draft.round == round for ran in passes
-        ) or any(message.round == round for message in self._stale_later)
+        return self._under_way(round) or any(message.round == round for message in self._stale_later)
 
     def handle(self, event: VerifierEvent, now_ms: float = 0.0) -> list[VerifierAction]:
         """The actions that `event`, which happened at `now_ms`, calls for. Events of no use give none."""
@@ -539,8 +536,12 @@ class VerifierSession:
         return left is not None and (bool(left) or len(self._said) <= draft.base)
 
     def _under_way(self, round: int) -> bool:
+        return any(draft.round == round for draft in self._passing())
+
+    def _passing(self) -> list[_Draft]:
+        """Drafts whose pass runs, or has ended and is not committed yet."""
         passes = [self._running, *(result.ran for result in self._results)]
-        return any(ran is not None and ran.draft is not None and ran.draft.round == round for ran in passes)
+        return [ran.draft for ran in passes if ran is not None and ran.draft is not None]
 
     def _keep(self, draft: _Draft) -> None:
         self._drafts[draft.round] = draft
@@ -826,9 +827,8 @@ class VerifierSession:
 
     def _asking(self) -> list[Prompt | Block | Forward]:
         """Messages whose senders wait, a forward being verified among them."""
-        passes = [self._running, *(result.ran for result in self._results)]
         messages = [
-            *(ran.draft.message for ran in passes if ran is not None and ran.draft is not None),
+            *(draft.message for draft in self._passing()),
             *(draft.message for draft in self._drafts.values() if draft.asks),
             *self._stale_later,
             *(message for message in self._arrived if not isinstance(message, Forward)),
