@@ -60,8 +60,20 @@ class Policy(StrEnum):
     """It waits for a block: fewer passes a token."""
 
 
+class SamplingMode(StrEnum):
+    """How a drafted token is judged where tokens are drawn at random."""
+
+    KEYED = "keyed"
+    """Draft and target draw with the same noise, so that verification is equality; the answer is a function of target,
+    prompt and seed alone."""
+    RATIO = "ratio"
+    """Accepted with probability min(1, p/q), else drawn from the residual; the draft's distribution travels with it."""
+
+
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="null")
+    model_config = ConfigDict(
+        frozen=True, extra="ignore", ser_json_inf_nan="null", ser_json_bytes="base64", val_json_bytes="base64"
+    )
 
 
 class Message(_Frozen):
@@ -80,15 +92,52 @@ class ReplyRoute(_Frozen):
     partition: Count
 
 
+class Sampling(_Frozen):
+    """How a token is chosen from the target's logits; the defaults are greedy decoding.
+
+    The names and their meaning are those of vLLM. `top_k` 0 keeps all tokens. `choice` tells apart the answers to one
+    request (`n`), which share its seed.
+    """
+
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Count = 0
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 0
+    choice: Count = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0.0)] = 1.0
+    logit_bias: tuple[tuple[TokenId, float], ...] = ()
+    min_tokens: Count = 0
+    mode: SamplingMode = SamplingMode.KEYED
+
+
 class GenerationParams(_Frozen):
-    """What the target needs to know to generate. Greedy only for now: `temperature` is always 0."""
+    """What the target needs to know to generate.
+
+    `stop` are strings that end the answer where they appear in its text; only a gateway knows text. `logprobs` asks for
+    the log-probability of each token and of so many likeliest ones. `json_schema` is one that the answer must satisfy,
+    as JSON; `{}` asks for any JSON object.
+    """
 
     max_tokens: Annotated[int, Field(ge=1)]
     stop_token_ids: Tokens = ()
     ignore_eos: bool = False
-    temperature: Literal[0] = 0
-    seed: int = 0
     policy: Policy = Policy.LATENCY
+    sampling: Sampling = Sampling()
+    stop: tuple[str, ...] = ()
+    logprobs: Count | None = None
+    json_schema: str = ""
+
+
+class TokenLogprobs(_Frozen):
+    """The target's log-probability of a token (before temperature, penalties and truncation), its rank (1 is the
+    likeliest), and the likeliest tokens with theirs."""
+
+    logprob: float
+    rank: Count
+    top: tuple[tuple[TokenId, float], ...] = ()
 
 
 class Outcome(_Frozen):
@@ -203,7 +252,8 @@ class Prompt(Message):
 class Block(Message):
     """Draft tokens that continue the first `base` committed tokens; verified in one pass. May be empty.
 
-    `confidences` say how sure the draft was of each, or nothing: early exits make use of them.
+    `confidences` say how sure the draft was of each, or nothing: early exits make use of them. `q` is what each was
+    drawn from, where the session's sampling mode needs it.
     """
 
     topic: ClassVar[Topic] = Topic.DRAFTS
@@ -213,6 +263,7 @@ class Block(Message):
     base: Count
     tokens: Tokens
     confidences: tuple[Level, ...] = ()
+    q: bytes = b""
 
 
 class Forward(Message):
@@ -220,7 +271,7 @@ class Forward(Message):
 
     `parent` is the round of a block, or of a forward, sent before; `round` is this one's own number. The verifier that
     ends `parent` with that outcome goes on with it at once; otherwise it is dropped without an answer. `base` is what
-    the sender knew to be committed. `confidences` are as a block's.
+    the sender knew to be committed. `confidences` and `q` are as a block's.
     """
 
     topic: ClassVar[Topic] = Topic.DRAFTS
@@ -233,6 +284,7 @@ class Forward(Message):
     next_token: TokenId
     tokens: Tokens
     confidences: tuple[Level, ...] = ()
+    q: bytes = b""
 
 
 class Cancel(Message):
@@ -281,6 +333,7 @@ class Verdict(Message):
     verify_ms: float = 0.0
     commit_ms: float = 0.0
     rows: Count = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Floor(Message):
@@ -295,6 +348,7 @@ class Floor(Message):
     verify_ms: float = 0.0
     commit_ms: float = 0.0
     rows: Count = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Stale(Message):

@@ -29,7 +29,7 @@ from shared.errors import (
     SessionTaken,
     Unavailable,
 )
-from shared.protocol import Cancel, CloseSession, GenerationParams, OpenSession, Policy, Tokens
+from shared.protocol import Cancel, CloseSession, GenerationParams, OpenSession, Policy, Sampling, Tokens
 from shared.session import SessionState
 from shared.speculation.edge import EdgeConfig
 from shared.speculation.outcomes import Foresight
@@ -300,8 +300,8 @@ class Sessions:
             max_tokens=request.max_tokens or min(self._settings.default_max_tokens, room),
             stop_token_ids=request.stop_token_ids,
             ignore_eos=request.ignore_eos,
-            seed=request.seed,
             policy=Policy(request.options.policy or self._settings.policy),
+            sampling=Sampling(seed=request.seed % (1 << 64)),
         )
 
     def _admit(self) -> None:

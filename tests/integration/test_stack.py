@@ -106,7 +106,13 @@ def test_the_demo_answers_and_leaves_nothing_running(
 ) -> None:
     command = [sys.executable, "-m", "shared.cli", "demo", "--once", "--prompt", PROMPT, "--max-tokens", "16"]
     command += ["--kafka", kafka, "--redis", redis_url, "--target", str(target_model), "--port", "0"]
-    environment = {"OUTRIDER_TOPIC_PREFIX": topic_prefix, "OUTRIDER_REDIS_PREFIX": redis_prefix}
+    environment = {
+        "OUTRIDER_TOPIC_PREFIX": topic_prefix,
+        "OUTRIDER_REDIS_PREFIX": redis_prefix,
+        # So that each pass verifies a block, whose hints there is something to tell of: a session that goes on by itself
+        # may have said all before a draft arrives.
+        "OUTRIDER_POLICY": "cost",
+    }
     done = subprocess.run(
         [*command, "--run-dir", str(tmp_path)],
         capture_output=True, text=True, timeout=240, env={**os.environ, **environment}, check=False,

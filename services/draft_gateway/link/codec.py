@@ -360,6 +360,18 @@ class Json:
 # --- layouts ------------------------------------------------------------------------------------------------------
 
 
+class Bytes:
+    """Bytes as they are."""
+
+    form = BYTES
+
+    def put(self, out: Writer, value: bytes) -> None:
+        out.chunk(value)
+
+    def take(self, data: Reader) -> bytes:
+        return data.chunk()
+
+
 class Layout:
     """How a model's fields travel: `positional` ones always and in order, `optional` ones by number where they differ
     from their default.

@@ -21,6 +21,7 @@ from typing import Any, Final
 from pydantic import TypeAdapter
 
 from services.draft_gateway.link.codec import (
+    Bytes,
     Choice,
     Codec,
     Driver,
@@ -64,7 +65,9 @@ from shared.protocol import (
     Placed,
     Policy,
     Prompt,
+    Sampling,
     Stale,
+    TokenLogprobs,
     Tokens,
     Verdict,
 )
@@ -226,14 +229,18 @@ PARAMS: Final = Layout(
     {
         "stop_token_ids": (1, TOKENS),
         "ignore_eos": (2, FLAG),
-        "temperature": (3, NUMBER),
-        "seed": (4, NUMBER),
         "policy": (5, POLICY),
+        "sampling": (6, Json(TypeAdapter(Sampling))),
+        "stop": (7, TEXTS),
+        "logprobs": (8, NUMBER),
+        "json_schema": (9, TEXT),
     },
 )
 
 HEAD: Final[Mapping[str, Codec]] = {"session": SESSION, "epoch": NUMBER}
 ROUND: Final[Mapping[str, Codec]] = {**HEAD, "round": NUMBER, "base": NUMBER}
+
+DRAFTED: Final[Mapping[str, tuple[int, Codec]]] = {"confidences": (1, LEVELS), "q": (2, Bytes())}
 
 MEASURED: Final[Mapping[str, tuple[int, Codec]]] = {
     "finish_reason": (1, FINISH),
@@ -241,11 +248,12 @@ MEASURED: Final[Mapping[str, tuple[int, Codec]]] = {
     "commit_ms": (3, MILLISECONDS),
     "taken": (4, NUMBER),
     "rows": (5, NUMBER),
+    "logprobs": (6, Json(TypeAdapter(tuple[TokenLogprobs, ...]))),
 }
 
 LAYOUTS: Final[Mapping[int, Layout]] = {
     1: Layout(Prompt, {**ROUND, "reply": Route()}),
-    2: Layout(Block, {**ROUND, "reply": Route(), "tokens": TOKENS}, {"confidences": (1, LEVELS)}),
+    2: Layout(Block, {**ROUND, "reply": Route(), "tokens": TOKENS}, DRAFTED),
     3: Layout(Cancel, {**HEAD, "reason": TEXT}),
     4: Layout(Hint, {**ROUND, "layer": NUMBER, "outcomes": Outcomes()}, {"elapsed_ms": (1, MILLISECONDS)}),
     5: Layout(
@@ -271,7 +279,7 @@ LAYOUTS: Final[Mapping[int, Layout]] = {
             "next_token": NUMBER,
             "tokens": TOKENS,
         },
-        {"confidences": (1, LEVELS)},
+        DRAFTED,
     ),
     9: Layout(Floor, {**HEAD, "base": NUMBER, "tokens": TOKENS}, MEASURED),
     16: Layout(
