@@ -321,6 +321,9 @@ class _Pace:
 
     pass_ms: float | None = None
     tokens: float | None = None
+    floor_ms: float | None = None
+    """A pass of the floor: fewer rows than a block's."""
+    floor_tokens: float | None = None
     wait_ms: float | None = None
     ready: float | None = None
     """Share of a block's passes at whose end the next draft was there already."""
@@ -330,6 +333,10 @@ class _Pace:
     def saw_pass(self, elapsed_ms: float, tokens: int) -> None:
         self.pass_ms = _mean(self.pass_ms, elapsed_ms)
         self.tokens = _mean(self.tokens, tokens)
+
+    def saw_floor(self, elapsed_ms: float, tokens: int) -> None:
+        self.floor_ms = _mean(self.floor_ms, elapsed_ms)
+        self.floor_tokens = _mean(self.floor_tokens, tokens)
 
     def saw_end(self, *, ready: bool) -> None:
         self.ready = _mean(self.ready, float(ready))
@@ -341,31 +348,39 @@ class _Pace:
 
 
 def patience_ms(
-    pass_ms: float | None, tokens: float | None, wait_ms: float | None, ready: float | None
+    pass_ms: float | None,
+    tokens: float | None,
+    wait_ms: float | None,
+    ready: float | None,
+    floor_ms: float | None = None,
+    floor_tokens: float | None = None,
 ) -> float:
     """How long to wait for a block before the floor takes over; all times in ms.
 
-    With T a pass, E the tokens that a block's pass yields, w the wait for a block, and a share h of passes at whose end
-    the next draft is there: a block that is verified leads to n = 1 / (1 - h) passes and N = E n tokens before the next
-    wait. Who waits gets
+    With T a block's pass, E the tokens that it yields, w the wait for a block, and a share h of passes at whose end the
+    next draft is there: a block that is verified leads to n = 1 / (1 - h) passes and N = E n tokens before the next wait.
+    Who waits gets
 
         N / (w + n T)
 
-    tokens a ms. The floor says one token a pass; the block is looked at after k = ⌈w / T⌉ of these, and is of use if it
-    agrees with what they said: with probability a = ((E - 1) / E)^k, so that there are 1 / a attempts and
+    tokens a ms. The floor says F tokens in a pass of T', which is shorter than T where rows cost time; the block is looked
+    at after k = ⌈w / T'⌉ of these, and is of use if it agrees with what they said: with probability a = ((E - 1) / E)^(k F),
+    so that there are 1 / a attempts and
 
-        (k / a + N) / (k T / a + n T)
+        (k F / a + N) / (k T' / a + n T)
 
-    tokens a ms. The better of the two is chosen; a block that takes much longer than usual is not waited for.
+    tokens a ms. The better of the two is chosen; a block that takes much longer than usual is not waited for. Before the
+    floor has been measured F is 1 and T' is T.
     """
     if not pass_ms or not tokens or wait_ms is None or ready is None:
         return 0.0
+    alone_ms, alone = floor_ms or pass_ms, floor_tokens or 1.0
     passes = 1.0 / (1.0 - min(ready, MOST_READY))
     said = tokens * passes
-    missed = math.ceil(wait_ms / pass_ms) or 1
-    agrees = max(((tokens - 1.0) / tokens) ** missed, 1e-6)
+    missed = math.ceil(wait_ms / alone_ms) or 1
+    agrees = max(((tokens - 1.0) / tokens) ** (missed * alone), 1e-6)
     waiting = said / (wait_ms + passes * pass_ms)
-    going_on = (missed / agrees + said) / (missed * pass_ms / agrees + passes * pass_ms)
+    going_on = (missed * alone / agrees + said) / (missed * alone_ms / agrees + passes * pass_ms)
     return wait_ms * LONGER if waiting > going_on else 0.0
 
 
@@ -653,8 +668,9 @@ class VerifierSession:
             return stale
         if self._pace.since_ms is None:
             self._pace.since_ms = now_ms
+            pace = self._pace
             patience = patience_ms(
-                self._pace.pass_ms, self._pace.tokens, self._pace.wait_ms, self._pace.ready
+                pace.pass_ms, pace.tokens, pace.wait_ms, pace.ready, pace.floor_ms, pace.floor_tokens
             )
             if patience > 0.0:
                 self._patient = True
@@ -709,9 +725,12 @@ class VerifierSession:
         if not self._engine_open:
             return []
         ran = self._running or _Pass(len(self._said), ())
-        if self._phase is Phase.VERIFYING and ran.draft is not None:
-            self._pace.saw_pass(now_ms - ran.since_ms, len(event.tokens))
-            self._judge_end = True
+        if self._phase is Phase.VERIFYING:
+            if ran.draft is not None:
+                self._pace.saw_pass(now_ms - ran.since_ms, len(event.tokens))
+                self._judge_end = True
+            else:
+                self._pace.saw_floor(now_ms - ran.since_ms, len(event.tokens))
         self._running = None
         self._said.extend(event.tokens)
         self._results.append(_Result(ran, event.tokens, event.finish_reason))

@@ -585,13 +585,15 @@ def test_the_floor_waits_for_a_block_that_is_worth_it() -> None:
     assert patience_ms(100.0, 3.0, 1_000.0, 0.0) == 0.0  # it takes too long
     assert patience_ms(100.0, 3.0, 110.0, 0.9) > 0.0
     assert patience_ms(None, None, None, None) == 0.0
+    assert patience_ms(90.0, 3.2, 105.0, 0.25) > 0.0
+    assert patience_ms(90.0, 3.2, 105.0, 0.25, 65.0, 1.0) == 0.0  # a pass of the floor takes less than a block's
 
 
 def test_when_its_patience_ends_the_floor_takes_over() -> None:
     session = on_the_floor()
-    session.handle(EngineAnswered((11,)), 0.0)
-    session.handle(Committed(2), 0.0)
-    now = 1.0
+    session.handle(EngineAnswered((11,)), 100.0)
+    session.handle(Committed(2), 100.0)
+    now = 200.0
     base = 2
     session.handle(block(1, 2, 100, 100, 100, 100), now)
     session.handle(EngineAnswered((100,)), now)
@@ -605,7 +607,7 @@ def test_when_its_patience_ends_the_floor_takes_over() -> None:
             break
         session.handle(block(number, base, 100, 100, 100), now := now + 1.0)
         if any(isinstance(action, Verify) and action.round == NO_ROUND for action in actions):
-            session.handle(EngineAnswered((100,)), now)
+            session.handle(EngineAnswered((100,)), now := now + 99.0)
             session.handle(Committed(base := base + 1), now)
     (timer,) = timers
     assert session.handle(TimerFired(timer.timer - 1), now) == []
