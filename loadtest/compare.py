@@ -13,6 +13,8 @@ a run is one mode at one round trip with so many sessions at a time. Its figures
     hit_rate            of what was committed while a lane could have foreseen it (hits, late ones and misses): a lane from a
                         guess, from an exit, came true and was drafted; `forward`: taken by the verifier before the
                         verdict had left; `late`: came true, not yet drafted
+    uplink_bytes_per_token  payload of blocks and forwards by committed tokens; what else goes up, the prompt above all, goes
+                        up in every mode and is `opening_bytes_per_token`
     verifier_ms_per_token   CPU time of the processes that hold the target, prefills included
     ratio_to            ms/token by that of another mode of the same setting, 95 % of resamplings of the prompts
 
@@ -156,15 +158,15 @@ async def ask_batch(
     served = parts.places[mode.place]
     if isinstance(served.reader, StockReader):
         await served.reader.connect(len(numbers))
-    up, down = await parts.link_bytes(mode.place)
+    before = await parts.link_bytes(mode.place)
     cpu_ms = parts.cpu_ms(mode.place)
     request = mode.request(options.gamma)
     answers = await asyncio.gather(
         *(served.reader.ask(asked[number].tokens, most, request) for number in numbers)
     )
     cpu_ms = parts.cpu_ms(mode.place) - cpu_ms
-    after_up, after_down = await parts.link_bytes(mode.place)
-    return Batch(numbers, tuple(answers), after_up - up, after_down - down, cpu_ms)
+    carried = (await parts.link_bytes(mode.place)).since(before)
+    return Batch(numbers, tuple(answers), carried.up, carried.down, cpu_ms, carried.opening)
 
 
 async def reference(parts: Parts, asked: Sequence[Question], options: Options) -> list[Answer]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 import httpx
 import psutil
@@ -65,6 +65,28 @@ class Served:
     metrics_url: str = ""
 
 
+class Carried(NamedTuple):
+    """Bytes of payload: what rounds sent up and down, and what else went up, which is mostly prompts."""
+
+    up: int
+    down: int
+    opening: int
+
+    def since(self, before: Carried) -> Carried:
+        """What has been added."""
+        return Carried(*(now - then for now, then in zip(self, before, strict=True)))
+
+
+def _counted(text: str, way: str, part: str) -> int:
+    """The link's bytes at the edge's end, in a page of metrics."""
+    wanted = ('end="edge"', f'direction="{way}"', f'part="{part}"')
+    return sum(
+        int(float(line.rpartition(" ")[2]))
+        for line in text.splitlines()
+        if line.startswith(BYTES) and all(label in line for label in wanted)
+    )
+
+
 class Parts:
     """Everything, from entering to leaving."""
 
@@ -100,19 +122,18 @@ class Parts:
             served.proxy.conditions = Conditions(rtt_ms, min(self._wanted.jitter_ms, rtt_ms), seed=seed)
         await asyncio.sleep((before_ms + rtt_ms) / 1000)
 
-    async def link_bytes(self, place: Place) -> tuple[int, int]:
-        """Payload so far, up and down, as the socket at the edge counts it."""
+    async def link_bytes(self, place: Place) -> Carried:
+        """Payload so far, as the socket at the edge counts it. All that goes up to stock vLLM is the request."""
         served = self.places[place]
         if not served.metrics_url:
-            return served.proxy.counts.up, served.proxy.counts.down
+            return Carried(0, served.proxy.counts.down, served.proxy.counts.up)
         text = (await self._http.get(served.metrics_url, follow_redirects=True)).text
-        counted = dict.fromkeys(("up", "down"), 0)
-        for line in text.splitlines():
-            if line.startswith(BYTES) and 'end="edge"' in line:
-                for way in counted:
-                    if f'direction="{way}"' in line:
-                        counted[way] = int(float(line.rpartition(" ")[2]))
-        return counted["up"], counted["down"]
+        return Carried(
+            *(
+                _counted(text, way, part)
+                for way, part in (("up", "rounds"), ("down", "rounds"), ("up", "rest"))
+            )
+        )
 
     def cpu_ms(self, place: Place) -> float:
         """What the processes that hold the target have computed so far."""

@@ -37,7 +37,8 @@ class Setting:
 class Batch:
     """The answers of one mode to some prompts at a time (by their numbers), and what they cost.
 
-    Bytes are payload, as the link's socket counted them; `cpu_ms` is what the processes that hold the target computed.
+    Bytes are payload, as the link's socket counted them, those of the prompt and of other questions apart
+    (`bytes_opening`); `cpu_ms` is what the processes that hold the target computed.
     """
 
     prompts: tuple[int, ...]
@@ -45,6 +46,7 @@ class Batch:
     bytes_up: int
     bytes_down: int
     cpu_ms: float
+    bytes_opening: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +172,7 @@ def figures(
         "forwards_per_token": _rounded(total("forwards") / tokens),
         "uplink_bytes_per_token": _rounded(sum(batch.bytes_up for batch in batches) / tokens),
         "downlink_bytes_per_token": _rounded(sum(batch.bytes_down for batch in batches) / tokens),
+        "opening_bytes_per_token": _rounded(sum(batch.bytes_opening for batch in batches) / tokens),
         "verifier_ms_per_token": _rounded(cpu_ms),
         "cost_per_million_tokens": _rounded(cpu_ms / MS_PER_HOUR * price * 1e6),
         "equal_to_target": not differing,
@@ -202,6 +205,7 @@ COLUMNS: Final = (
     ("wasted_draft_tokens_per_token", "waste"),
     ("uplink_bytes_per_token", "up B"),
     ("downlink_bytes_per_token", "down B"),
+    ("opening_bytes_per_token", "open B"),
     ("verifier_ms_per_token", "busy"),
     ("cost_per_million_tokens", "cost/M"),
     ("equal", "equal"),

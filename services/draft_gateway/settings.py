@@ -98,7 +98,7 @@ class GatewaySettings(ModelSettings):
     guesses: bool = Field(True, description="Start lanes as a block goes up, from the draft's own guesses.")
     forwards: bool = Field(True, description="Send finished lanes up before the verdict.")
     forwards_per_token: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="Forwards sent at most for each committed token: each costs some 20 bytes."
+        0.6, description="Forwards sent at most for each committed token: each costs some 20 bytes."
     )
     lane_threshold: Annotated[float, Field(ge=0, le=1)] = Field(
         0.05, description="Least probability of an outcome for a lane to start from it."

@@ -88,7 +88,7 @@ class EdgeConfig:
     forwards: bool = False
     lane_threshold: float = 0.05
     max_lanes: int = 4
-    forwards_per_token: float = 1.0
+    forwards_per_token: float = 0.6
     foresight: Foresight = field(default_factory=Foresight)
     round_timeout_ms: float = 2_000.0
     stall_timeout_ms: float = 120_000.0

@@ -586,7 +586,9 @@ def test_the_floor_waits_for_a_block_that_is_worth_it() -> None:
     assert patience_ms(100.0, 3.0, 110.0, 0.9) > 0.0
     assert patience_ms(None, None, None, None) == 0.0
     assert patience_ms(90.0, 3.2, 105.0, 0.25) > 0.0
-    assert patience_ms(90.0, 3.2, 105.0, 0.25, 65.0, 1.0) == 0.0  # a pass of the floor takes less than a block's
+    assert (
+        patience_ms(90.0, 3.2, 105.0, 0.25, 65.0, 1.0) == 0.0
+    )  # a pass of the floor takes less than a block's
 
 
 def test_when_its_patience_ends_the_floor_takes_over() -> None:

@@ -242,7 +242,7 @@ class Channel:
     async def _read(self, receive: Callable[[Frame], None]) -> None:
         while True:
             payload = await self._socket.receive()
-            self._meter.received(len(payload))
+            self._meter.received(payload)
             try:
                 frame = decode(payload, self._names)
             except UnknownSession:
@@ -270,7 +270,7 @@ class Channel:
             await self._socket.send(payload)
             self._sent += len(payload)
             unpinged += len(payload)
-            self._meter.sent(len(payload))
+            self._meter.sent(payload)
             if unpinged >= PING_BYTES:
                 unpinged = 0
                 await self._ping()
@@ -280,7 +280,7 @@ class Channel:
         payload = encode(Ping(self._next_ping), self._names)
         self._pings[self._next_ping] = (self._now_s(), self._sent)
         await self._socket.send(payload)
-        self._meter.sent(len(payload))
+        self._meter.sent(payload)
 
     def _next(self) -> bytes | None:
         if self._urgent:

@@ -322,6 +322,9 @@ LAYOUTS: Final[Mapping[int, Layout]] = {
 ADVICE: Final = (Hint, Forward)
 """What a slow link drops: it may be lost, and is worth nothing when it is late."""
 
+_OPENING_KINDS: Final = 16
+"""Kinds below are messages of a round."""
+
 _KINDS: Final = {layout.model: kind for kind, layout in LAYOUTS.items()}
 
 
@@ -332,6 +335,11 @@ def encode(frame: Frame, names: Names) -> bytes:
     out.varint(kind)
     LAYOUTS[kind].put(out, frame)
     return bytes(out.data)
+
+
+def of_round(payload: bytes) -> bool:
+    """Whether an encoded frame is a message of a round: what speculation costs the link, beside the prompt."""
+    return payload[:1] < bytes((_OPENING_KINDS,))
 
 
 def decode(data: bytes, names: Names) -> Frame:
