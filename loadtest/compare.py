@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from loadtest import rounds
 from loadtest.compare_clients import Answer, StockReader
 from loadtest.compare_modes import DEFAULT, PAPER_SETTING, Mode, Place, chosen
 from loadtest.compare_parts import Parts, Wanted
@@ -49,6 +50,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 PROMPTS: Final = ROOT.parent / "shared" / "data" / "spec_bench_dev.jsonl"
 FAMILIES: Final = ("translation", "summarization", "qa", "math_reasoning", "rag")
 CHAT: Final = "chat"
+TIMELINE: Final = "timeline"
 WARM_UP_TOKENS: Final = 12
 RATIOS: Final = ("ar", "vllm_ngram", "vllm_draft", "sync", "paper", "full")
 
@@ -77,6 +79,7 @@ class Options:
     draft: str = "hybrid"
     paper: bool = False
     acceptance: float = 0.7
+    timeline: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +245,7 @@ async def compare(
         speculate=max(1, options.gamma),
         jitter_ms=options.jitter_ms,
         replayed=options.paper,
+        timeline=str(folder / TIMELINE) if options.timeline else "",
     )
     answers = folder / "answers.json"
     drafts = {
@@ -362,6 +366,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft", default="hybrid", help="the edge's draft engine (default: hybrid)")
     parser.add_argument("--paper", action="store_true", help="the paper's own timings (synthetic)")
     parser.add_argument("--acceptance", type=float, default=0.7, help="of the replayed draft (default: 0.7)")
+    parser.add_argument(
+        "--timeline", action="store_true", help="tell where the time of a round goes (rounds.md)"
+    )
     parser.add_argument("--logs", type=Path, help="folder for the processes' logs (default: a temporary one)")
 
 
@@ -381,6 +388,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         draft=arguments.draft,
         paper=paper,
         acceptance=arguments.acceptance,
+        timeline=arguments.timeline,
     )
     if options.count < 1 or options.max_tokens < 2 or options.prompt_tokens < 1 or options.gamma < 0:
         raise InvalidRequest(
@@ -399,6 +407,8 @@ def run(arguments: argparse.Namespace) -> int:
         folder = (arguments.logs or Path(temporary)).resolve()
         with asyncio.Runner(loop_factory=precise_loop) as runner:
             found = runner.run(compare(options, arguments.prompts, target, folder))
+        if options.timeline:
+            print(rounds.write(arguments.out or folder, folder / TIMELINE))
     print(table(found["runs"]))
     print("\n".join(found["notes"]))
     if arguments.out is not None:

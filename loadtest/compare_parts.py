@@ -46,6 +46,7 @@ class Wanted:
     """What to bring up: the target, and the places that modes ask. vLLM's own modes speculate `speculate` tokens.
 
     With `replayed` the stack has no verifier of its own; one that replays comes up with the gateways at the edge.
+    `timeline` is a folder for what tells where the time of rounds goes.
     """
 
     target: Path
@@ -53,6 +54,7 @@ class Wanted:
     speculate: int = 5
     jitter_ms: float = 0.0
     replayed: bool = False
+    timeline: str = ""
 
 
 @dataclass(slots=True)
@@ -230,6 +232,7 @@ class Parts:
             target=self._wanted.target,
             draft="lookup",
             verifiers=0 if self._wanted.replayed else 1,
+            environment={"OUTRIDER_TIMELINE": self._wanted.timeline},
             die_with_parent=True,
         )
         self._stack = Stack(options, settings=StackSettings(run_dir=self._folder / "stack"))
@@ -242,6 +245,7 @@ class Parts:
             "OUTRIDER_MODEL": str(self._wanted.target),
             "OUTRIDER_DRAFT": draft,
             "OUTRIDER_UPLINK": "link",
+            "OUTRIDER_TIMELINE": self._wanted.timeline,
             "OUTRIDER_LINK": f"ws://{HOST}:{proxy.port}/v1/link",
             "OUTRIDER_GATEWAY_NAME": name,
             "OUTRIDER_GATEWAY_HOST": HOST,
@@ -260,6 +264,7 @@ class Parts:
             ["loadtest.replay_verifier"],
             {
                 "OUTRIDER_MODEL": str(self._wanted.target),
+                "OUTRIDER_TIMELINE": self._wanted.timeline,
                 "OUTRIDER_KAFKA": stack.kafka,
                 "OUTRIDER_REDIS_URL": stack.redis_url,
                 "OUTRIDER_VERIFIER_HOST": HOST,

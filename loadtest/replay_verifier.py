@@ -34,6 +34,7 @@ from services.verifier.engine.types import (
 )
 from services.verifier.service import VerifierService
 from services.verifier.settings import VerifierSettings
+from shared import timeline
 from shared.errors import EngineError, InvalidRequest
 from shared.http import build_service, load_settings, run_loop, run_service
 from shared.lookup import common_prefix
@@ -263,6 +264,7 @@ def main() -> int:
     """Run until SIGTERM."""
     settings = load_settings(VerifierSettings)
     configure_logging(settings.log_level, settings.log_format, settings.verifier_name)
+    timeline.start(settings.timeline, settings.verifier_name)
     service = build_service(lambda: _build(settings))
     return run_loop(
         run_service(service.run, service.app, host=settings.verifier_host, port=settings.verifier_port)

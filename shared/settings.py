@@ -99,6 +99,9 @@ class CommonSettings(BaseSettings):
     session_ttl_s: Seconds = Field(3600.0, description="A session untouched for so long expires from Redis.")
     log_level: LogLevel = Field("INFO", description="Least level that is logged.")
     log_format: LogFormat = Field(LogFormat.TEXT, description="Log lines as 'text' or 'json'.")
+    timeline: str = Field(
+        "", description="Folder for a file that tells where the time of each round goes; none by default."
+    )
 
 
 class ModelSettings(CommonSettings):

@@ -11,6 +11,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,19 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in [name for name in os.environ if name.startswith("OUTRIDER_")]:
         if name not in KEPT_FROM_ENVIRONMENT:
             del os.environ[name]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of several tells the one that prints what it ran on."""
+    told = getattr(session.config, "workeroutput", None)
+    if told is not None:
+        told["sources"] = session.config.stash[_sources]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """One of several processes has ended."""
+    node.config.stash[_sources].update(getattr(node, "workeroutput", {}).get("sources", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

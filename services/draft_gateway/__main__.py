@@ -6,6 +6,7 @@ import sys
 
 from services.draft_gateway.service import DraftGateway
 from services.draft_gateway.settings import GatewaySettings
+from shared import timeline
 from shared.http import build_service, load_settings, run_loop, run_service
 from shared.telemetry import configure_logging
 
@@ -14,6 +15,7 @@ def main() -> int:
     """Run the gateway; the exit status."""
     settings = load_settings(GatewaySettings)
     configure_logging(settings.log_level, settings.log_format, "draft-gateway")
+    timeline.start(settings.timeline, settings.gateway_name or "gateway")
     gateway = build_service(lambda: DraftGateway(settings))
     return run_loop(
         run_service(gateway.serve, gateway.app, host=settings.gateway_host, port=settings.gateway_port)

@@ -22,6 +22,7 @@ from services.draft_gateway.drafting import EMPTY, Drafter, DraftRequest
 from services.draft_gateway.metrics import Watch
 from services.draft_gateway.openai_api import JsonObject
 from services.draft_gateway.uplink import SessionMessage, Uplink
+from shared import timeline
 from shared.errors import OutriderError, SessionNotFound, SessionTaken, Unavailable, error_for
 from shared.protocol import (
     Block,
@@ -367,7 +368,10 @@ class Generation:
         if self._ended:
             return
         try:
-            self._carry_out_all(self._core.handle(event, time.monotonic() * 1000))
+            now_ms = time.monotonic() * 1000
+            actions = self._core.handle(event, now_ms)
+            timeline.note("edge", self.session, now_ms, event, actions)
+            self._carry_out_all(actions)
         except Exception:  # whatever it is, this session ends clearly and the others go on
             logger.exception("the session failed on %s", event, extra={"session": self.session})
             self.fail(OutriderError("the gateway failed on this session; its log says why"))

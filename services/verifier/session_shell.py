@@ -16,6 +16,7 @@ from typing import Protocol
 
 from services.verifier import metrics
 from services.verifier.engine.types import BlockStatus, Engine, EngineOutput, ExitReport
+from shared import timeline
 from shared.bus import Bus, Received
 from shared.errors import OutriderError
 from shared.lookup import Lookup
@@ -181,7 +182,10 @@ class SessionShell:
 
     def handle(self, event: core.VerifierEvent) -> None:
         """Feed the core and do what it says."""
-        for action in self._core.handle(event, time.monotonic() * 1000):
+        now_ms = time.monotonic() * 1000
+        actions = self._core.handle(event, now_ms)
+        timeline.note("verifier", self.session, now_ms, event, actions)
+        for action in actions:
             self._act(action)
         answers, self._answers = self._answers, []
         answered = [each for each in self._unanswered if not self._waits_for(each.message)]
