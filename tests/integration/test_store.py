@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import re
 import statistics
@@ -11,6 +12,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -18,10 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 from redis.asyncio import Redis
+from redis.asyncio.connection import AbstractConnection
 from redis.crc import key_slot
 
 from shared.errors import InvalidRequest, SessionNotFound, SessionTaken, StoreUnavailable
 from shared.protocol import FinishReason, GenerationParams, OpenSession, Outcome, ReplyRoute
+from shared.redis_client import RedisClient, Script
 from shared.session import SessionStatus
 from shared.settings import CommonSettings
 from shared.stack.ports import free_port
@@ -651,6 +655,40 @@ async def test_scripts_that_the_server_has_forgotten_are_loaded_again(store: Sto
     session = await opened(store)
     await redis.script_flush()
     assert (await store.commit(session, epoch=1, round=0, base=0, tokens=(5,))).base == 1
+
+
+async def test_scripts_asked_together_share_round_trips_and_each_gets_its_own_answer(
+    redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = b"if ARGV[1] == 'bad' then return redis.error_reply('BAD luck') end return ARGV[1]"
+    echo = Script("echo", source, hashlib.sha1(source).hexdigest().encode())
+    sends = 0
+    send = AbstractConnection.send_packed_command
+
+    async def counted(connection: AbstractConnection, *arguments: Any, **options: Any) -> None:
+        nonlocal sends
+        sends += 1
+        await send(connection, *arguments, **options)
+
+    async with RedisClient(redis_url, deadline_s=5.0) as client:
+        assert await client.script(echo, ["key"], ["first"]) == b"first"
+        monkeypatch.setattr(AbstractConnection, "send_packed_command", counted)
+        asked = [asyncio.create_task(client.script(echo, ["key"], [f"word-{n}"])) for n in range(40)]
+        refused = asyncio.create_task(client.script(echo, ["key"], ["bad"]))
+        cancelled = asyncio.create_task(client.script(echo, ["key"], ["cancelled"]))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        assert await asyncio.gather(*asked) == [f"word-{n}".encode() for n in range(40)]
+        with pytest.raises(StoreUnavailable, match="BAD luck"):
+            await refused
+        assert cancelled.cancelled()
+        assert sends == 2, "the first alone, then all others"
+        await redis.script_flush()
+        assert await asyncio.gather(*(client.script(echo, ["key"], [f"again-{n}"]) for n in range(3))) == [
+            b"again-0",
+            b"again-1",
+            b"again-2",
+        ]
 
 
 async def test_a_cancelled_operation_leaves_the_store_usable(store: Store) -> None:
