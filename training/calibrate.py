@@ -112,10 +112,11 @@ def calibrate(files: Files, texts: Sequence[Continuation], device: torch.device,
 def fitted(record: Record, layers: Sequence[int]) -> Fitted:
     """The fits to recorded rounds."""
     own = outcomes.fit(record)
-    guesses = outcomes.edge_rankings(record, own)
+    guesses = outcomes.edge_guesses(record, own)
     exits = {layer: outcomes.fit(record, layer) for layer in layers}
-    mixtures = {
-        layer: outcomes.fit_mixture(guesses, outcomes.exit_rankings(record, layer, exits[layer]), record)
-        for layer in layers
-    }
+    hints: dict[int, outcomes.Rankings] = {}
+    mixtures = {}
+    for layer in sorted(layers):  # by then the earlier ones have spoken too
+        hints[layer] = outcomes.exit_rankings(record, layer, exits[layer])
+        mixtures[layer] = outcomes.fit_mixture(guesses, hints, record)
     return Fitted(exits, Foresight(own, mixtures))

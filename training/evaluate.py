@@ -248,15 +248,17 @@ def exit_figures(
 ) -> dict[str, Any]:
     """What the edge and each exit foresaw of the recorded verdicts.
 
-    An exit's `verdict_in_best` is what the edge has after the hint, mixed with its own guess; `length_right` and `ece` are
-    the hint's own. All figures of both are in `mixed` and `hint`.
+    An exit's `verdict_in_best` is what the edge has after the hint, mixed with its own guess and the hints before it;
+    `length_right` and `ece` are the hint's own. All figures of both are in `mixed` and `hint`.
     """
-    own = outcomes.edge_rankings(record, foresight.own)
+    guesses = outcomes.edge_guesses(record, foresight.own)
+    own = [guessed.ranking(outcomes.KEPT, foresight.own) for guessed in guesses]
     found: dict[str, Any] = {"edge_guess": ranking_figures(own, record), "exits": []}
-    for layer, exit_ in exits.items():
-        hints = outcomes.exit_rankings(record, layer, exit_.calibration)
-        mixed = outcomes.mixed_rankings(own, hints, foresight.mixture(layer))
-        alone = ranking_figures(hints, record)
+    hints: dict[int, outcomes.Rankings] = {}
+    for layer, exit_ in sorted(exits.items()):
+        hints[layer] = outcomes.exit_rankings(record, layer, exit_.calibration)
+        mixed = outcomes.mixed_rankings(guesses, hints, foresight.mixture(layer))
+        alone = ranking_figures(hints[layer], record)
         together = ranking_figures(mixed, record)
         found["exits"].append(
             {

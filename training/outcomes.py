@@ -1,14 +1,14 @@
 """From recorded rounds to ranked outcomes with calibrated confidences, and how good they are.
 
 The ranking is `shared.speculation.outcomes`, the very functions that the verifier and the edge call; here they are run
-over rounds that `simulate` has recorded, counted, and fitted: two lines that put right what a judge (or the draft's own
-confidence) and an outcome's probability promise, and the weights with which the edge mixes a hint with its own guess.
+over rounds that `simulate` has recorded, counted, and fitted: what puts right what a judge (or the draft's own
+confidence) and an outcome's probability promise, and the weights with which the edge pools its own guess and hints.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import torch
@@ -16,14 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.draft_gateway.drafting.network import CHOICES
+from services.verifier.engine.exit_modules import calibrated_odds, judge_features, judgement_inputs
 from shared.speculation.outcomes import (
-    UNNAMED,
     Calibration,
+    Guess,
     Line,
     Mixture,
     Ranked,
+    Weights,
     calibrated,
-    guess_outcomes,
+    evidence,
+    guess,
     mix,
     rank_outcomes,
 )
@@ -33,12 +36,14 @@ KEPT: Final = 16
 HINTED: Final = 8
 """Outcomes that a hint names."""
 BEST: Final = (1, 2, 4, 8)
+RIDGE: Final = 3.0
+"""How much the weights of a judgement, and of a pool, are held back, against as many rounds as there are."""
 
 Record = Mapping[str, Tensor]
 Rankings = list[list[Ranked]]
 
 
-def edge_rankings(record: Record, calibration: Calibration) -> Rankings:
+def edge_guesses(record: Record, calibration: Calibration) -> list[Guess]:
     """What the edge itself thinks when it sends each block."""
     probabilities = record["edge_scores"][:, :, :CHOICES].float().exp().tolist()
     named = record["edge_tokens"][:, :, :CHOICES].tolist()
@@ -46,14 +51,19 @@ def edge_rankings(record: Record, calibration: Calibration) -> Rankings:
     for drafts, tokens, shares in zip(record["drafts"].tolist(), named, probabilities, strict=True):
         confidences = [place[0] for place in shares[:-1]]
         alternatives = [list(zip(*place, strict=True)) for place in zip(tokens, shares, strict=True)]
-        found.append(guess_outcomes(drafts, confidences, alternatives, KEPT, calibration))
+        found.append(guess(drafts, confidences, alternatives, calibration))
     return found
+
+
+def edge_rankings(record: Record, calibration: Calibration) -> Rankings:
+    """The outcomes that the edge itself makes likely when it sends each block."""
+    return [own.ranking(KEPT, calibration) for own in edge_guesses(record, calibration)]
 
 
 def exit_rankings(record: Record, layer: int, calibration: Calibration) -> Rankings:
     """What the exit after `layer` hints at in each round."""
-    line = calibration.accept
-    accepted = F.logsigmoid(record[f"{layer}.judged"].float() * line.slope + line.offset).tolist()
+    odds = calibrated_odds(record[f"{layer}.judged"].float(), judged_figures(record, layer), calibration)
+    accepted = F.logsigmoid(odds).tolist()
     drafted = record[f"{layer}.drafted"].float().tolist()
     tokens = record[f"{layer}.tokens"][:, :, : HINTED + 1].tolist()
     scores = record[f"{layer}.scores"][:, :, : HINTED + 1].float().tolist()
@@ -65,9 +75,19 @@ def exit_rankings(record: Record, layer: int, calibration: Calibration) -> Ranki
     return found
 
 
-def mixed_rankings(own: Rankings, hints: Rankings, mixture: Mixture) -> Rankings:
-    """What the edge thinks after each hint."""
-    return [mix(guess, hint, mixture, KEPT) for guess, hint in zip(own, hints, strict=True)]
+def judged_figures(record: Record, layer: int) -> Tensor:
+    """The figures that the judge after `layer` saw of each draft `[rounds, K, FEATURES]`."""
+    return judge_features(
+        record[f"{layer}.drafted"], record["edge_scores"][:, :-1, 0], record[f"{layer}.scores"][:, :-1, :2]
+    )
+
+
+def mixed_rankings(own: Sequence[Guess], hints: Mapping[int, Rankings], mixture: Mixture) -> Rankings:
+    """What the edge thinks of each round when the hints of some layers have come."""
+    return [
+        mix(guessed, {layer: rankings[at] for layer, rankings in hints.items()}, mixture, KEPT)
+        for at, guessed in enumerate(own)
+    ]
 
 
 # --- figures ------------------------------------------------------------------------------------------------------
@@ -133,16 +153,38 @@ def coverage(confidence: Tensor, correct: Tensor, thresholds: Sequence[float]) -
 
 
 def fit_line(logits: Tensor, labels: Tensor) -> Line:
-    """The line that minimises cross-entropy (Platt scaling), by Newton's method."""
-    parameters = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    inputs = torch.stack((logits.double(), torch.ones(len(logits), dtype=torch.float64)), dim=1)
-    for _ in range(30):
-        probability = torch.sigmoid(inputs @ parameters)
-        gradient = inputs.T @ (probability - labels.double())
-        curvature = (inputs * (probability * (1 - probability))[:, None]).T @ inputs
-        step = torch.linalg.solve(curvature + 1e-6 * torch.eye(2, dtype=torch.float64), gradient)
-        parameters = parameters - step.clamp(-2.0, 2.0)
-    return Line(*parameters.tolist())
+    """The line that minimises cross-entropy (Platt scaling)."""
+    inputs = torch.stack((logits, torch.ones_like(logits)), dim=1)
+    return Line(*logistic(inputs, labels, ridge=1e-6).tolist())
+
+
+def logistic(inputs: Tensor, labels: Tensor, ridge: float) -> Tensor:
+    """The weights of `inputs` `[n, m]` under which `labels` `[n]` are likeliest, less `ridge` / 2 times their squares."""
+    inputs, labels = inputs.double(), labels.double()
+    weights = torch.zeros(inputs.shape[1], dtype=torch.float64)
+    weights.requires_grad_()
+
+    def loss() -> Tensor:
+        missed = F.binary_cross_entropy_with_logits(inputs @ weights, labels, reduction="sum")
+        return missed + ridge / 2 * (weights * weights).sum()
+
+    minimize(weights, loss)
+    return weights.detach()
+
+
+def minimize(parameters: Tensor, loss: Callable[[], Tensor]) -> None:
+    """Moves `parameters` to where a convex loss is least (L-BFGS)."""
+    optimizer = torch.optim.LBFGS(
+        [parameters], max_iter=300, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        found = loss()
+        torch.autograd.backward(found)
+        return found
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
 
 
 def fit(record: Record, layer: int | None = None) -> Calibration:
@@ -151,12 +193,17 @@ def fit(record: Record, layer: int | None = None) -> Calibration:
     accepted = record["accepted"].long()[:, None]
     judged = place <= accepted  # the target judged the drafts up to the first that it refused
     raw = edge_odds(record) if layer is None else record[f"{layer}.judged"].float()
-    accept = fit_line(raw[judged], (place < accepted)[judged])
-    partial = Calibration(accept=accept)
+    held = (place < accepted)[judged]
+    accept = fit_line(raw[judged], held)
+    judgement: tuple[float, ...] = ()
+    if layer is not None:
+        inputs = judgement_inputs(raw, judged_figures(record, layer))[judged]
+        judgement = tuple(logistic(inputs, held, RIDGE).tolist())
+    partial = Calibration(accept=accept, judgement=judgement)
     rankings = edge_rankings(record, partial) if layer is None else exit_rankings(record, layer, partial)
     named = promised(rankings, HINTED)
     hit = right(rankings, record, HINTED)[named > 0]
-    return Calibration(accept, fit_line(log_odds(named[named > 0]), hit))
+    return Calibration(accept, fit_line(log_odds(named[named > 0]), hit), judgement)
 
 
 def edge_odds(record: Record) -> Tensor:
@@ -170,14 +217,18 @@ def log_odds(probability: Tensor) -> Tensor:
     return clamped.log() - (-clamped).log1p()
 
 
-def fit_mixture(own: Rankings, hints: Rankings, record: Record) -> Mixture:
-    """The mixture under which the verdicts are likeliest: a conditional logit over what either side names, and the rest.
+def fit_mixture(own: Sequence[Guess], hints: Mapping[int, Rankings], record: Record) -> Mixture:
+    """The mixture under which the verdicts are likeliest: a conditional logit over what any side names, and the rest.
 
-    Convex in the two exponents and the logarithm of `other`; L-BFGS from the plain mixture.
+    Convex in the weights and the logarithm of `other`. The mixture knows the layers of `hints`, in their order.
     """
-    choices = [_choices(guess, hint) for guess, hint in zip(own, hints, strict=True)]
+    layers = tuple(hints)
+    choices = [
+        evidence(guessed, {layer: rankings[at] for layer, rankings in hints.items()}, layers)
+        for at, guessed in enumerate(own)
+    ]
     width = max(map(len, choices))
-    features = torch.zeros(len(choices), width, 2, dtype=torch.float64)
+    features = torch.zeros(len(choices), width, 3 * (1 + len(layers)), dtype=torch.float64)
     absent = torch.ones(len(choices), width, dtype=torch.bool)
     chosen = torch.full((len(choices),), width)  # the column of `other`
     for row, (outcomes, verdict) in enumerate(zip(choices, verdicts(record), strict=True)):
@@ -185,31 +236,16 @@ def fit_mixture(own: Rankings, hints: Rankings, record: Record) -> Mixture:
         absent[row, : len(outcomes)] = False
         if verdict in outcomes:
             chosen[row] = list(outcomes).index(verdict)
-    start = Mixture()
-    parameters = torch.tensor([start.own, start.hint, math.log(start.other)]).double()
-    parameters.requires_grad_()
-    optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
+    weights = torch.zeros(features.shape[2] + 1, dtype=torch.float64)
+    weights.requires_grad_()
 
     def loss() -> Tensor:
-        optimizer.zero_grad()
-        scores = (features @ parameters[:2]).masked_fill(absent, -torch.inf)
-        scores = torch.cat((scores, parameters[2].expand(len(scores), 1)), dim=1)
-        found = F.cross_entropy(scores, chosen)
-        torch.autograd.backward(found)
-        return found
+        scores = (features @ weights[:-1]).masked_fill(absent, -torch.inf)
+        scores = torch.cat((scores, weights[-1].expand(len(scores), 1)), dim=1)
+        missed = F.cross_entropy(scores, chosen, reduction="sum")
+        return missed + RIDGE / 2 * (weights * weights).sum()
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
-    weights = parameters.detach()
-    return Mixture(float(weights[0]), float(weights[1]), float(weights[2].exp()))
-
-
-def _choices(own: list[Ranked], hint: list[Ranked]) -> dict[tuple[int, int], tuple[float, float]]:
-    """What either side names, with the logarithms of what both say of it, as `mix` takes them."""
-    sides = [
-        {(accepted, token): max(share, UNNAMED) for accepted, token, share in side} for side in (own, hint)
-    ]
-    named = {**sides[1], **sides[0]}
-    return {
-        outcome: (math.log(sides[0].get(outcome, UNNAMED)), math.log(sides[1].get(outcome, UNNAMED)))
-        for outcome in named
-    }
+    minimize(weights, loss)
+    *sides, other = weights.tolist()
+    worth = [Weights(*sides[at : at + 3]) for at in range(0, len(sides), 3)]
+    return Mixture(worth[0], dict(zip(layers, worth[1:], strict=True)), math.exp(other))

@@ -36,7 +36,7 @@ from enum import StrEnum
 from typing import Final
 
 from shared.protocol import Fault, FinishReason, Floor, Hint, Policy, Stale, Tokens, Verdict
-from shared.speculation.outcomes import Foresight, Ranked, guess_outcomes, level, mix
+from shared.speculation.outcomes import Foresight, Guess, Ranked, guess, level, mix
 from shared.speculation.pace import Clocks, Line, Mean, best_length, lanes_in
 
 
@@ -358,6 +358,10 @@ class _Lane:
     """By what number the verifier knows it."""
     sent_ms: float | None = None
     """When it went up as a block."""
+    guess: Guess | None = None
+    """What the draft itself makes likely, where it can say."""
+    hints: dict[int, tuple[tuple[int, int, float], ...]] = field(default_factory=dict)
+    """What exits foresee, by layer."""
     ranking: tuple[Ranked, ...] = ()
     hint_ms: dict[int, float] = field(default_factory=dict)
 
@@ -668,11 +672,12 @@ class EdgeSession:
         return lane.base + len(lane.assumed) - 1 - parent.base - len(parent.assumed)
 
     def _guess(self, lane: _Lane) -> tuple[Ranked, ...]:
-        """The outcomes that the draft itself makes likely."""
+        """The outcomes that the draft itself makes likely, which the lane keeps to weigh hints by."""
         if not self._config.guesses:
             return ()
         own = self._config.foresight.own
-        return tuple(guess_outcomes(lane.tokens or (), lane.confidences, lane.alternatives, OUTCOMES, own))
+        lane.guess = guess(lane.tokens or (), lane.confidences, lane.alternatives, own)
+        return tuple(lane.guess.ranking(OUTCOMES, own))
 
     def _expand(self, now_ms: float) -> list[EdgeAction]:
         """Start lanes for the likeliest outcomes, as many as there is time and room for."""
@@ -773,11 +778,11 @@ class EdgeSession:
         node.hint_ms.setdefault(hint.layer, now_ms)
         if not self._config.hints:
             return []
-        foreseen = [(each.accepted, each.next_token, each.confidence) for each in hint.outcomes]
-        guessed = self._guess(node)
-        if guessed:
-            mixture = self._config.foresight.mixture(hint.layer)
-            node.ranking = tuple(mix(guessed, foreseen, mixture, OUTCOMES))
+        foreseen = tuple((each.accepted, each.next_token, each.confidence) for each in hint.outcomes)
+        node.hints[hint.layer] = foreseen
+        if node.guess is not None and any(node.guess.names):
+            mixture = self._config.foresight.mixture(max(node.hints))
+            node.ranking = tuple(mix(node.guess, node.hints, mixture, OUTCOMES))
         else:  # what another exit has foreseen counts as well: the surer one is right
             known = {(each.accepted, each.next_token): each.probability for each in node.ranking}
             for accepted, token, share in foreseen:

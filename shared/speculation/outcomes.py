@@ -9,6 +9,13 @@ the drafts before it hold, and a_n the probability that draft n is accepted,
 which sums to one over all outcomes. An exit takes p from its own scores and a from its judge, the edge takes both from
 the draft model. How far either can be trusted is measured once and kept with the weights (`Calibration`, `Mixture`).
 
+The edge pools its own guess and all hints of a round log-linearly: with what each says of an outcome as x_i,
+
+    P(outcome) = exp(Σ w_i · x_i) / (other + Σ over all outcomes that any side names)
+
+What a side says of the accepted length and what it says of the token weigh differently: the draft knows little of which
+of its tokens will be refused, and much of what may stand in their place (`evidence`).
+
 Arithmetic only: no I/O, no torch. `training` measures with these same functions.
 """
 
@@ -23,10 +30,14 @@ from typing import Any, Final, NamedTuple
 LogProb = float
 Candidate = tuple[int, float]
 """A token and its log-probability."""
+Outcome = tuple[int, int]
+"""Accepted length and next token."""
+Hinted = Sequence[tuple[int, int, float]]
+"""What a hint names: accepted length, next token, probability."""
 
 LEAST: Final = 1e-12
-UNNAMED: Final = 1e-4
-"""What a side gives an outcome that it does not name."""
+FLOOR: Final = math.log(1e-4)
+"""The least that a side's word counts for, as a logarithm."""
 SUREST_LOGIT: Final = 13.8
 LEVELS: Final = 100
 LOWEST_LEVEL: Final = -4.0
@@ -55,32 +66,63 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """How raw figures become probabilities: that a draft is accepted, and that an outcome is the verdict."""
+    """How raw figures become probabilities: that a draft is accepted, and that an outcome is the verdict.
+
+    `judgement`, where there is one, takes the place of `accept` for a draft whose confidence is known: weights of what
+    a judge's word leaves unsaid (`exit_modules.judgement_inputs`).
+    """
 
     accept: Line = Line()
     outcome: Line = Line()
+    judgement: tuple[float, ...] = ()
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Calibration:
         """From what `dataclasses.asdict` made of one; KeyError, TypeError or ValueError when it is none."""
-        return cls(_line(fields["accept"]), _line(fields["outcome"]))
+        judgement = tuple(float(weight) for weight in fields.get("judgement", ()))
+        return cls(_line(fields["accept"]), _line(fields["outcome"]), judgement)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What one side is worth in the pool: exponents on the probability of what it names (of a token after a length, where
+    it is the edge itself; of the whole outcome, where it is a hint) and on that of the accepted length; `unnamed` is
+    the logarithm of what it gives to what it doesn't name."""
+
+    named: float
+    length: float
+    unnamed: float
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Weights:
+        """From what `dataclasses.asdict` made of one; KeyError, TypeError or ValueError when it is none."""
+        return cls(float(fields["named"]), float(fields["length"]), float(fields["unnamed"]))
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """What two rankings are worth beside each other: exponents on their probabilities.
+    """What the edge's own guess and the hints of a round, by layer, are worth beside each other.
 
-    `other` is the weight of all outcomes that neither names, on the scale of the product (a conditional logit).
+    `other` is the weight of all outcomes that nobody names, on the scale of the product (a conditional logit).
     """
 
-    own: float = 0.4
-    hint: float = 0.6
+    own: Weights = Weights(0.4, 0.4, 0.4 * FLOOR)
+    hints: Mapping[int, Weights] = field(default_factory=dict)
     other: float = 0.05
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Mixture:
-        """From what `dataclasses.asdict` made of one; KeyError, TypeError or ValueError when it is none."""
-        return cls(float(fields["own"]), float(fields["hint"]), float(fields["other"]))
+    def plain(cls, layer: int, own: float = 0.4, hint: float = 0.6, other: float = 0.05) -> Mixture:
+        """One exponent a side."""
+        return cls(Weights(own, own, own * FLOOR), {layer: Weights(hint, 0.0, hint * FLOOR)}, other)
+
+    @classmethod
+    def from_json(cls, layer: int, fields: Mapping[str, Any]) -> Mixture:
+        """From what `dataclasses.asdict` made of one, or from the exponents `own`, `hint` and `other` of older files;
+        KeyError, TypeError or ValueError when it is neither."""
+        if "hint" in fields:
+            return cls.plain(layer, float(fields["own"]), float(fields["hint"]), float(fields["other"]))
+        hints = {int(number): Weights.from_json(weights) for number, weights in fields["hints"].items()}
+        return cls(Weights.from_json(fields["own"]), hints, float(fields["other"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +133,8 @@ class Foresight:
     mixtures: Mapping[int, Mixture] = field(default_factory=dict)
 
     def mixture(self, layer: int) -> Mixture:
-        """How to weigh a hint of the exit after `layer`."""
-        return self.mixtures.get(layer, Mixture())
+        """How to weigh what is known once the exit after `layer` has spoken."""
+        return self.mixtures.get(layer) or Mixture.plain(layer)
 
 
 # --- ranking ------------------------------------------------------------------------------------------------------
@@ -111,28 +153,49 @@ def rank_outcomes(
     `candidates[n]` are the most likely tokens at place n: `limit + 1` of them, so that `limit` remain without d_n, in
     K + 1 rows; rows that are missing are outcomes that are not named. Ties go to the smaller accepted length.
     """
-    outcomes = _outcomes(drafted, accepted, drafts, candidates)
-    best = heapq.nlargest(limit, outcomes, key=lambda outcome: outcome[2])
-    return [Ranked(length, token, min(1.0, math.exp(log_prob))) for length, token, log_prob in best]
+    outcomes = (
+        (length, token, share + log_prob)
+        for length, (share, names) in enumerate(_places(drafted, accepted, drafts, candidates))
+        for token, log_prob in names
+    )
+    return _best(outcomes, limit)
 
 
-def guess_outcomes(
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What the edge expects of a block by itself, by accepted length: how likely that is, and what may follow."""
+
+    lengths: tuple[LogProb, ...]
+    names: tuple[Mapping[int, LogProb], ...]
+    """Log-probabilities of a few tokens after each length, given that length."""
+
+    def ranking(self, limit: int, calibration: Calibration) -> list[Ranked]:
+        """The likeliest outcomes, most likely first."""
+        outcomes = (
+            (length, token, share + log_prob)
+            for length, (share, names) in enumerate(zip(self.lengths, self.names, strict=True))
+            for token, log_prob in names.items()
+        )
+        return calibrated(_best(outcomes, limit), calibration)
+
+
+def guess(
     tokens: Sequence[int],
     confidences: Sequence[float],
     alternatives: Sequence[Sequence[tuple[int, float]]],
-    limit: int,
     calibration: Calibration = Calibration(),
-) -> list[Ranked]:
-    """What the edge expects of a block by itself, most likely first.
+) -> Guess:
+    """What the edge expects of a block by itself.
 
     `confidences[n]` is the draft's probability of `tokens[n]` given those before it, `alternatives[n]` are its likeliest
-    tokens there with their probabilities (as `Draft` has them); one entry more says what may follow the block. Places
-    without alternatives yield no outcomes.
+    tokens there with their probabilities (as `Draft` has them); one entry more says what may follow the block. Lengths
+    without alternatives are left out.
     """
     held = [log_sigmoid(calibration.accept(logit(confidence))) for confidence in confidences]
     drafted = [_log(confidence) for confidence in confidences]
     candidates = [[(token, _log(share)) for token, share in place] for place in alternatives]
-    return calibrated(rank_outcomes(drafted, held, tokens, candidates, limit), calibration)
+    places = list(_places(drafted, held, tokens, candidates))
+    return Guess(tuple(share for share, _ in places), tuple(dict(names) for _, names in places))
 
 
 def calibrated(ranking: Iterable[Ranked], calibration: Calibration) -> list[Ranked]:
@@ -145,26 +208,42 @@ def calibrated(ranking: Iterable[Ranked], calibration: Calibration) -> list[Rank
     ]
 
 
-def mix(
-    own: Iterable[tuple[int, int, float]],
-    hint: Iterable[tuple[int, int, float]],
-    mixture: Mixture,
-    limit: int | None = None,
-) -> list[Ranked]:
-    """One ranking of what the edge guesses (`own`) and what an exit foresees (`hint`), most likely first.
+# --- pooling ------------------------------------------------------------------------------------------------------
 
-    An outcome's probability is own^w · hint^v over the sum of that for all that are named and `other`; a side that does
-    not name an outcome gives it `UNNAMED`.
-    """
-    guessed = {(accepted, token): share for accepted, token, share in own}
-    foreseen = {(accepted, token): share for accepted, token, share in hint}
-    floor = math.log(UNNAMED)
-    weights = {
-        outcome: math.exp(
-            mixture.own * max(floor, _log(guessed.get(outcome, 0.0)))
-            + mixture.hint * max(floor, _log(foreseen.get(outcome, 0.0)))
+
+def evidence(own: Guess, hints: Mapping[int, Hinted], layers: Iterable[int]) -> dict[Outcome, list[float]]:
+    """What each side says of every outcome that any of them names, in the order of `Mixture`'s weights: three figures of
+    the edge itself, three of each of `layers`. A hint that has not come says the same of all: nothing."""
+    foreseen = {layer: _Foreseen.of(hints[layer]) for layer in layers if layer in hints}
+    outcomes = {outcome: None for hint in foreseen.values() for outcome in hint.shares}
+    outcomes |= {(length, token): None for length, names in enumerate(own.names) for token in names}
+    found = {}
+    for length, token in outcomes:
+        known = length < len(own.lengths)
+        figures = _figures(
+            own.names[length].get(token) if known else None, own.lengths[length] if known else FLOOR
         )
-        for outcome in {**foreseen, **guessed}
+        for layer in layers:
+            hint = foreseen.get(layer)
+            if hint is None:
+                figures += [0.0, 0.0, 0.0]
+            else:
+                figures += _figures(hint.shares.get((length, token)), hint.lengths.get(length, FLOOR))
+        found[length, token] = figures
+    return found
+
+
+def mix(own: Guess, hints: Mapping[int, Hinted], mixture: Mixture, limit: int | None = None) -> list[Ranked]:
+    """One ranking of what the edge guesses and what exits foresee (`hints`, by layer), most likely first."""
+    layers = tuple(mixture.hints)
+    worth = [
+        weight
+        for side in (mixture.own, *mixture.hints.values())
+        for weight in (side.named, side.length, side.unnamed)
+    ]
+    weights = {
+        outcome: math.exp(sum(weight * figure for weight, figure in zip(worth, figures, strict=True)))
+        for outcome, figures in evidence(own, hints, layers).items()
     }
     total = sum(weights.values()) + mixture.other
     ranked = [Ranked(accepted, token, weight / total) for (accepted, token), weight in weights.items()]
@@ -172,25 +251,59 @@ def mix(
     return ranked[:limit]
 
 
-def _outcomes(
+class _Foreseen(NamedTuple):
+    """A hint's outcomes and the accepted lengths that they add up to, as log-probabilities."""
+
+    shares: dict[Outcome, LogProb]
+    lengths: dict[int, LogProb]
+
+    @classmethod
+    def of(cls, hint: Hinted) -> _Foreseen:
+        lengths: dict[int, float] = {}
+        for accepted, _, share in hint:
+            lengths[accepted] = lengths.get(accepted, 0.0) + share
+        return cls(
+            {(accepted, token): _log(share) for accepted, token, share in hint},
+            {accepted: _log(share) for accepted, share in lengths.items()},
+        )
+
+
+def _figures(named: LogProb | None, length: LogProb) -> list[float]:
+    """What a side says of an outcome: log-probabilities of what it names, of the length, and whether it names nothing."""
+    return [
+        0.0 if named is None else max(FLOOR, named),
+        max(FLOOR, min(0.0, length)),
+        float(named is None),
+    ]
+
+
+# --- the formula --------------------------------------------------------------------------------------------------
+
+
+def _best(outcomes: Iterable[tuple[int, int, LogProb]], limit: int) -> list[Ranked]:
+    best = heapq.nlargest(limit, outcomes, key=lambda outcome: outcome[2])
+    return [Ranked(length, token, min(1.0, math.exp(log_prob))) for length, token, log_prob in best]
+
+
+def _places(
     drafted: Sequence[LogProb],
     accepted: Sequence[LogProb],
     drafts: Sequence[int],
     candidates: Sequence[Sequence[Candidate]],
-) -> Iterator[tuple[int, int, LogProb]]:
+) -> Iterator[tuple[LogProb, list[Candidate]]]:
+    """For each accepted length its log-probability, and those of tokens that may follow, given that length."""
     prefix = 0.0
     for length, row in enumerate(candidates):
-        draft = drafts[length] if length < len(drafts) else None
-        judged = 0.0
-        if draft is not None:
-            named = sum(math.exp(log_prob) for token, log_prob in row if token != draft)
-            rest = max(-math.expm1(drafted[length]), named, LEAST)
-            judged = _log_not(accepted[length]) - math.log(rest)
-        for token, log_prob in row:
-            if token != draft:
-                yield length, token, prefix + judged + log_prob
-        if draft is not None:
-            prefix += accepted[length]
+        if length >= len(drafts):
+            yield prefix, list(row)
+            continue
+        draft = drafts[length]
+        others = [(token, log_prob) for token, log_prob in row if token != draft]
+        named = sum(math.exp(log_prob) for _, log_prob in others)
+        rest = math.log(max(-math.expm1(drafted[length]), named, LEAST))
+        refused = prefix + _log_not(accepted[length])
+        yield refused, [(token, log_prob - rest) for token, log_prob in others]
+        prefix += accepted[length]
 
 
 # --- probabilities ------------------------------------------------------------------------------------------------

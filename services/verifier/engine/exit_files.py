@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from services.verifier.engine.exit_head import Naming
-from services.verifier.engine.exit_modules import ExitModule, TrainedExit
+from services.verifier.engine.exit_modules import JUDGEMENT_INPUTS, ExitModule, TrainedExit
 from shared.errors import ModelFilesError
 from shared.models import target_sha256
 from shared.speculation.outcomes import Calibration
@@ -112,7 +112,10 @@ def _layers(file: Path, header: dict[str, str]) -> list[int]:
 def _calibrations(file: Path, header: Mapping[str, str]) -> dict[int, Calibration]:
     try:
         found = json.loads(header.get("calibration", "{}"))
-        return {int(layer): Calibration.from_json(fields) for layer, fields in found.items()}
+        calibrations = {int(layer): Calibration.from_json(fields) for layer, fields in found.items()}
+        if any(len(each.judgement) not in (0, JUDGEMENT_INPUTS) for each in calibrations.values()):
+            raise ValueError
+        return calibrations
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ModelFilesError(f"exit modules {file}: the header's calibration can't be read") from None
 

@@ -19,6 +19,8 @@ from shared.speculation.outcomes import Calibration
 
 FEATURES: Final = 8
 """Figures that a judge sees beside the two vectors."""
+JUDGEMENT_INPUTS: Final = FEATURES + 1
+"""One, the judge's word, and its figures but for the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +60,12 @@ class Judge(nn.Module):
         self.first = nn.Linear(3 * rank + FEATURES, width)
         self.last = nn.Linear(width, 1)
 
-    def forward(self, judged: Judged) -> Tensor:
-        """Logits `[rows]`."""
+    def forward(self, judged: Judged, figures: Tensor | None = None) -> Tensor:
+        """Logits `[rows]`; `figures` are those of `judge_features`, where they are known already."""
         state, drafted = self.state(judged.normed), self.token(judged.token)
-        figures = judge_features(judged).to(state.dtype)
-        features = torch.cat((state, drafted, state * drafted, figures), dim=-1)
+        if figures is None:
+            figures = judge_features(judged.drafted, judged.sure, judged.best)
+        features = torch.cat((state, drafted, state * drafted, figures.to(state.dtype)), dim=-1)
         logit: Tensor = self.last(F.silu(self.first(features)))[:, 0]
         return logit.float()
 
@@ -90,7 +93,7 @@ class TrainedExit(ExitModule):
 
     def acceptance(self, judged: Judged) -> Tensor:
         """See `ExitModule.acceptance`; calibrated."""
-        return calibrated_odds(self.judge(judged), self.calibration)
+        return judged_acceptance(self.judge, judged, self.calibration)
 
 
 class Int8Exit(ExitModule):
@@ -112,7 +115,7 @@ class Int8Exit(ExitModule):
 
     def acceptance(self, judged: Judged) -> Tensor:
         """See `ExitModule.acceptance`; calibrated."""
-        return calibrated_odds(self.judge(judged), self.calibration)
+        return judged_acceptance(self.judge, judged, self.calibration)
 
 
 def quickest(module: TrainedExit) -> TrainedExit | Int8Exit:
@@ -120,23 +123,42 @@ def quickest(module: TrainedExit) -> TrainedExit | Int8Exit:
     return Int8Exit(module) if has_int8(module.down.weight) else module
 
 
-def calibrated_odds(odds: Tensor, calibration: Calibration) -> Tensor:
-    """Log-probabilities from a judge's log-odds."""
-    return F.logsigmoid(odds * calibration.accept.slope + calibration.accept.offset)
+def judged_acceptance(judge: Judge, judged: Judged, calibration: Calibration) -> Tensor:
+    """Log-probabilities `[rows]` that draft tokens are accepted: what a judge says, put right by measurement."""
+    figures = judge_features(judged.drafted, judged.sure, judged.best)
+    return F.logsigmoid(calibrated_odds(judge(judged, figures), figures, calibration))
 
 
-def judge_features(judged: Judged) -> Tensor:
-    """`[rows, FEATURES]`: log-odds and probabilities of the draft's token, here and in the draft, and of the best ones."""
-    best, drafted = judged.best.float(), judged.drafted.float().clamp(-25.0, 0.0)
-    known = ~judged.sure.isnan()
-    sure = torch.where(known, judged.sure, -1.0).float().clamp(-12.0, -1e-4)
+def calibrated_odds(odds: Tensor, figures: Tensor, calibration: Calibration) -> Tensor:
+    """True log-odds `[…]` from a judge's log-odds `[…]` and the figures `[…, FEATURES]` that it saw."""
+    line = odds * calibration.accept.slope + calibration.accept.offset
+    if not calibration.judgement:
+        return line
+    weights = torch.tensor(calibration.judgement, device=odds.device)
+    return torch.where(figures[..., -1] > 0, judgement_inputs(odds, figures) @ weights, line)
+
+
+def judgement_inputs(odds: Tensor, figures: Tensor) -> Tensor:
+    """What `Calibration.judgement` weighs `[…, JUDGEMENT_INPUTS]`: one, the judge's log-odds, and the figures it saw but
+    the last, which says whether the draft's confidence is known."""
+    return torch.cat((torch.ones_like(odds)[..., None], odds[..., None] / 5, figures[..., :-1]), dim=-1)
+
+
+def judge_features(drafted: Tensor, sure: Tensor, best: Tensor) -> Tensor:
+    """`[…, FEATURES]`: log-odds and probabilities of the draft's token, here and in the draft, and of the best ones.
+
+    `drafted` and `sure` `[…]`, `best` `[…, 2]` as in `Judged`. The last figure says whether `sure` is known.
+    """
+    best, drafted = best.float(), drafted.float().clamp(-25.0, 0.0)
+    known = ~sure.isnan()
+    sure = torch.where(known, sure, -1.0).float().clamp(-12.0, -1e-4)
     return torch.stack(
         (
             drafted / 5,
             drafted.exp(),
-            (drafted - best[:, 0]).clamp(-20.0, 5.0) / 5,
-            best[:, 0].exp(),
-            (best[:, 0] - best[:, 1]).clamp(0.0, 20.0) / 5,
+            (drafted - best[..., 0]).clamp(-20.0, 5.0) / 5,
+            best[..., 0].exp(),
+            (best[..., 0] - best[..., 1]).clamp(0.0, 20.0) / 5,
             sure.exp() * known,
             (sure - torch.log(-torch.expm1(sure))) / 5 * known,
             known.float(),
