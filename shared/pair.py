@@ -68,7 +68,10 @@ def read_foresight(draft: Path) -> Foresight:
             raise ValueError(f"its format is {found['format']!r}, not {FORESIGHT_FORMAT!r}")
         return Foresight(
             Calibration.from_json(found["own"]),
-            {int(layer): Mixture.from_json(int(layer), fields) for layer, fields in found["mixtures"].items()},
+            {
+                int(layer): Mixture.from_json(int(layer), fields)
+                for layer, fields in found["mixtures"].items()
+            },
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelFilesError(f"{path} can't be read ({error})") from None

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from services.verifier.engine.exit_files import FILE_FORMAT, ExitSet, TargetFacts, load_exits
 from services.verifier.engine.exit_head import ExactHead
-from services.verifier.engine.exit_modules import ExitModule, Judged, TrainedExit
+from services.verifier.engine.exit_modules import JUDGEMENT_INPUTS, ExitModule, Judged, TrainedExit
 from services.verifier.engine.exits import ExitReader, Pass, VerifiedRows
 from shared.models import target_sha256
 from shared.speculation.outcomes import Calibration, Line
@@ -79,7 +79,7 @@ def test_trained_exits_are_loaded(target: TargetFacts) -> None:
 
 
 def test_a_files_calibration_is_that_of_its_exits(target: TargetFacts) -> None:
-    fitted = Calibration(Line(0.8, -0.5), Line(0.9, 0.1))
+    fitted = Calibration(Line(0.8, -0.5), Line(0.9, 0.1), (0.5,) * JUDGEMENT_INPUTS)
     file = write_exits(target, calibration=json.dumps({"4": asdict(fitted)}))
     found = load_exits((2, 4), file, target)
     assert (found.modules[2].calibration, found.modules[4].calibration) == (Calibration(), fitted)
@@ -104,6 +104,10 @@ def test_layer_without_a_trained_exit_is_untrained_and_noted(target: TargetFacts
         ({"layers": "2,6"}, "'gate.weight' of layer 6 is missing"),
         ({"calibration": "[1]"}, "calibration can't be read"),
         ({"calibration": '{"2": {"accept": {}}}'}, "calibration can't be read"),
+        (
+            {"calibration": json.dumps({"2": asdict(Calibration(judgement=(0.5, 0.1)))})},
+            "calibration can't be read",
+        ),
     ],
 )
 def test_file_for_something_else_is_refused(target: TargetFacts, header: dict[str, str], reason: str) -> None:

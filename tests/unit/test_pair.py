@@ -19,7 +19,7 @@ from shared import pair
 from shared.errors import ModelFilesError
 from shared.models import target_sha256, tokenizer_sha256
 from shared.pair import read_foresight, shipped_draft, shipped_exits, write_foresight
-from shared.speculation.outcomes import Calibration, Foresight, Line, Mixture
+from shared.speculation.outcomes import Calibration, Foresight, Line, Mixture, Weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -145,7 +145,13 @@ def test_the_images_of_those_that_use_them_hold_them_too(service: str) -> None:
 
 
 def test_what_was_measured_is_read_as_it_was_written(tmp_path: Path) -> None:
-    foresight = Foresight(Calibration(Line(0.9, 0.1), Line(1.1, -0.2)), {18: Mixture(0.5, 0.25, 0.01)})
+    mixtures = {
+        18: Mixture.plain(18, 0.5, 0.25, 0.01),
+        21: Mixture(
+            Weights(0.4, 0.3, -2.0), {18: Weights(0.1, 0.0, -0.5), 21: Weights(0.7, 0.1, -3.0)}, 0.02
+        ),
+    }
+    foresight = Foresight(Calibration(Line(0.9, 0.1), Line(1.1, -0.2)), mixtures)
     write_foresight(tmp_path, foresight, {"target_sha256": "ab"})
     assert read_foresight(tmp_path) == foresight
 

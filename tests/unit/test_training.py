@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from services.draft_gateway.drafting.packed import pack, product_codes, product_rows, quantize_rows, unpack
+from services.verifier.engine.exit_modules import calibrated_odds
 from shared.errors import ModelFilesError
-from shared.speculation.outcomes import Mixture, Ranked
+from shared.speculation.outcomes import Guess, Mixture, Ranked
 from training import outcomes
 from training.calibrate import fitted
 from training.cli import spread
@@ -239,8 +240,9 @@ def test_exits_learn_and_rounds_tell_what_they_foresaw(
     again, _ = load_exits(path, directory, target)
     assert {layer: exit_.calibration for layer, exit_ in again.items()} == found.exits
     own = outcomes.edge_rankings(record, found.foresight.own)
-    hints = outcomes.exit_rankings(record, 3, found.exits[3])
-    mixed = outcomes.mixed_rankings(own, hints, found.foresight.mixture(3))
+    guesses = outcomes.edge_guesses(record, found.foresight.own)
+    hints = {layer: outcomes.exit_rankings(record, layer, found.exits[layer]) for layer in (2, 3)}
+    mixed = outcomes.mixed_rankings(guesses, hints, found.foresight.mixture(3))
     guessed, together = outcomes.in_best(own, record), outcomes.in_best(mixed, record)
     assert together["1"] <= together["2"] <= together["4"] <= together["8"]
     assert together["4"] >= guessed["4"]
@@ -260,17 +262,45 @@ def test_the_fitted_mixture_trusts_the_side_that_is_right() -> None:
     generator = torch.Generator().manual_seed(1)
     truth = torch.randint(0, 4, (400,), generator=generator).tolist()
     right = [[Ranked(0, token, 0.7), Ranked(1, token, 0.2)] for token in truth]
-    random = [[Ranked(0, (token + 1) % 4, 0.6), Ranked(0, (token + 2) % 4, 0.3)] for token in truth]
+    others = [{(token + 1) % 4: math.log(0.6), (token + 2) % 4: math.log(0.3)} for token in truth]
+    random = [Guess((0.0,), (names,)) for names in others]
     record = {"accepted": torch.zeros(400), "next": torch.tensor(truth)}
-    found = outcomes.fit_mixture(random, right, record)
-    assert found.hint > 1
-    assert abs(found.own) < found.hint / 2
-    mixed = outcomes.mixed_rankings(random, right, found)
+    found = outcomes.fit_mixture(random, {3: right}, record)
+    mixed = outcomes.mixed_rankings(random, {3: right}, found)
     assert outcomes.in_best(mixed, record)["1"] == 1.0
     promised = outcomes.promised(mixed, 1)
     assert outcomes.calibration_error(promised, outcomes.right(mixed, record, 1)) < 0.02
-    plain = outcomes.mixed_rankings(random, right, Mixture(1.0, 0.0, 0.05))
+    plain = outcomes.mixed_rankings(random, {3: right}, Mixture.plain(3, 1.0, 0.0))
     assert outcomes.in_best(plain, record)["1"] == 0.0
+
+
+def test_a_judgement_takes_from_the_figures_what_the_judges_word_lacks() -> None:
+    """The draft's tokens are accepted as the exit's own probability of them says; the judge says nothing at all."""
+    generator = torch.Generator().manual_seed(2)
+    drafted = torch.rand(3_000, 5, generator=generator)
+    held = torch.rand(3_000, 5, generator=generator) < drafted
+    likeliest = torch.maximum(drafted, 1 - drafted).log()
+    scores = torch.stack((likeliest, (1 - likeliest.exp()).clamp(min=1e-4).log()), dim=-1)
+    record = {
+        "drafts": torch.zeros(3_000, 5, dtype=torch.long),
+        "accepted": held.long().cumprod(dim=1).sum(dim=1),
+        "next": torch.ones(3_000, dtype=torch.long),
+        "edge_scores": torch.full((3_000, 6, 2), math.log(0.5)),
+        "3.judged": torch.randn(3_000, 5, generator=generator),
+        "3.drafted": drafted.log(),
+        "3.scores": torch.cat((scores, scores[:, :1]), dim=1),
+        "3.tokens": torch.arange(2).expand(3_000, 6, 2),
+    }
+    found = outcomes.fit(record, 3)
+    figures = outcomes.judged_figures(record, 3)
+    believed = torch.sigmoid(calibrated_odds(record["3.judged"], figures, found))
+    assert (believed - drafted).abs().mean() < 0.04
+    unknown = torch.cat((figures[..., :-1], torch.zeros_like(figures[..., :1])), dim=-1)
+    plain = replace(found, judgement=())
+    assert torch.equal(
+        calibrated_odds(record["3.judged"], unknown, found),
+        calibrated_odds(record["3.judged"], figures, plain),
+    )
 
 
 def test_rounds_commit_the_accepted_tokens_and_one_more() -> None:
