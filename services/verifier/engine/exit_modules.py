@@ -102,8 +102,8 @@ class Int8Exit(ExitModule):
     def __init__(self, trained: TrainedExit) -> None:
         super().__init__()
         self._norm, self._eps = trained.norm.weight, trained.norm.eps
-        self._gate_up = Int8Matrix(torch.cat((trained.gate.weight, trained.up.weight)))
-        self._down = Int8Matrix(trained.down.weight)
+        self._gate_up = Int8Matrix(torch.cat((trained.gate.weight, trained.up.weight)), alone=True)
+        self._down = Int8Matrix(trained.down.weight, alone=True)
         self.judge = trained.judge
         self.calibration = trained.calibration
 
