@@ -18,7 +18,7 @@ from shared.errors import ModelFilesError
 
 Projection = Callable[[Tensor], Tensor]
 
-CHOICES: Final = 4
+CHOICES: Final = 8
 """How many of the likeliest tokens of a position are told."""
 
 
