@@ -142,6 +142,27 @@ SYMBOLS: Final[tuple[Symbol, ...]] = (
         ("self", "scheduler_output", "intermediate_tensors"),
         ("_prepare_inputs",),
     ),
+    Symbol(
+        _RUNNER,
+        "GPUModelRunner._sample",
+        ("self", "logits", "spec_decode_metadata"),
+        ("rejection_sampler", "sampling_metadata"),
+    ),
+    Symbol(_RUNNER, "GPUModelRunner.sample_tokens", ("self", "grammar_output"), ("_sample", "_bookkeeping_sync")),
+    Symbol(_RUNNER, "GPUModelRunner._bookkeeping_sync", (), ("logprobs_tensors", "parse_output")),
+    Symbol(
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch._make_sampling_metadata",
+        ("self",),
+        ("max_num_logprobs",),
+    ),
+    Symbol(
+        "vllm.v1.sample.rejection_sampler",
+        "RejectionSampler.forward",
+        ("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
+        ("max_num_logprobs", "rejection_sample"),
+    ),
+    Symbol("vllm.v1.outputs", "LogprobsTensors.filter", ("self", "mask")),
     Symbol("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", ("self",), ("CPUModelRunner",)),
     Symbol("vllm.v1.worker.cpu_worker", "CPUWorker.load_model", ("self", "load_dummy_weights")),
 )
