@@ -41,7 +41,7 @@ from shared.protocol import (
     Tokens,
     Verdict,
 )
-from shared.sampling.logits import Rules
+from shared.sampling.rules import Rules
 from shared.session import SessionState, SessionStats
 from shared.speculation.edge import (
     Abandoned,

@@ -30,7 +30,7 @@ from shared.errors import (
     Unavailable,
 )
 from shared.protocol import Cancel, CloseSession, GenerationParams, OpenSession, Policy, Sampling, Tokens
-from shared.sampling.logits import Rules
+from shared.sampling.rules import Rules
 from shared.session import SessionState
 from shared.speculation.edge import EdgeConfig
 from shared.speculation.outcomes import Foresight

@@ -1,10 +1,10 @@
 """From a row of logits to a token, by vLLM's sampling parameters and by noise that draft, exits and target share.
 
-A row is processed in vLLM's order: stop tokens masked before `min_tokens`, `logit_bias`, repetition, frequency and presence
-penalty, temperature, `min_p`, `top_k`, `top_p`. A token is then drawn by the Gumbel-max trick (Gumbel 1954; Maddison, Tarlow,
-Minka, arXiv 1411.0030): the largest of logits / temperature + noise is distributed as the softmax of the first. Seen from
-here, sampling is greedy decoding of *perturbed logits*, logits + temperature · noise, so that whatever ranks tokens and
-judges how sure a model is (hints, lanes, alternatives) works on them as it does on logits.
+A row is processed in vLLM's order: stop tokens masked before `min_tokens`, `logit_bias`, repetition, frequency and
+presence penalty, temperature, `min_p`, `top_k`, `top_p`. A token is then drawn by the Gumbel-max trick (Gumbel 1954;
+Maddison, Tarlow, Minka, arXiv 1411.0030): the largest of logits / temperature + noise is distributed as the softmax of
+the first. Seen from here, sampling is greedy decoding of *perturbed logits*, logits + temperature · noise, so that
+whatever ranks tokens and judges how sure a model is (hints, lanes, alternatives) works on them as it does on logits.
 
 Noise costs more than logits do, so it is looked up only where it can matter (`_contenders`); nothing is lost by that.
 
@@ -24,64 +24,15 @@ import numpy.typing as npt
 from shared.protocol import Sampling
 from shared.sampling import noise
 from shared.sampling.noise import GROUP_BITS, Address, Place, Stream
+from shared.sampling.rules import Row
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[Any]
 
-GREEDY_BELOW: Final = 1e-5
-"""Temperatures that are none, and the lowest that is one (vLLM's own figures)."""
-LOWEST_TEMPERATURE: Final = 1e-2
 FEW: Final = 2048
 """Tokens whose noise is looked up without asking whether it can matter."""
 CUTS: Final = (8.0, 16.0, math.inf)
 """How far below the best the tokens of a nucleus are sought: natural logarithms of probability ratios."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """How a session's tokens are drawn. `stop_tokens` are those that would end its answer, as far as they are known."""
-
-    sampling: Sampling
-    prompt_length: int
-    stop_tokens: tuple[int, ...] = ()
-
-    @property
-    def temperature(self) -> float:
-        """The temperature, 0.0 for greedy decoding."""
-        asked = self.sampling.temperature
-        return 0.0 if asked < GREEDY_BELOW else max(asked, LOWEST_TEMPERATURE)
-
-    @property
-    def penalised(self) -> bool:
-        """Whether what was said before changes what is said."""
-        sampling = self.sampling
-        return (
-            sampling.repetition_penalty != 1.0
-            or sampling.frequency_penalty != 0.0
-            or sampling.presence_penalty != 0.0
-        )
-
-    @property
-    def plain(self) -> bool:
-        """Greedy decoding of the logits as they are."""
-        return not (self.temperature or self.penalised or self.sampling.logit_bias or self.sampling.min_tokens)
-
-
-class Row(NamedTuple):
-    """What a row of logits is the continuation of: the prompt's tokens and then the output's."""
-
-    rules: Rules
-    tokens: Sequence[int] | Ints
-
-    @property
-    def position(self) -> int:
-        """Output tokens before it."""
-        return len(self.tokens) - self.rules.prompt_length
-
-    def place(self, stream: Stream = Stream.TARGET) -> Place:
-        """Where its noise is."""
-        sampling = self.rules.sampling
-        return Place(sampling.seed, sampling.choice, self.position, stream)
 
 
 class Vocabulary:
@@ -95,7 +46,9 @@ class Vocabulary:
     def with_more(self, more: Ints) -> Vocabulary:
         """The same with further columns."""
         found = Vocabulary.__new__(Vocabulary)
-        found.__dict__.update(_parts=[*self._parts, _Part(more, len(self.ids))], ids=np.concatenate((self.ids, more)))
+        found.__dict__.update(
+            _parts=[*self._parts, _Part(more, len(self.ids))], ids=np.concatenate((self.ids, more))
+        )
         return found
 
     def columns(self, tokens: Ints) -> Ints:
@@ -107,12 +60,15 @@ class Vocabulary:
 
 
 class _Part:
+    """Columns from `first` on, found by their tokens."""
+
     def __init__(self, ids: Ints, first: int) -> None:
         self._order = np.argsort(ids)
         self._sorted = ids[self._order]
         self._first = first
 
     def find(self, tokens: Ints, columns: Ints) -> None:
+        """Write the columns of those tokens that are here."""
         places = np.searchsorted(self._sorted, tokens).clip(max=len(self._sorted) - 1)
         known = self._sorted[places] == tokens
         columns[known] = self._order[places[known]] + self._first
@@ -262,7 +218,7 @@ def best(
         _Field(_keep(row_logits, row, vocabulary), row.rules.temperature, vocabulary, width)
         for row_logits, row in zip(logits, rows, strict=True)
     ]
-    at = noise.addresses([row.place(stream) for row in rows])
+    at = noise.addresses([_place(row, stream) for row in rows])
     _contenders(fields, at, count)
     if asked is not None:
         for field, column in zip(fields, asked.tolist(), strict=True):
@@ -281,6 +237,11 @@ def best(
         if asked is not None:
             told[number] = field.told
     return Best(columns, values, total, told)
+
+
+def _place(row: Row, stream: Stream) -> Place:
+    sampling = row.rules.sampling
+    return Place(sampling.seed, sampling.choice, row.position, stream)
 
 
 class _Field:
@@ -401,7 +362,9 @@ def _highest(field: _Field) -> int:
 
 def _largest(values: Floats, count: int) -> Ints:
     """Places of the `count` largest."""
-    return np.array([values.argmax()]) if count == 1 else np.argpartition(values, len(values) - count)[-count:]
+    return (
+        np.array([values.argmax()]) if count == 1 else np.argpartition(values, len(values) - count)[-count:]
+    )
 
 
 def _perturb(fields: Sequence[_Field], at: Address) -> None:

@@ -21,7 +21,8 @@ from torch import Tensor
 from services.draft_gateway.drafting.network import Choices, Layer, Projection, Words
 from services.draft_gateway.drafting.packed import product_rows, unpack
 from shared.errors import ModelFilesError
-from shared.sampling.logits import Row, Vocabulary
+from shared.sampling.logits import Vocabulary
+from shared.sampling.rules import Row
 
 FORMAT: Final = "outrider-draft/1"
 PATTERN: Final = "draft-*.safetensors"

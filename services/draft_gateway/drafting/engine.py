@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from shared.protocol import Tokens
-from shared.sampling.logits import Rules
+from shared.sampling.rules import Rules
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ from shared.errors import ModelFilesError
 from shared.lookup import common_prefix
 from shared.models import known_target_sha256, read_config, tokenizer_sha256, verify, weight_files
 from shared.protocol import Tokens
-from shared.sampling.logits import Row
+from shared.sampling.rules import Row
 
 PREFILL_CHUNK: Final = 256
 """Tokens of a lane in one pass, at most."""

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from shared.errors import ModelFilesError
 from shared.sampling import logits as sampling
-from shared.sampling.logits import Row, Vocabulary
+from shared.sampling.logits import Vocabulary
+from shared.sampling.rules import Row
 
 Projection = Callable[[Tensor], Tensor]
 

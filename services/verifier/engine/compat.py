@@ -148,7 +148,9 @@ SYMBOLS: Final[tuple[Symbol, ...]] = (
         ("self", "logits", "spec_decode_metadata"),
         ("rejection_sampler", "sampling_metadata"),
     ),
-    Symbol(_RUNNER, "GPUModelRunner.sample_tokens", ("self", "grammar_output"), ("_sample", "_bookkeeping_sync")),
+    Symbol(
+        _RUNNER, "GPUModelRunner.sample_tokens", ("self", "grammar_output"), ("_sample", "_bookkeeping_sync")
+    ),
     Symbol(_RUNNER, "GPUModelRunner._bookkeeping_sync", (), ("logprobs_tensors", "parse_output")),
     Symbol(
         "vllm.v1.worker.gpu_input_batch",

@@ -20,7 +20,8 @@ from vllm.v1.outputs import LogprobsTensors
 
 from shared.protocol import Tokens
 from shared.sampling import logits as sampling
-from shared.sampling.logits import Ints, Row, Rules
+from shared.sampling.logits import Ints
+from shared.sampling.rules import Row, Rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,9 @@ class DrawnRows:
 
 def decide(logits: Tensor, requests: Sequence[DrawnRows]) -> tuple[Tensor, Tensor]:
     """Rows of `logits` [rows, vocabulary] and the token that each yields."""
-    indexes = [index for drawn in requests for index in range(drawn.first, drawn.first + len(drawn.block) + 1)]
+    indexes = [
+        index for drawn in requests for index in range(drawn.first, drawn.first + len(drawn.block) + 1)
+    ]
     rows = [row for drawn in requests for row in drawn.rows()]
     which = torch.tensor(indexes, dtype=torch.long)
     drawn = sampling.draw(logits[which.to(logits.device)].float().cpu().numpy(), rows)
@@ -63,7 +66,9 @@ class Mark:
         self._logits[self._at] = self._before
 
 
-def raw_logprobs(logits: Tensor, sampled: Tensor, lengths: Sequence[int], asked: Sequence[int | None]) -> LogprobsTensors:
+def raw_logprobs(
+    logits: Tensor, sampled: Tensor, lengths: Sequence[int], asked: Sequence[int | None]
+) -> LogprobsTensors:
     """Log-probabilities, ranks and likeliest tokens of what was sampled, as vLLM's sampler returns them.
 
     `sampled` [requests, n] are token ids, -1 behind a request's last one; `lengths` says how many rows of `logits` each

@@ -34,7 +34,7 @@ from services.verifier.engine.types import (
 from services.verifier.settings import VerifierSettings
 from shared.errors import ContextLengthExceeded, EngineError, InvalidRequest, OutriderError, Overloaded
 from shared.protocol import FinishReason, GenerationParams, Outcome, Policy, TokenLogprobs, Tokens
-from shared.sampling.logits import Rules
+from shared.sampling.rules import Rules
 
 if TYPE_CHECKING:
     from vllm.logprobs import Logprob
@@ -405,7 +405,9 @@ class VllmEngine:
         self._check_vocabulary(committed, "the committed tokens")
         self._check_vocabulary(tuple(token for token, _ in params.sampling.logit_bias), "logit_bias")
         if (params.logprobs or 0) > MOST_LOGPROBS:
-            raise InvalidRequest(f"logprobs of {params.logprobs} tokens are asked for; at most {MOST_LOGPROBS} are told")
+            raise InvalidRequest(
+                f"logprobs of {params.logprobs} tokens are asked for; at most {MOST_LOGPROBS} are told"
+            )
         all_stops = set(params.stop_token_ids) | set(self._checkpoint.stop_ids)
         stop_ids = set(params.stop_token_ids) if params.ignore_eos else all_stops
         rules = Rules(params.sampling, len(prompt), tuple(sorted(all_stops)))

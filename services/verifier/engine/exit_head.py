@@ -22,7 +22,8 @@ from torch.nn import functional
 
 from services.verifier.engine.int8 import Int8Matrix, has_int8
 from shared.sampling import logits as sampling
-from shared.sampling.logits import Row, Vocabulary
+from shared.sampling.logits import Vocabulary
+from shared.sampling.rules import Row
 
 SHORTLIST: Final = 16
 ROUGH_SHORTLIST: Final = 40
@@ -81,7 +82,11 @@ class ExactHead:
 
     def __call__(self, hidden: Tensor, drafts: Tensor, k: int, draws: Sequence[Row | None] = ()) -> Scores:
         """See `ExitHead`."""
-        return _mixed(hidden, drafts, k, draws, self._greedy, self._draw) if draws else self._greedy(hidden, drafts, k)
+        return (
+            _mixed(hidden, drafts, k, draws, self._greedy, self._draw)
+            if draws
+            else self._greedy(hidden, drafts, k)
+        )
 
     def _draw(self, hidden: Tensor, drafts: Tensor, k: int, rows: Sequence[Row]) -> Scores:
         logits = self._logits(hidden).float()
@@ -114,7 +119,11 @@ class ShortlistHead:
 
     def __call__(self, hidden: Tensor, drafts: Tensor, k: int, draws: Sequence[Row | None] = ()) -> Scores:
         """See `ExitHead`."""
-        return _mixed(hidden, drafts, k, draws, self._greedy, self._draw) if draws else self._greedy(hidden, drafts, k)
+        return (
+            _mixed(hidden, drafts, k, draws, self._greedy, self._draw)
+            if draws
+            else self._greedy(hidden, drafts, k)
+        )
 
     def _draw(self, hidden: Tensor, drafts: Tensor, k: int, rows: Sequence[Row]) -> Scores:
         rough = self._rough(hidden if self._reduce is None else hidden @ self._reduce.T)

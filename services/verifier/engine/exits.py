@@ -17,7 +17,7 @@ from services.verifier.engine.channel import ExitMessage, Outlook
 from services.verifier.engine.exit_files import ExitSet
 from services.verifier.engine.exit_head import ExitHead
 from services.verifier.engine.exit_modules import Judged
-from shared.sampling.logits import Row
+from shared.sampling.rules import Row
 from shared.speculation.outcomes import calibrated, rank_outcomes
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shared.errors import EngineError
 from shared.protocol import Sampling
-from shared.sampling.logits import Rules
+from shared.sampling.rules import Rules
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -25,7 +25,7 @@ from services.verifier.engine.exits import Pass, VerifiedRows
 from services.verifier.engine.model import ExitTap
 from services.verifier.engine.options import DRAFT_LEVELS, EngineOptions, is_eager, rules_of, session_key
 from services.verifier.engine.process import report_failures, stay_with_parent
-from shared.sampling.logits import Row, Rules
+from shared.sampling.rules import Row, Rules
 from shared.speculation.outcomes import confidence_at
 
 if TYPE_CHECKING:
@@ -91,9 +91,7 @@ class SessionRunner(CPUModelRunner):  # type: ignore[misc]
         for index, request_id in enumerate(batch.req_ids):
             drafted = num_draft_tokens[index]
             if not self.discard_request_mask.np[index]:
-                known = (
-                    int(batch.num_computed_tokens_cpu[index]) + int(num_scheduled_tokens[index]) - drafted
-                )
+                known = int(batch.num_computed_tokens_cpu[index]) + int(num_scheduled_tokens[index]) - drafted
                 block = tuple(scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
                 rows.append(_Rows(request_id, index, first, known, block))
             first += drafted + 1
@@ -132,7 +130,9 @@ class SessionRunner(CPUModelRunner):  # type: ignore[misc]
         if logits is None or spec_decode_metadata is None or not (drawn or most is not None):
             return super()._sample(logits, spec_decode_metadata)
         mark = Mark(logits, list(drawn.values())) if drawn else None
-        metadata.max_num_logprobs = None  # vLLM would compute them from the marked logits, and for every request
+        metadata.max_num_logprobs = (
+            None  # vLLM would compute them from the marked logits, and for every request
+        )
         try:
             output = super()._sample(logits, spec_decode_metadata)
         finally:
@@ -162,7 +162,9 @@ class SessionRunner(CPUModelRunner):  # type: ignore[misc]
         for own in rows:
             extra = self.requests[own.request].sampling_params.extra_args
             key = session_key(extra)
-            if key is None or (not own.block and is_eager(extra)):  # the floor's pass: nobody waits for a hint
+            if key is None or (
+                not own.block and is_eager(extra)
+            ):  # the floor's pass: nobody waits for a hint
                 continue
             base = own.known - int(self.input_batch.num_prompt_tokens[own.index])
             sessions.append(VerifiedRows(key, base, len(positions), own.block))
@@ -173,7 +175,11 @@ class SessionRunner(CPUModelRunner):  # type: ignore[misc]
             draws.extend([None] * (len(own.block) + 1) if drawn is None else drawn.rows())
         if not sessions:
             return None
-        chosen = logits_indices if len(positions) == len(logits_indices) else logits_indices[torch.tensor(positions)]
+        chosen = (
+            logits_indices
+            if len(positions) == len(logits_indices)
+            else logits_indices[torch.tensor(positions)]
+        )
         return Pass(
             self._pass_began,
             chosen,
