@@ -31,6 +31,10 @@ Floats = npt.NDArray[Any]
 
 FEW: Final = 2048
 """Tokens whose noise is looked up without asking whether it can matter."""
+CHUNK: Final = 64
+"""Values whose largest is found first, when the largest of all are sought."""
+SLACK: Final = 1e-3
+"""By how much single precision may be wrong where it chooses whose noise is looked up."""
 CUTS: Final = (8.0, 16.0, math.inf)
 """How far below the best the tokens of a nucleus are sought: natural logarithms of probability ratios."""
 
@@ -42,12 +46,22 @@ class Vocabulary:
         """`more` are those of further columns. Both without repetition."""
         self._parts = [_Part(ids, 0)] if more is None else [_Part(ids, 0), _Part(more, len(ids))]
         self.ids: Final = ids if more is None else np.concatenate((ids, more))
+        self._groups: Ints | None = None
+
+    @property
+    def groups(self) -> Ints:
+        """The groups of noise that the columns' tokens are of."""
+        if self._groups is None:
+            self._groups = self.ids >> GROUP_BITS
+        return self._groups
 
     def with_more(self, more: Ints) -> Vocabulary:
         """The same with further columns."""
         found = Vocabulary.__new__(Vocabulary)
         found.__dict__.update(
-            _parts=[*self._parts, _Part(more, len(self.ids))], ids=np.concatenate((self.ids, more))
+            _parts=[*self._parts, _Part(more, len(self.ids))],
+            ids=np.concatenate((self.ids, more)),
+            _groups=np.concatenate((self.groups, more >> GROUP_BITS)),
         )
         return found
 
@@ -164,8 +178,7 @@ def _truncated(values: Floats, sampling: Sampling) -> _Kept:
         columns = np.flatnonzero(values >= peak + np.float32(math.log(sampling.min_p)))
     left = values if columns is None else values[columns]
     if 0 < sampling.top_k < len(left):
-        least = np.partition(left, len(left) - sampling.top_k)[len(left) - sampling.top_k]
-        chosen = np.flatnonzero(left >= least)
+        chosen = np.flatnonzero(left >= _reached_by(left, sampling.top_k))
         columns, left = chosen if columns is None else columns[chosen], left[chosen]
     if sampling.top_p < 1.0:
         chosen = _nucleus(left - peak, sampling.top_p)
@@ -186,6 +199,15 @@ def _nucleus(values: Floats, share: float) -> Ints:
     before = np.cumsum(mass[order]) - mass[order]
     count = max(1, int(np.searchsorted(before, wanted)))  # those before which less than the share lies
     return near[order[:count]]
+
+
+def _reached_by(values: Floats, count: int) -> Any:
+    """The `count`th largest value. It is at least as large as that of the chunks' largest ones, which are few."""
+    chunks = len(values) // CHUNK
+    if chunks > 2 * count:
+        least = _reached_by(values[: chunks * CHUNK].reshape(-1, CHUNK).max(axis=1), count)
+        values = values[values >= least]
+    return np.partition(values, len(values) - count)[len(values) - count]
 
 
 # --- drawing ------------------------------------------------------------------------------------------
@@ -250,9 +272,8 @@ class _Field:
     def __init__(self, kept: _Kept, temperature: float, vocabulary: Vocabulary | None, width: int) -> None:
         self.kept = kept
         self.temperature = temperature
-        self._ids = None if vocabulary is None else vocabulary.ids
-        self._vocabulary = vocabulary
-        self._width = width
+        self.vocabulary = vocabulary
+        self.width = width
         self.columns: Ints = np.empty(0, dtype=np.int64)
         """Contenders."""
         self.scaled: Floats = np.empty(0)
@@ -268,18 +289,38 @@ class _Field:
 
     def tokens(self, columns: Ints) -> Ints:
         """The tokens of columns."""
-        return columns if self._ids is None else self._ids[columns]
+        return columns if self.vocabulary is None else self.vocabulary.ids[columns]
 
     def left_columns(self, places: Ints) -> Ints:
         """The columns of places in `kept`."""
         return places if self.kept.columns is None else self.kept.columns[places]
+
+    def left_places(self, tokens: Ints) -> Ints:
+        """The places in `kept` of those tokens that are left."""
+        if self.vocabulary is None:
+            columns = tokens[tokens < self.width]
+        else:
+            columns = self.vocabulary.columns(tokens)
+            columns = columns[columns >= 0]
+        if self.kept.columns is None:
+            return columns
+        return np.flatnonzero(np.isin(self.kept.columns, columns))
+
+    def spread(self, of_groups: Floats) -> Floats:
+        """What each group has, at each place of `kept`."""
+        if self.vocabulary is not None:
+            groups = self.vocabulary.groups
+            return of_groups[groups if self.kept.columns is None else groups[self.kept.columns]]
+        if self.kept.columns is None:
+            return np.repeat(of_groups, noise.GROUP)[: self.width]
+        return of_groups[self.kept.columns >> GROUP_BITS]
 
     def admit(self, places: Ints | None) -> None:
         """Make contenders of what stands at these places of `kept`, or of all."""
         self._places = places
         if places is None:
             self.scaled = self.kept.values.astype(np.float64)
-            self.columns = np.arange(self._width) if self.kept.columns is None else self.kept.columns
+            self.columns = np.arange(self.width) if self.kept.columns is None else self.kept.columns
         else:
             self.scaled = self.kept.values[places].astype(np.float64)
             self.columns = self.left_columns(places)
@@ -347,24 +388,23 @@ def _contenders(fields: Sequence[_Field], at: Address, count: int) -> None:
     for number, places, known, peak, owner in zip(crowded, likeliest, first, peaks, owners, strict=True):
         field = fields[number]
         values = field.kept.values
-        tokens_left = field.tokens(field.left_columns(np.arange(len(values))))
-        group = tokens_left >> GROUP_BITS
-        most = values + peak[group]
-        owns = np.flatnonzero((tokens_left & (noise.GROUP - 1)) == owner[group])
+        most = values + field.spread(peak.astype(np.float32))
+        owns = field.left_places((np.arange(groups) << GROUP_BITS) + owner)
         reached = np.concatenate((values[places] + known, most[np.setdiff1d(owns, places)]))
         needed = reached.max() if count == 1 else np.partition(reached, len(reached) - count)[-count]
-        field.admit(np.flatnonzero(most >= needed - 1e-6))
+        field.admit(np.flatnonzero(most >= np.float32(needed - SLACK)))
 
 
 def _highest(field: _Field) -> int:
-    return field._width - 1 if field._ids is None else int(field._ids.max())
+    return field.width - 1 if field.vocabulary is None else int(field.vocabulary.ids.max())
 
 
 def _largest(values: Floats, count: int) -> Ints:
     """Places of the `count` largest."""
-    return (
-        np.array([values.argmax()]) if count == 1 else np.argpartition(values, len(values) - count)[-count:]
-    )
+    if count == 1:
+        return np.array([values.argmax()])
+    near = np.flatnonzero(values >= _reached_by(values, count))
+    return near[np.argsort(-values[near], kind="stable")[:count]]
 
 
 def _perturb(fields: Sequence[_Field], at: Address) -> None:

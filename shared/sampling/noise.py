@@ -125,14 +125,15 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[An
 
 def uniform(at: Address, index: Array) -> Array:
     """Uniform on (0, 1), in steps of 2⁻⁵² and never 0 or 1: the `index`th of a place (of a stream that draws no tokens)."""
-    return _uniform(_words(at, index, 0))
+    return _uniform(_words(at, index))
 
 
 def exponential(at: Address, tokens: Array) -> Array:
     """A token's exponential variable, of mean 1."""
-    least, owner = peaks(at, tokens >> GROUP_BITS)
-    beyond = _minus_log(_uniform(_words(at, tokens, 0)))
-    return least + beyond * ((tokens & (GROUP - 1)) != owner)
+    stream = at.stream + _stack(0 * tokens, 0 * tokens + 1)
+    words = _words(at._replace(stream=stream), _stack(tokens, tokens >> GROUP_BITS))
+    own, least = _minus_log(_uniform(words))  # each word holds the tokens' own and their groups'
+    return least * (1.0 / GROUP) + own * ((tokens & (GROUP - 1)) != (words[2][1] & (GROUP - 1)))
 
 
 def gumbel(at: Address, tokens: Array) -> Array:
@@ -142,7 +143,7 @@ def gumbel(at: Address, tokens: Array) -> Array:
 
 def peaks(at: Address, groups: Array) -> tuple[Array, Array]:
     """The smallest exponential variable of each group, and which of its `GROUP` tokens has it."""
-    words = _words(at, groups, 1)
+    words = _words(at._replace(stream=at.stream + 1), groups)
     return _minus_log(_uniform(words)) * (1.0 / GROUP), words[2] & (GROUP - 1)
 
 
@@ -152,8 +153,12 @@ def peak_gumbel(at: Address, groups: Array) -> tuple[Array, Array]:
     return _minus_log(least), owner
 
 
-def _words(at: Address, index: Array, level: int) -> tuple[Any, Any, Any, Any]:
-    return philox((index, at.position, at.choice, at.stream + level), (at.seed_low, at.seed_high))
+def _words(at: Address, index: Any) -> tuple[Any, Any, Any, Any]:
+    return philox((index, at.position, at.choice, at.stream), (at.seed_low, at.seed_high))
+
+
+def _stack(first: Any, second: Any) -> Any:
+    return torch.stack((first, second)) if isinstance(first, Tensor) else np.stack((first, second))
 
 
 def _uniform(words: tuple[Any, Any, Any, Any]) -> Any:
