@@ -31,6 +31,8 @@ Floats = npt.NDArray[Any]
 
 FEW: Final = 2048
 """Tokens whose noise is looked up without asking whether it can matter."""
+SUMMED: Final = 16
+"""Tokens whose noise a sum over all perturbed logits takes in at least."""
 CHUNK: Final = 64
 """Values whose largest is found first, when the largest of all are sought."""
 SLACK: Final = 1e-3
@@ -178,7 +180,7 @@ def _truncated(values: Floats, sampling: Sampling) -> _Kept:
         columns = np.flatnonzero(values >= peak + np.float32(math.log(sampling.min_p)))
     left = values if columns is None else values[columns]
     if 0 < sampling.top_k < len(left):
-        chosen = np.flatnonzero(left >= _reached_by(left, sampling.top_k))
+        chosen = np.flatnonzero(left >= np.float32(_reached_by(left, sampling.top_k)))
         columns, left = chosen if columns is None else columns[chosen], left[chosen]
     if sampling.top_p < 1.0:
         chosen = _nucleus(left - peak, sampling.top_p)
@@ -201,13 +203,13 @@ def _nucleus(values: Floats, share: float) -> Ints:
     return near[order[:count]]
 
 
-def _reached_by(values: Floats, count: int) -> Any:
+def _reached_by(values: Floats, count: int) -> float:
     """The `count`th largest value. It is at least as large as that of the chunks' largest ones, which are few."""
     chunks = len(values) // CHUNK
     if chunks > 2 * count:
         least = _reached_by(values[: chunks * CHUNK].reshape(-1, CHUNK).max(axis=1), count)
-        values = values[values >= least]
-    return np.partition(values, len(values) - count)[len(values) - count]
+        values = values[values >= values.dtype.type(least)]
+    return float(np.partition(values, len(values) - count)[len(values) - count])
 
 
 # --- drawing ------------------------------------------------------------------------------------------
@@ -241,7 +243,7 @@ def best(
         for row_logits, row in zip(logits, rows, strict=True)
     ]
     at = noise.addresses([_place(row, stream) for row in rows])
-    _contenders(fields, at, count)
+    _contenders(fields, at, max(count, SUMMED) if totals else count)
     if asked is not None:
         for field, column in zip(fields, asked.tolist(), strict=True):
             field.ask(column)
@@ -313,7 +315,8 @@ class _Field:
             return of_groups[groups if self.kept.columns is None else groups[self.kept.columns]]
         if self.kept.columns is None:
             return np.repeat(of_groups, noise.GROUP)[: self.width]
-        return of_groups[self.kept.columns >> GROUP_BITS]
+        spread: Floats = of_groups[self.kept.columns >> GROUP_BITS]
+        return spread
 
     def admit(self, places: Ints | None) -> None:
         """Make contenders of what stands at these places of `kept`, or of all."""
@@ -403,7 +406,7 @@ def _largest(values: Floats, count: int) -> Ints:
     """Places of the `count` largest."""
     if count == 1:
         return np.array([values.argmax()])
-    near = np.flatnonzero(values >= _reached_by(values, count))
+    near = np.flatnonzero(values >= np.float32(_reached_by(values, count)))
     return near[np.argsort(-values[near], kind="stable")[:count]]
 
 

@@ -125,7 +125,8 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[An
 
 def uniform(at: Address, index: Array) -> Array:
     """Uniform on (0, 1), in steps of 2⁻⁵² and never 0 or 1: the `index`th of a place (of a stream that draws no tokens)."""
-    return _uniform(_words(at, index))
+    drawn: Array = _uniform(_words(at, index))
+    return drawn
 
 
 def exponential(at: Address, tokens: Array) -> Array:
@@ -133,12 +134,15 @@ def exponential(at: Address, tokens: Array) -> Array:
     stream = at.stream + _stack(0 * tokens, 0 * tokens + 1)
     words = _words(at._replace(stream=stream), _stack(tokens, tokens >> GROUP_BITS))
     own, least = _minus_log(_uniform(words))  # each word holds the tokens' own and their groups'
-    return least * (1.0 / GROUP) + own * ((tokens & (GROUP - 1)) != (words[2][1] & (GROUP - 1)))
+    others = (tokens & (GROUP - 1)) != (words[2][1] & (GROUP - 1))
+    drawn: Array = least * (1.0 / GROUP) + own * others
+    return drawn
 
 
 def gumbel(at: Address, tokens: Array) -> Array:
     """A token's standard Gumbel variable, -log of its exponential one."""
-    return _minus_log(exponential(at, tokens))
+    drawn: Array = _minus_log(exponential(at, tokens))
+    return drawn
 
 
 def peaks(at: Address, groups: Array) -> tuple[Array, Array]:

