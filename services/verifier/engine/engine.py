@@ -22,7 +22,14 @@ from services.verifier.engine import launch
 from services.verifier.engine.channel import ChannelMessage, ExitMessage, FailureMessage, Receiver
 from services.verifier.engine.checkpoint import Checkpoint, read_checkpoint
 from services.verifier.engine.exit_choice import ExitChoice, choose_exits
-from services.verifier.engine.options import EAGER_KEY, SESSION_KEY, EngineOptions, rules_as_argument
+from services.verifier.engine.grammar import as_schema
+from services.verifier.engine.options import (
+    EAGER_KEY,
+    SCHEMA_KEY,
+    SESSION_KEY,
+    EngineOptions,
+    rules_as_argument,
+)
 from services.verifier.engine.types import (
     BlockStatus,
     EngineInfo,
@@ -311,6 +318,8 @@ class VllmEngine:
                         finish_reason,
                         _logprobs(tokens_said, completion.logprobs or (), sampling.logprobs),
                     )
+                if completion.finish_reason == "error":
+                    raise EngineError("the engine could not go on with this request; its log says why")
                 if found.finished:
                     return
         except EngineDeadError as error:
@@ -411,6 +420,9 @@ class VllmEngine:
         all_stops = set(params.stop_token_ids) | set(self._checkpoint.stop_ids)
         stop_ids = set(params.stop_token_ids) if params.ignore_eos else all_stops
         rules = Rules(params.sampling, len(prompt), tuple(sorted(all_stops)))
+        extra = rules_as_argument(rules)
+        if params.json_schema:
+            extra[SCHEMA_KEY] = (as_schema(params.json_schema), len(committed))
         if committed and committed[-1] in stop_ids:
             raise InvalidRequest("the session has finished: its last committed token ends the generation")
         if len(committed) >= params.max_tokens:
@@ -431,7 +443,7 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
             logprobs=params.logprobs,
-            extra_args=rules_as_argument(rules) or None,
+            extra_args=extra or None,
         )
 
     def _check_vocabulary(self, tokens: Tokens, what: str) -> None:

@@ -27,6 +27,10 @@ EAGER_KEY: Final = "outrider_eager"
 RULES_KEY: Final = "outrider_rules"
 """In `extra_args` of a session or a plain request: how its tokens are drawn (`shared.sampling`); greedily without it."""
 
+SCHEMA_KEY: Final = "outrider_schema"
+"""In `extra_args`: the JSON schema that the answer has to satisfy, and how many tokens of the answer the request's prompt
+holds."""
+
 SUBMIT_CALL: Final = "outrider_submit"
 STATS_CALL: Final = "outrider_stats"
 DESCRIBE_CALL: Final = "outrider_describe"
@@ -68,6 +72,12 @@ def session_key(extra_args: Mapping[str, Any] | None) -> str | None:
 def is_eager(extra_args: Mapping[str, Any] | None) -> bool:
     """Whether a session's blocks follow its outputs at once."""
     return bool(extra_args and extra_args.get(EAGER_KEY))
+
+
+def schema_of(extra_args: Mapping[str, Any] | None) -> tuple[str, int] | None:
+    """A request's JSON schema and how many tokens at its prompt's end are of the answer; None without a schema."""
+    found = extra_args.get(SCHEMA_KEY) if extra_args else None
+    return None if found is None else (str(found[0]), int(found[1]))
 
 
 def rules_as_argument(rules: Rules) -> dict[str, Any]:
