@@ -31,8 +31,6 @@ Floats = npt.NDArray[Any]
 
 FEW: Final = 2048
 """Tokens whose noise is looked up without asking whether it can matter."""
-SUMMED: Final = 16
-"""Tokens whose noise a sum over all perturbed logits takes in at least."""
 CHUNK: Final = 64
 """Values whose largest is found first, when the largest of all are sought."""
 SLACK: Final = 1e-3
@@ -235,15 +233,19 @@ def best(
     asked: Ints | None = None,
     stream: Stream = Stream.TARGET,
     totals: bool = True,
+    sure: int | None = None,
 ) -> Best:
-    """The `count` best columns of each row of logits `[rows, columns]` by perturbed logits; the first is its draw."""
+    """The `count` best columns of each row of logits `[rows, columns]` by perturbed logits; the first is its draw.
+
+    Where `sure` is given, the best so many are these; of the others some may be missing, which takes less time.
+    """
     width = logits.shape[1]
     fields = [
         _Field(_keep(row_logits, row, vocabulary), row.rules.temperature, vocabulary, width)
         for row_logits, row in zip(logits, rows, strict=True)
     ]
     at = noise.addresses([_place(row, stream) for row in rows])
-    _contenders(fields, at, max(count, SUMMED) if totals else count)
+    _contenders(fields, at, sure or count)
     if asked is not None:
         for field, column in zip(fields, asked.tolist(), strict=True):
             field.ask(column)

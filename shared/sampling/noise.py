@@ -29,7 +29,7 @@ from torch import Tensor
 Floats = npt.NDArray[np.float64]
 Array = TypeVar("Array", npt.NDArray[Any], Tensor)
 
-GROUP_BITS: Final = 8
+GROUP_BITS: Final = 6
 GROUP: Final = 1 << GROUP_BITS
 """Tokens in a group."""
 

@@ -404,7 +404,7 @@ def test_the_shipped_draft_draws_in_its_own_vocabulary_and_in_the_context_s_word
     assert words is not None
     torch.manual_seed(1)
     hidden = torch.randn(12, shape.hidden) * 3
-    hidden[:4] += 30 * words.rows[:4] / words.rows[:4].norm(dim=-1, keepdim=True)
+    hidden[:4] = 40 * words.rows[:4] / words.rows[:4].norm(dim=-1, keepdim=True)
     with torch.inference_mode():
         columns = torch.cat((network._head(hidden), hidden @ words.rows.T), dim=-1).numpy()
         ids = torch.cat((tensors["draft_vocab"].long(), words.ids)).numpy()

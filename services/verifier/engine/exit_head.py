@@ -177,7 +177,7 @@ class _DrawnScores:
                 rough = torch.cat((rough, exact(more)), dim=1)
                 vocabulary = vocabulary.with_more(unnamed)
             asked = vocabulary.columns(asked)
-        found = sampling.best(rough.cpu().numpy(), rows, shortlist, vocabulary, asked=asked)
+        found = sampling.best(rough.cpu().numpy(), rows, shortlist, vocabulary, asked=asked, sure=k)
         columns = torch.from_numpy(np.concatenate((found.columns, asked[:, None]), axis=1)).to(rough.device)
         tokens = columns if vocabulary is None else torch.from_numpy(vocabulary.ids).to(rough.device)[columns]
         missed = exact(tokens) - rough.gather(1, columns)
