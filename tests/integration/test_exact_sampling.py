@@ -31,9 +31,9 @@ from tests.prompts import real_prompts
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
 SEEDS = 50
-PROMPT_TOKENS = 40
-MAX_TOKENS = 8
-BLOCK = 4
+PROMPT_TOKENS = 24
+MAX_TOKENS = 6
+BLOCK = 3
 AT_A_TIME = 16
 DEADLINE_S = 120.0
 PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.3, "frequency_penalty": 0.2}
@@ -148,10 +148,10 @@ async def bench(target_model: Path) -> AsyncIterator[Bench]:
         tokenizer.encode_chat(
             [{"role": "user", "content": tokenizer.decode(tokenizer.encode(text)[:PROMPT_TOKENS])}]
         )
-        for text in real_prompts(20)
+        for text in real_prompts(10)
     ]
     settings = VerifierSettings(
-        model=str(target_model), max_sessions=AT_A_TIME, max_model_len=256, max_block=BLOCK
+        model=str(target_model), max_sessions=2 * AT_A_TIME, max_model_len=256, max_block=BLOCK
     )
     engine = VllmEngine(settings)
     reports: list[ExitReport] = []

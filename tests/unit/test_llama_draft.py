@@ -404,11 +404,11 @@ def test_the_shipped_draft_draws_in_its_own_vocabulary_and_in_the_context_s_word
     assert words is not None
     torch.manual_seed(1)
     hidden = torch.randn(12, shape.hidden) * 3
-    hidden[:4] = 40 * words.rows[:4] / words.rows[:4].norm(dim=-1, keepdim=True)
     with torch.inference_mode():
         columns = torch.cat((network._head(hidden), hidden @ words.rows.T), dim=-1).numpy()
         ids = torch.cat((tensors["draft_vocab"].long(), words.ids)).numpy()
-        rules = Rules(Sampling(seed=5, temperature=0.9, repetition_penalty=1.2), 10)
+        bias = tuple((token, 60.0) for token in (rare[3], rare[30]))
+        rules = Rules(Sampling(seed=5, temperature=0.9, repetition_penalty=1.2, logit_bias=bias), 10)
         rows = [Row(rules, (*text, *range(n))) for n in range(12)]
         choices = network.choose(hidden, words, rows)
     said_rare = 0
