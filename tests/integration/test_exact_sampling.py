@@ -231,7 +231,7 @@ def json_cases(bench: Bench, count: int) -> list[Case]:
             f"json {n}",
             bench.prompts[n % len(bench.prompts)],
             GenerationParams(
-                max_tokens=70,
+                max_tokens=60,
                 policy=Policy.COST,
                 json_schema=json.dumps(SCHEMA),
                 sampling=Sampling(
@@ -256,11 +256,11 @@ async def test_answers_that_have_to_be_json_are_and_speculation_changes_nothing(
     bench: Bench, target_model: Path
 ) -> None:
     tokenizer = Tokenizer.load(target_model)
-    cases = json_cases(bench, 16)
+    cases = json_cases(bench, 8)
     truths = await bench.truths(cases)
     assert await bench.speculate(cases, at_a_time=AT_A_TIME) == truths
     ended = [truth for truth in truths if truth.finish_reason is FinishReason.STOP]
-    assert len(ended) >= 8, "most answers should be complete"
+    assert len(ended) >= 4, "most answers should be complete"
     for truth in ended:
         assert_satisfies(json.loads(tokenizer.decode(truth.tokens[:-1])))
 
