@@ -35,6 +35,8 @@ CHUNK: Final = 64
 """Values whose largest is found first, when the largest of all are sought."""
 SLACK: Final = 1e-3
 """By how much single precision may be wrong where it chooses whose noise is looked up."""
+LOWEST: Final = float(np.finfo(np.float32).min)
+"""Below are only masked tokens."""
 CUTS: Final = (8.0, 16.0, math.inf)
 """How far below the best the tokens of a nucleus are sought: natural logarithms of probability ratios."""
 
@@ -42,28 +44,17 @@ CUTS: Final = (8.0, 16.0, math.inf)
 class Vocabulary:
     """The tokens that a row's columns stand for."""
 
-    def __init__(self, ids: Ints, more: Ints | None = None) -> None:
-        """`more` are those of further columns. Both without repetition."""
-        self._parts = [_Part(ids, 0)] if more is None else [_Part(ids, 0), _Part(more, len(ids))]
-        self.ids: Final = ids if more is None else np.concatenate((ids, more))
-        self._groups: Ints | None = None
+    def __init__(self, ids: Ints, before: Vocabulary | None = None) -> None:
+        """`ids` of the columns that follow those of `before`; none of them twice."""
+        first = 0 if before is None else len(before.ids)
+        self._parts: list[_Part] = [*(before._parts if before is not None else ()), _Part(ids, first)]
+        self.ids: Final[Ints] = ids if before is None else np.concatenate((before.ids, ids))
+        self.groups: Final[Ints] = self.ids >> GROUP_BITS
+        """The groups of noise that they are of."""
 
-    @property
-    def groups(self) -> Ints:
-        """The groups of noise that the columns' tokens are of."""
-        if self._groups is None:
-            self._groups = self.ids >> GROUP_BITS
-        return self._groups
-
-    def with_more(self, more: Ints) -> Vocabulary:
+    def with_more(self, ids: Ints) -> Vocabulary:
         """The same with further columns."""
-        found = Vocabulary.__new__(Vocabulary)
-        found.__dict__.update(
-            _parts=[*self._parts, _Part(more, len(self.ids))],
-            ids=np.concatenate((self.ids, more)),
-            _groups=np.concatenate((self.groups, more >> GROUP_BITS)),
-        )
-        return found
+        return Vocabulary(ids, self)
 
     def columns(self, tokens: Ints) -> Ints:
         """Their columns, -1 for tokens without one."""
@@ -314,10 +305,11 @@ class _Field:
         """What each group has, at each place of `kept`."""
         if self.vocabulary is not None:
             groups = self.vocabulary.groups
-            return of_groups[groups if self.kept.columns is None else groups[self.kept.columns]]
+            spread: Floats = of_groups[groups if self.kept.columns is None else groups[self.kept.columns]]
+            return spread
         if self.kept.columns is None:
             return np.repeat(of_groups, noise.GROUP)[: self.width]
-        spread: Floats = of_groups[self.kept.columns >> GROUP_BITS]
+        spread = of_groups[self.kept.columns >> GROUP_BITS]
         return spread
 
     def admit(self, places: Ints | None) -> None:
@@ -397,7 +389,7 @@ def _contenders(fields: Sequence[_Field], at: Address, count: int) -> None:
         owns = field.left_places((np.arange(groups) << GROUP_BITS) + owner)
         reached = np.concatenate((values[places] + known, most[np.setdiff1d(owns, places)]))
         needed = reached.max() if count == 1 else np.partition(reached, len(reached) - count)[-count]
-        field.admit(np.flatnonzero(most >= np.float32(needed - SLACK)))
+        field.admit(np.flatnonzero(most >= np.float32(max(needed - SLACK, LOWEST))))
 
 
 def _highest(field: _Field) -> int:

@@ -149,7 +149,7 @@ def test_a_reduced_vocabulary_is_processed_alike(name: str) -> None:
     whole = processed(logits.numpy(), row)
     ids = np.random.default_rng(0).permutation(np.flatnonzero(np.isfinite(whole)))
     half = len(ids) // 2
-    vocabulary = Vocabulary(ids[:half], ids[half:])
+    vocabulary = Vocabulary(ids[:half]).with_more(ids[half:])
     ours = processed(logits.numpy()[ids], row, vocabulary)
     if sampling.top_p == 1.0:  # a share of what is left is another share
         np.testing.assert_array_equal(ours, whole[ids])

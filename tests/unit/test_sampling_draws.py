@@ -84,7 +84,7 @@ def test_a_draw_is_the_largest_of_all_perturbed_logits(name: str, make: Callable
     assert np.array_equal(found.columns[left], wanted[left])
     np.testing.assert_allclose(found.asked, perturbed[:, 123])
     ids = np.random.default_rng(3).permutation(LARGE)
-    reordered = Vocabulary(ids[:9000], ids[9000:])
+    reordered = Vocabulary(ids[:9000]).with_more(ids[9000:])
     assert np.array_equal(ids[draw(logits[:, ids], rows, reordered)], perturbed.argmax(axis=1))
 
 
@@ -109,6 +109,16 @@ def test_the_sum_of_perturbed_logits_is_near_and_that_of_greedy_ones_exact() -> 
 def test_a_row_with_fewer_tokens_than_asked_for_is_filled_up() -> None:
     found = best(model_like(5, 1), [Row(rules(temperature=1.0, top_k=2), (1, 2, 3))], 4)
     assert np.isfinite(found.values[0]).tolist() == [True, True, False, False]
+
+
+def test_a_row_that_a_grammar_leaves_few_tokens_yields_one_of_them() -> None:
+    logits = flat(4, 30)
+    allowed = np.array([7, 300, 40_000])
+    logits[:, np.setdiff1d(np.arange(LARGE), allowed)] = -np.inf
+    rows = [Row(rules(seed=seed, temperature=1.0), (1, 2, 3)) for seed in range(30)]
+    assert set(draw(logits, rows).tolist()) == set(allowed.tolist())
+    found = best(logits, rows, 5)
+    assert np.isfinite(found.values).sum(axis=1).tolist() == [3] * 30
 
 
 def test_tokens_of_another_choice_or_seed_differ() -> None:
