@@ -303,13 +303,14 @@ class _Field:
 
     def spread(self, of_groups: Floats) -> Floats:
         """What each group has, at each place of `kept`."""
+        columns = self.kept.columns
         if self.vocabulary is not None:
-            groups = self.vocabulary.groups
-            spread: Floats = of_groups[groups if self.kept.columns is None else groups[self.kept.columns]]
-            return spread
-        if self.kept.columns is None:
+            groups = self.vocabulary.groups if columns is None else self.vocabulary.groups[columns]
+        elif columns is None:
             return np.repeat(of_groups, noise.GROUP)[: self.width]
-        spread = of_groups[self.kept.columns >> GROUP_BITS]
+        else:
+            groups = columns >> GROUP_BITS
+        spread: Floats = of_groups[groups]
         return spread
 
     def admit(self, places: Ints | None) -> None:

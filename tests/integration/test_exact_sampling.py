@@ -23,7 +23,7 @@ from services.verifier.engine.engine import VllmEngine
 from services.verifier.engine.types import BlockStatus, EngineOutput, ExitReport
 from services.verifier.settings import VerifierSettings
 from shared.errors import InvalidRequest
-from shared.protocol import FinishReason, GenerationParams, Policy, Sampling, Tokens
+from shared.protocol import FinishReason, GenerationParams, Sampling, Tokens
 from shared.sampling.rules import Rules
 from shared.text import Tokenizer
 from tests.prompts import real_prompts
@@ -31,8 +31,8 @@ from tests.prompts import real_prompts
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
 SEEDS = 50
-PROMPT_TOKENS = 24
-MAX_TOKENS = 6
+PROMPT_TOKENS = 16
+MAX_TOKENS = 8
 BLOCK = 3
 AT_A_TIME = 16
 DEADLINE_S = 120.0
@@ -71,7 +71,6 @@ class Bench:
                 self.prompts[seed % len(self.prompts)],
                 GenerationParams(
                     max_tokens=MAX_TOKENS,
-                    policy=Policy.COST,
                     sampling=Sampling(
                         seed=seed * 7919,
                         temperature=temperature,
@@ -97,14 +96,20 @@ class Bench:
 
     async def _together(self, cases: list[Case]) -> list[EngineOutput]:
         streams = [self.engine.open(case.name, case.prompt, (), case.params) for case in cases]
-        outputs = [await asyncio.wait_for(anext(stream), DEADLINE_S) for stream in streams]
+        outputs = list(
+            await asyncio.gather(*(asyncio.wait_for(anext(stream), DEADLINE_S) for stream in streams))
+        )
         for case, output in zip(cases, outputs, strict=True):
             case.said = output.tokens
         while going := [n for n, output in enumerate(outputs) if output.finish_reason is None]:
             blocks = self._draft([cases[n] for n in going])
-            for n, block in zip(going, blocks, strict=True):
-                status = await self.engine.submit(cases[n].name, len(cases[n].said), block)
-                assert status in (BlockStatus.ARMED, BlockStatus.QUEUED)
+            submitted = await asyncio.gather(
+                *(
+                    self.engine.submit(cases[n].name, len(cases[n].said), block)
+                    for n, block in zip(going, blocks, strict=True)
+                )
+            )
+            assert {*submitted} <= {BlockStatus.ARMED, BlockStatus.QUEUED}
             for n, block in zip(going, blocks, strict=True):
                 outputs[n] = await asyncio.wait_for(anext(streams[n]), DEADLINE_S)
                 case = cases[n]
@@ -144,12 +149,7 @@ class Bench:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def bench(target_model: Path) -> AsyncIterator[Bench]:
     tokenizer = Tokenizer.load(target_model)
-    prompts = [
-        tokenizer.encode_chat(
-            [{"role": "user", "content": tokenizer.decode(tokenizer.encode(text)[:PROMPT_TOKENS])}]
-        )
-        for text in real_prompts(10)
-    ]
+    prompts = [tokenizer.encode(text)[:PROMPT_TOKENS] for text in real_prompts(10)]
     settings = VerifierSettings(
         model=str(target_model), max_sessions=2 * AT_A_TIME, max_model_len=256, max_block=BLOCK
     )
@@ -232,7 +232,6 @@ def json_cases(bench: Bench, count: int) -> list[Case]:
             bench.prompts[n % len(bench.prompts)],
             GenerationParams(
                 max_tokens=60,
-                policy=Policy.COST,
                 json_schema=json.dumps(SCHEMA),
                 sampling=Sampling(
                     temperature=(0.0, 0.8, 1.2)[n % 3], seed=n, top_p=0.95, **(PENALTIES if n % 2 else {})
