@@ -24,7 +24,15 @@ from prometheus_client import Histogram
 from pydantic import TypeAdapter
 
 from shared.errors import InvalidRequest, SessionNotFound, SessionTaken, StaleEpoch, StoreUnavailable
-from shared.protocol import FinishReason, GenerationParams, OpenSession, Outcome, ReplyRoute, Tokens
+from shared.protocol import (
+    FinishReason,
+    GenerationParams,
+    OpenSession,
+    Outcome,
+    ReplyRoute,
+    TokenLogprobs,
+    Tokens,
+)
 from shared.redis_client import Argument, RedisClient, Reply, Script, ServerInfo
 from shared.session import SessionState, SessionStats, SessionStatus
 from shared.settings import CommonSettings
@@ -45,12 +53,16 @@ COMMIT_SECONDS = Histogram(
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a verifier needs to restore a session's KV; `took_over` when another incarnation owned it (epoch + 1)."""
+    """What a verifier needs to restore a session's KV; `took_over` when another incarnation owned it (epoch + 1).
+
+    `logprobs` are one for each of the committed `tokens` where the session tells them, otherwise none.
+    """
 
     state: SessionState
     prompt: Tokens
     tokens: Tokens
     took_over: bool
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +284,13 @@ class Store:
             )
         if verdict == b"damaged":
             raise _damaged(session)
-        return Claim(state, unpack(_bytes(reply[2])), unpack(_bytes(reply[3])), verdict == b"taken")
+        return Claim(
+            state,
+            unpack(_bytes(reply[2])),
+            unpack(_bytes(reply[3])),
+            verdict == b"taken",
+            _told(reply[4]),
+        )
 
     async def commit(
         self,
@@ -285,9 +303,11 @@ class Store:
         finish_reason: FinishReason | None = None,
         drafted: int = 0,
         accepted: int = 0,
+        logprobs: Sequence[TokenLogprobs] = (),
     ) -> CommitResult:
         """Append `tokens` to the first `base` committed ones, for good; with a finish reason nothing may follow.
 
+        `logprobs` are one for each token, in every commit of a session or in none.
         The same commit again is recognised. Raises `CommitConflict` when the session has another epoch or base, or has
         ended: then nothing has changed.
         """
@@ -303,6 +323,7 @@ class Store:
                     finish_reason or "",
                     drafted,
                     accepted,
+                    *(told.model_dump_json() for told in logprobs),
                 )
             )
         match reply:
@@ -375,6 +396,10 @@ class Store:
         """The committed tokens after the first `since`; empty too where there is no such session."""
         key = self._key(session, "tokens")
         return unpack(_bytes(await self._redis.command("GETRANGE", key, since * TOKEN_BYTES, -1)))
+
+    async def logprobs(self, session: str, since: int = 0) -> tuple[TokenLogprobs, ...]:
+        """Log-probabilities of the committed tokens after the first `since`; empty where the session does not tell them."""
+        return _told(await self._redis.command("LRANGE", self._key(session, "logprobs"), since, -1))
 
     # --- speculative state: best effort, for operators and for a gateway that resumes -------------------------
 
@@ -528,7 +553,7 @@ class Store:
 
     async def _run(self, script: Script, session: str, *arguments: Argument) -> Reply:
         stem = f"{self._prefix}{{{session}}}:"
-        keys = (f"{stem}state", f"{stem}prompt", f"{stem}tokens", f"{stem}spec")
+        keys = (f"{stem}state", f"{stem}prompt", f"{stem}tokens", f"{stem}spec", f"{stem}logprobs")
         return await self._redis.script(script, keys, (self._life_ms, *arguments))
 
     async def _lease(self, step: str, name: str, holder: str, ttl_s: float) -> bool:
@@ -691,6 +716,10 @@ def _damaged(session: str) -> SessionNotFound:
         f"session {session} has lost tokens in Redis; its maxmemory-policy must be noeviction and no other program may"
         " write its keys"
     )
+
+
+def _told(reply: Reply) -> tuple[TokenLogprobs, ...]:
+    return tuple(TokenLogprobs.model_validate_json(_bytes(item)) for item in _list(reply))
 
 
 def _parse_cursor(cursor: str | None) -> tuple[str, str | None]:

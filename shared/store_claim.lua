@@ -1,5 +1,5 @@
 -- A verifier process takes a session's KV upon itself. ARGV: life, epoch, owner.
--- Returns {'kept' | 'taken' | 'stale' | 'missing' | 'damaged', record, prompt, tokens}; taken: from another owner, and
+-- Returns {'kept' | 'taken' | 'stale' | 'missing' | 'damaged', record, prompt, tokens, log-probabilities}; taken: from another owner, and
 -- the epoch has grown by one. A session that has ended is shown, but not owned.
 local stored, owner, base, prompt_length, finish_reason, taken_from =
   unpack(redis.call('HMGET', STATE, 'epoch', 'owner', 'base', 'prompt_length', 'finish_reason', 'taken_from'))
@@ -26,4 +26,5 @@ if finish_reason == '' and not taken then
   redis.call('HSET', STATE, 'epoch', epoch, 'owner', ARGV[3], 'claimed_epoch', epoch, 'touched_ms', now_ms())
 end
 refresh()
-return {taken and 'taken' or 'kept', record(), redis.call('GET', PROMPT), redis.call('GET', TOKENS) or ''}
+return {taken and 'taken' or 'kept', record(), redis.call('GET', PROMPT), redis.call('GET', TOKENS) or '',
+  redis.call('LRANGE', LOGPROBS, 0, -1)}

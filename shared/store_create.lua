@@ -5,7 +5,7 @@ if opened then
   return {opened == ARGV[2] and 'known' or 'taken', record()}
 end
 local now = now_ms()
-redis.call('DEL', STATE, TOKENS, SPECULATION)
+redis.call('DEL', STATE, TOKENS, SPECULATION, LOGPROBS)
 redis.call('HSET', STATE, 'opened', ARGV[2], 'created_ms', now, 'touched_ms', now, unpack(ARGV, 4))
 redis.call('SET', PROMPT, ARGV[3])
 refresh()

@@ -41,6 +41,7 @@ from shared.protocol import (
     Tokens,
     Verdict,
 )
+from shared.sampling.rules import Rules
 from shared.session import SessionState, SessionStats
 from shared.speculation.edge import (
     Abandoned,
@@ -171,6 +172,7 @@ class Generation:
         prompt: Tokens,
         config: EdgeConfig,
         *,
+        rules: Rules | None = None,
         uplink: Uplink,
         drafter: Drafter,
         trace: TraceContext,
@@ -181,6 +183,7 @@ class Generation:
         self.session: Final = session
         self.prompt_length: Final = len(prompt)
         self._prompt = prompt
+        self._rules = rules
         self._core = EdgeSession(config)
         self._uplink = uplink
         self._drafter = drafter
@@ -426,7 +429,12 @@ class Generation:
             case StartDraft(lane, base, assumed, length, beyond):
                 context = (*self._prompt, *self._core.committed[:base], *assumed)
                 request = DraftRequest(
-                    session=self.session, lane=lane, context=context, length=length, beyond=beyond
+                    session=self.session,
+                    lane=lane,
+                    context=context,
+                    length=length,
+                    beyond=beyond,
+                    rules=self._rules,
                 )
                 self._drafts[lane] = self._spawn(self._draft(request))
             case DropDraft(lane):

@@ -30,6 +30,7 @@ from shared.errors import (
     Unavailable,
 )
 from shared.protocol import Cancel, CloseSession, GenerationParams, OpenSession, Policy, Sampling, Tokens
+from shared.sampling.rules import Rules
 from shared.session import SessionState
 from shared.speculation.edge import EdgeConfig
 from shared.speculation.outcomes import Foresight
@@ -217,6 +218,7 @@ class Sessions:
             form.session,
             prompt,
             self._edge_config(form, params),
+            rules=self._rules(prompt, params),
             uplink=self._uplink,
             drafter=self._drafter,
             trace=trace,
@@ -224,6 +226,12 @@ class Sessions:
             on_end=self._forget,
             earlier=earlier.stats if earlier is not None else None,
         )
+
+    def _rules(self, prompt: Tokens, params: GenerationParams) -> Rules | None:
+        """How a draft has to draw to draw as the target does; None where that is greedily."""
+        stops = self._tokenizer.stop_tokens | frozenset(params.stop_token_ids)
+        rules = Rules(params.sampling, len(prompt), tuple(sorted(stops)))
+        return None if rules.plain else rules
 
     def _edge_config(self, form: ResponseForm, params: GenerationParams) -> EdgeConfig:
         settings, options = self._settings, form.options

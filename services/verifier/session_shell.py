@@ -316,6 +316,7 @@ class SessionShell:
                     last_base=state.last_base,
                     finish_reason=state.finish_reason,
                     policy=state.params.policy,
+                    logprobs=claim.logprobs,
                 )
             )
 
@@ -337,6 +338,7 @@ class SessionShell:
                 finish_reason=action.finish_reason,
                 drafted=action.drafted,
                 accepted=action.accepted,
+                logprobs=action.logprobs,
             )
         except CommitConflict as conflict:
             log.info("commit of %s at %d refused: %s", self.session, action.base, conflict)
@@ -427,7 +429,7 @@ class SessionShell:
         try:
             async for output in stream:
                 self._stop_clock(answered=True)
-                self.handle(core.EngineAnswered(output.tokens, output.finish_reason))
+                self.handle(core.EngineAnswered(output.tokens, output.finish_reason, output.logprobs))
         except OutriderError as error:
             self.handle(_failed(error))
         except Exception:

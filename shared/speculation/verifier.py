@@ -49,6 +49,7 @@ from shared.protocol import (
     Prompt,
     ReplyRoute,
     Stale,
+    TokenLogprobs,
     Tokens,
     Verdict,
     VerdictsMessage,
@@ -103,7 +104,8 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """Redis says that the session is ours from `epoch` on, and what was committed so far."""
+    """Redis says that the session is ours from `epoch` on, and what was committed so far, with its log-probabilities
+    where they are told."""
 
     epoch: int
     committed: Tokens
@@ -112,6 +114,7 @@ class Claimed:
     last_base: int = -1
     finish_reason: FinishReason | None = None
     policy: Policy = Policy.COST
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +140,12 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class EngineAnswered:
-    """Tokens that the engine added; more than one step's where the reader lagged."""
+    """Tokens that the engine added, and one of `logprobs` for each where they are asked for; more than one step's where
+    the reader lagged."""
 
     tokens: Tokens
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +226,7 @@ class Commit:
     finish_reason: FinishReason | None
     drafted: int
     accepted: int
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +319,7 @@ class _Result:
     ran: _Pass
     tokens: Tokens
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(slots=True)
@@ -396,6 +403,7 @@ class VerifierSession:
         self._gateway = ""
         self._policy = Policy.COST
         self._said: list[int] = []  # committed tokens, then those of `_results`
+        self._logprobs: list[TokenLogprobs] = []  # theirs, or none where they are not asked for
         self._results: deque[_Result] = deque()
         self._committing = False
         self._ending: FinishReason | None = None  # how what was said ends
@@ -592,6 +600,7 @@ class VerifierSession:
         self._paths.clear()
         if not live:
             self._said = list(event.committed)
+            self._logprobs = list(event.logprobs)
             self._results.clear()
             self._ending = event.finish_reason
             self._engine_open = False
@@ -637,6 +646,7 @@ class VerifierSession:
             accepted=_accepted(_tokens(message), tokens),
             tokens=tokens,
             finish_reason=event.finish_reason,
+            logprobs=event.logprobs[event.last_base :],
         )
         return [Publish(verdict, message.reply)]
 
@@ -733,7 +743,8 @@ class VerifierSession:
                 self._pace.saw_floor(now_ms - ran.since_ms, len(event.tokens))
         self._running = None
         self._said.extend(event.tokens)
-        self._results.append(_Result(ran, event.tokens, event.finish_reason))
+        self._logprobs.extend(event.logprobs)
+        self._results.append(_Result(ran, event.tokens, event.finish_reason, event.logprobs))
         self._ending = event.finish_reason
         if event.finish_reason is not None:
             self._engine_open = False
@@ -779,7 +790,16 @@ class VerifierSession:
         )
         number = self._last_round if ran.draft is None else ran.draft.round
         return [
-            Commit(self._epoch, number, self.base, result.tokens, result.finish_reason, drafted, accepted)
+            Commit(
+                self._epoch,
+                number,
+                self.base,
+                result.tokens,
+                result.finish_reason,
+                drafted,
+                accepted,
+                result.logprobs,
+            )
         ]
 
     def _commit_done(self, event: Committed, now_ms: float) -> list[VerifierAction]:
@@ -809,10 +829,12 @@ class VerifierSession:
                 tokens=result.tokens,
                 finish_reason=result.finish_reason,
                 taken=taken,
+                logprobs=result.logprobs,
             )
             return Publish(floor, self._reply)
         base = draft.message.base if draft.asks else ran.base
-        tokens = tuple(self._said[base : ran.base + len(result.tokens)])
+        end = ran.base + len(result.tokens)
+        tokens = tuple(self._said[base:end])
         self._verdict = Verdict(
             session=self.session,
             epoch=self._epoch,
@@ -822,6 +844,7 @@ class VerifierSession:
             tokens=tokens,
             finish_reason=result.finish_reason,
             taken=taken,
+            logprobs=tuple(self._logprobs[base:end]),
         )
         return Publish(self._verdict, draft.message.reply)
 

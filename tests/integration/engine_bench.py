@@ -48,7 +48,7 @@ class Bench:
             await engine.stop()
 
     async def answer(self, prompt: Tokens, params: GenerationParams) -> EngineOutput:
-        return await asyncio.wait_for(self.engine.greedy(prompt, params), DEADLINE_S)
+        return await asyncio.wait_for(self.engine.alone(prompt, params), DEADLINE_S)
 
     async def speculate(
         self,

@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from services.verifier.engine.engine import VllmEngine
 from services.verifier.engine.types import BlockStatus
-from shared.protocol import Tokens
+from shared.protocol import Sampling, Tokens
 from tests.integration.engine_bench import (
     Bench,
     assert_accounted,
@@ -38,9 +38,14 @@ async def bench(tiny_target: TinyTarget) -> AsyncIterator[Bench]:
         yield bench
 
 
-async def test_sessions_that_need_more_kv_than_there_is_are_exact(bench: Bench) -> None:
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(temperature=1.0, seed=4, repetition_penalty=1.2, frequency_penalty=0.3)],
+    ids=["greedy", "sampled"],
+)
+async def test_sessions_that_need_more_kv_than_there_is_are_exact(bench: Bench, sampling: Sampling) -> None:
     prompts = [random_prompt(seed, 90 + 4 * seed) for seed in range(SESSIONS)]
-    params = endless(30)
+    params = endless(30).model_copy(update={"sampling": sampling})
     truths = [await bench.answer(prompt, params) for prompt in prompts]
     before = await bench.engine.stats()
     found = await asyncio.gather(

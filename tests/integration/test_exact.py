@@ -128,7 +128,7 @@ async def bench(
     }
     async with whole(environment, target_model, drafts) as running:
         params = GenerationParams(max_tokens=MAX_TOKENS)
-        said = await asyncio.gather(*(running.engine.greedy(prompt, params) for prompt in prompts))
+        said = await asyncio.gather(*(running.engine.alone(prompt, params) for prompt in prompts))
         truth = [output.tokens for output in said]
         answers.update(zip(prompts, truth, strict=True))
         yield Bench(running, prompts, truth)

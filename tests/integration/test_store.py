@@ -24,7 +24,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.crc import key_slot
 
 from shared.errors import InvalidRequest, SessionNotFound, SessionTaken, StoreUnavailable
-from shared.protocol import FinishReason, GenerationParams, OpenSession, Outcome, ReplyRoute
+from shared.protocol import FinishReason, GenerationParams, OpenSession, Outcome, ReplyRoute, TokenLogprobs
 from shared.redis_client import RedisClient, Script
 from shared.session import SessionStatus
 from shared.settings import CommonSettings
@@ -330,6 +330,45 @@ async def test_of_movers_that_expect_the_same_epoch_one_moves(store: Store) -> N
     stale = [move for move in moves if isinstance(move, StaleState)]
     assert (len(moved), len(stale)) == (1, 5)
     assert await store.state(session) == stale[0].state == moved[0]
+
+
+# --- log-probabilities --------------------------------------------------------------------------------------------
+
+
+def told(*tokens: int) -> tuple[TokenLogprobs, ...]:
+    return tuple(
+        TokenLogprobs(logprob=-token / 3, rank=2, top=((9, -0.1), (token, -0.2))) for token in tokens
+    )
+
+
+async def test_what_a_commit_tells_of_its_tokens_is_given_again(store: Store) -> None:
+    session = await opened(store)
+    first = {"epoch": 1, "round": 0, "base": 0, "tokens": (5, 6), "logprobs": told(5, 6)}
+    for _ in range(2):  # the same commit again adds nothing
+        await store.commit(session, **first)  # type: ignore[arg-type]
+    await store.commit(session, epoch=1, round=1, base=2, tokens=(7,), logprobs=told(7))
+    with pytest.raises(CommitConflict):
+        await store.commit(session, epoch=1, round=2, base=2, tokens=(8,), logprobs=told(8))
+    assert await store.logprobs(session) == told(5, 6, 7)
+    assert await store.logprobs(session, 2) == told(7)
+    assert (await store.claim(session, epoch=1, owner="a")).logprobs == told(5, 6, 7)
+
+
+async def test_a_session_that_tells_nothing_of_its_tokens_keeps_nothing(store: Store, redis: Redis) -> None:
+    session = await opened(store)
+    await store.commit(session, epoch=1, round=0, base=0, tokens=(5,))
+    assert await store.logprobs(session) == ()
+    assert (await store.claim(session, epoch=1, owner="a")).logprobs == ()
+    assert not await redis.exists(store._key(session, "logprobs"))
+
+
+async def test_what_is_told_goes_with_its_session(store: Store, redis: Redis) -> None:
+    session = await opened(store)
+    await store.commit(session, epoch=1, round=0, base=0, tokens=(5,), logprobs=told(5))
+    key = store._key(session, "logprobs")
+    assert 0 < await redis.pttl(key) <= await redis.pttl(store._key(session, "tokens")) + 10
+    await store.erase(session)
+    assert not await redis.exists(key)
 
 
 # --- close --------------------------------------------------------------------------------------------------------

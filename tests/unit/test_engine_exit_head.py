@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from services.verifier.engine.exit_head import ExactHead, Naming, ShortlistHead, can_shortlist
+from services.verifier.engine.exit_head import (
+    LEAST_LOG_PROB,
+    ExactHead,
+    Naming,
+    ShortlistHead,
+    can_shortlist,
+)
+from shared.protocol import Sampling
+from shared.sampling import logits as sampling
+from shared.sampling.rules import Row, Rules
 from training.exits import fit_naming
 
 VOCABULARY, HIDDEN, ROWS, K = 4096, 192, 40, 5
@@ -79,3 +88,57 @@ def test_exact_head_needs_no_more_candidates_than_there_are() -> None:
     found = ExactHead(lambda rows: rows, torch.eye(2))(torch.tensor([[1.0, 2.0]]), torch.tensor([0]), 5)
     assert found.tokens.tolist() == [[1, 0]]
     assert found.drafted.exp() + found.log_probs[0, 0].exp() == pytest.approx(1.0)
+
+
+def drawn_rows(count: int) -> list[Row | None]:
+    """Rows of several sessions' draws."""
+    kinds = [
+        Rules(Sampling(temperature=1.0, seed=3), 2),
+        Rules(Sampling(temperature=0.7, top_p=0.9, seed=4), 2),
+        Rules(Sampling(temperature=0.8, repetition_penalty=1.3, seed=5), 2),
+    ]
+    return [Row(kinds[n % 3], tuple(range(4 + n))) for n in range(count)]
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_scores_of_drawn_rows_are_those_of_perturbed_logits(weight: torch.Tensor, reduced: bool) -> None:
+    vocabulary = torch.arange(1, VOCABULARY, 2) if reduced else None
+    hidden = torch.randn(ROWS, HIDDEN) * torch.rand(ROWS, 1) * 4
+    drafts = torch.randint(VOCABULARY, (ROWS,))
+    rows = drawn_rows(ROWS)
+    logits = (hidden @ weight.T).numpy()
+    wanted = sampling.best(logits, [row for row in rows if row is not None], K, asked=drafts.numpy())
+    exact = ExactHead(lambda each: each @ weight.T, weight, Naming(vocabulary))(hidden, drafts, K, rows)
+    found = ShortlistHead(weight, Naming(vocabulary))(hidden, drafts, K, rows)
+    if not reduced:
+        left = torch.from_numpy(wanted.values).isfinite()
+        assert torch.equal(exact.tokens[left], torch.from_numpy(wanted.columns)[left])
+        truncated = torch.from_numpy(wanted.asked).isneginf()
+        assert bool((exact.drafted[truncated] == LEAST_LOG_PROB).all())
+    first = exact.log_probs > LEAST_LOG_PROB
+    agree = (found.tokens == exact.tokens)[first].float().mean()
+    assert agree > 0.95, "int8 may swap tokens that are near"
+    assert bool((exact.log_probs[:, 0] > LEAST_LOG_PROB).all())
+    same = (found.tokens == exact.tokens) & first
+    apart = (found.log_probs[same] - exact.log_probs[same]).abs()
+    assert apart.quantile(0.97) < 0.1
+    assert apart.max() < 0.5
+
+
+@pytest.mark.parametrize("kind", [ExactHead, ShortlistHead])
+def test_greedy_rows_score_alike_beside_drawn_ones(weight: torch.Tensor, kind: type) -> None:
+    hidden = torch.randn(9, HIDDEN)
+    drafts = torch.randint(VOCABULARY, (9,))
+    head = ShortlistHead(weight) if kind is ShortlistHead else ExactHead(lambda each: each @ weight.T, weight)
+    rows = [row if n % 3 else None for n, row in enumerate(drawn_rows(9))]
+    mixed, greedy, drawn = (
+        head(hidden, drafts, K, rows),
+        head(hidden, drafts, K),
+        head(hidden, drafts, K, drawn_rows(9)),
+    )
+    for number, row in enumerate(rows):
+        alone = greedy if row is None else drawn
+        assert torch.equal(mixed.tokens[number], alone.tokens[number])
+        torch.testing.assert_close(mixed.log_probs[number], alone.log_probs[number], atol=0.02, rtol=0)
+        torch.testing.assert_close(mixed.drafted[number], alone.drafted[number], atol=0.02, rtol=0)
+        assert torch.equal(mixed.draft_rows[number], weight[drafts[number]])

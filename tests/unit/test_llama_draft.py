@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,12 +16,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from services.draft_gateway.drafting import load_draft_engine
 from services.draft_gateway.drafting.decoder import Decoder, Segment
+from services.draft_gateway.drafting.distilled import DistilledNetwork, config_of, read_distilled
 from services.draft_gateway.drafting.engine import DraftRequest
 from services.draft_gateway.drafting.llama import PREFILL_CHUNK, LlamaDraft
 from services.draft_gateway.drafting.shape import LlamaShape
 from services.draft_gateway.settings import GatewaySettings
 from shared.errors import ModelFilesError
-from shared.protocol import Tokens
+from shared.pair import WEIGHTS
+from shared.protocol import Sampling, Tokens
+from shared.sampling.logits import draw, processed
+from shared.sampling.noise import Place, address, gumbel
+from shared.sampling.rules import Row, Rules
 
 VOCABULARY = 61
 LLAMA3 = {
@@ -334,6 +340,88 @@ def test_a_reduced_output_vocabulary_is_mapped_to_the_targets_ids(tmp_path: Path
     with torch.inference_mode():
         logits = llama(torch.tensor([prompt])).logits[0, -1]
     assert draft.tokens == (int(kept[logits[kept].argmax()]),)
+
+
+# --- drawing as the target draws ----------------------------------------------------------------------------------
+
+
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.8},
+    {"temperature": 1.0, "repetition_penalty": 1.5, "presence_penalty": 0.5, "min_tokens": 3},
+    {"repetition_penalty": 1.5},
+]
+
+
+def drawn_reference(llama: LlamaForCausalLM, rules: Rules, text: Tokens, length: int) -> Tokens:
+    tokens = list(text)
+    with torch.inference_mode():
+        for _ in range(length):
+            logits = llama(torch.tensor([tokens])).logits[0, -1].numpy()
+            tokens.append(int(draw(logits[None], [Row(rules, tuple(tokens))])[0]))
+    return tuple(tokens[len(text) :])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=", ".join)
+def test_a_sampled_session_is_drafted_as_the_target_would_draw(tmp_path: Path, kind: dict[str, Any]) -> None:
+    """If it were this model, that is: with the same noise, after the same tokens, in lanes beside greedy ones."""
+    llama = model()
+    drafting = engine(saved(tmp_path, llama))
+    rules = Rules(Sampling(seed=12, **kind), 20, (5,))
+    contexts = [context(1, 20) + context(lane, lane) for lane in range(3)]
+    requests = [
+        *(DraftRequest("s", lane, text, 5, rules=rules) for lane, text in enumerate(contexts)),
+        DraftRequest("greedy", 0, contexts[0], 5),
+    ]
+    drafts = drafting.draft(requests)
+    for text, draft in zip(contexts, drafts, strict=False):
+        assert draft.tokens == drawn_reference(llama, rules, text, 5)
+        assert all(0 < confidence <= 1 for confidence in draft.confidences)
+        for place, token in zip(draft.alternatives, draft.tokens, strict=True):
+            assert place[0][0] == token
+            assert [sure for _, sure in place] == sorted((sure for _, sure in place), reverse=True)
+            assert all(sure > 0 for _, sure in place)
+    assert drafts[3].tokens == reference(llama, contexts[0], 5)
+
+
+def test_a_draw_that_truncation_leaves_no_choice_is_sure(tmp_path: Path) -> None:
+    drafting = engine(saved(tmp_path, model()))
+    rules = Rules(Sampling(seed=1, temperature=1.0, top_k=1), 20)
+    (draft,) = drafting.draft([DraftRequest("s", 0, context(2, 20), 3, rules=rules)])
+    assert draft.confidences == pytest.approx((1.0, 1.0, 1.0))
+    assert [len(place) for place in draft.alternatives] == [1, 1, 1]
+
+
+def test_the_shipped_draft_draws_in_its_own_vocabulary_and_in_the_context_s_words() -> None:
+    directory = next(WEIGHTS.glob("*/draft"))
+    header, tensors = read_distilled(directory)
+    shape = LlamaShape.of(config_of(header))
+    network = DistilledNetwork(tensors, shape.layers, shape.vocabulary)
+    own = set(tensors["draft_vocab"].tolist())
+    rare = [token for token in range(shape.vocabulary) if token not in own][:40]
+    text = (*rare, *sorted(own)[100:140])
+    words = network.words(text)
+    assert words is not None
+    torch.manual_seed(1)
+    hidden = torch.randn(12, shape.hidden) * 3
+    with torch.inference_mode():
+        columns = torch.cat((network._head(hidden), hidden @ words.rows.T), dim=-1).numpy()
+        ids = torch.cat((tensors["draft_vocab"].long(), words.ids)).numpy()
+        bias = tuple((token, 60.0) for token in (rare[3], rare[30]))
+        rules = Rules(Sampling(seed=5, temperature=0.9, repetition_penalty=1.2, logit_bias=bias), 10)
+        rows = [Row(rules, (*text, *range(n))) for n in range(12)]
+        choices = network.choose(hidden, words, rows)
+    said_rare = 0
+    for number, row in enumerate(rows):
+        whole = np.full(shape.vocabulary, -np.inf, dtype=np.float32)
+        whole[ids] = columns[number]
+        perturbed = processed(whole, row) + gumbel(
+            address(Place(5, 0, row.position)), np.arange(shape.vocabulary)
+        )
+        best = np.argsort(-perturbed, kind="stable")[:4]
+        assert choices.tokens[number].tolist() == best.tolist()
+        said_rare += int(best[0]) in rare
+    assert said_rare > 0
 
 
 def test_another_architecture_is_refused_by_name() -> None:

@@ -17,6 +17,7 @@ from shared.protocol import (
     Prompt,
     ReplyRoute,
     Stale,
+    TokenLogprobs,
     Tokens,
     Verdict,
 )
@@ -614,3 +615,64 @@ def test_when_its_patience_ends_the_floor_takes_over() -> None:
     (timer,) = timers
     assert session.handle(TimerFired(timer.timer - 1), now) == []
     assert session.handle(TimerFired(timer.timer), now) == [Verify(NO_ROUND, base, ())]
+
+
+# --- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+def told(*tokens: int) -> tuple[TokenLogprobs, ...]:
+    """Log-probabilities by which a token is known again."""
+    return tuple(TokenLogprobs(logprob=-float(token), rank=1) for token in tokens)
+
+
+def test_what_is_told_of_tokens_is_committed_and_published_with_them() -> None:
+    session = VerifierSession("s", max_block=4)
+    session.handle(prompt())
+    session.handle(Claimed(epoch=1, committed=(), gateway="g", policy=Policy.LATENCY))
+    answered = session.handle(EngineAnswered((10,), None, told(10)))
+    (commit,) = [action for action in answered if isinstance(action, Commit)]
+    assert commit.logprobs == told(10)
+    (first,) = published(session.handle(Committed(1)))
+    session.handle(EngineAnswered((11,), None, told(11)))
+    session.handle(Committed(2))
+    session.handle(EngineAnswered((12,), None, told(12)))
+    (floor,) = published(session.handle(Committed(3)))
+    assert isinstance(first, Verdict)
+    assert isinstance(floor, Floor)
+    assert (first.logprobs, floor.tokens, floor.logprobs) == (told(10), (12,), told(12))
+
+
+def test_a_verdict_tells_of_tokens_that_were_said_before_its_pass_too() -> None:
+    """The block was trimmed: what the floor said of it meanwhile is the verdict's as well."""
+    session = VerifierSession("s", max_block=4)
+    session.handle(prompt())
+    session.handle(Claimed(epoch=1, committed=(), gateway="g", policy=Policy.LATENCY))
+    session.handle(EngineAnswered((10,), None, told(10)))
+    session.handle(Committed(1))
+    session.handle(block(1, 1, 11, 12))
+    session.handle(EngineAnswered((11,), None, told(11)))
+    session.handle(Committed(2))
+    session.handle(EngineAnswered((12, 13), None, told(12, 13)))
+    (verdict,) = published(session.handle(Committed(4)))
+    assert isinstance(verdict, Verdict)
+    assert (verdict.base, verdict.tokens, verdict.logprobs) == (1, (11, 12, 13), told(11, 12, 13))
+
+
+def test_what_is_told_outlives_a_crash() -> None:
+    session = VerifierSession("s", max_block=4)
+    session.handle(block(5, 1, 11, 12, epoch=1))
+    claimed = Claimed(
+        epoch=2, committed=(10, 11, 77), gateway="g", last_round=5, last_base=1, logprobs=told(10, 11, 77)
+    )
+    (recalled,) = published(session.handle(claimed))
+    assert isinstance(recalled, Verdict)
+    assert recalled.logprobs == told(11, 77)
+    session = VerifierSession("s", max_block=4)
+    session.handle(block(6, 1, 11, 12, 13, epoch=1))
+    session.handle(Claimed(epoch=2, committed=(10, 11), gateway="g", logprobs=told(10, 11)))
+    session.handle(EngineAnswered((12,), None, told(12)))
+    session.handle(EngineAnswered((13, 14), None, told(13, 14)))
+    session.handle(Committed(3))
+    (verdict,) = published(session.handle(Committed(5)))
+    assert isinstance(verdict, Verdict)
+    assert (verdict.tokens, verdict.logprobs) == ((11, 12, 13, 14), told(11, 12, 13, 14))

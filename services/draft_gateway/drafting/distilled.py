@@ -21,6 +21,8 @@ from torch import Tensor
 from services.draft_gateway.drafting.network import Choices, Layer, Projection, Words
 from services.draft_gateway.drafting.packed import product_rows, unpack
 from shared.errors import ModelFilesError
+from shared.sampling.logits import Vocabulary
+from shared.sampling.rules import Row
 
 FORMAT: Final = "outrider-draft/1"
 PATTERN: Final = "draft-*.safetensors"
@@ -121,6 +123,7 @@ class DistilledNetwork:
                 f"the draft embeds {common} + {len(self._rare_codes)} tokens, the target has {vocab_size}"
             )
         self._slots = slots
+        self._columns = Vocabulary(self._vocabulary.numpy())
 
     def embed(self, tokens: Tensor) -> Tensor:
         """See `Network`."""
@@ -141,13 +144,17 @@ class DistilledNetwork:
             return None
         return Words(self._rare_ids[rare], product_rows(self._rare_codes[rare], self._rare_books))
 
-    def choose(self, hidden: Tensor, words: Words | None) -> Choices:
+    def choose(self, hidden: Tensor, words: Words | None, draws: Sequence[Row | None] = ()) -> Choices:
         """See `Network`."""
         logits = self._head(hidden)
-        if words is None:
-            return Choices.of(logits, self._vocabulary)
-        with_words = torch.cat((logits, F.linear(hidden, words.rows)), dim=-1)
-        return Choices.of(with_words, torch.cat((self._vocabulary, words.ids)))
+        if words is not None:
+            logits = torch.cat((logits, F.linear(hidden, words.rows)), dim=-1)
+        if draws:
+            columns = self._columns if words is None else self._columns.with_more(words.ids.numpy())
+            return Choices.drawn(logits, columns, draws)
+        return Choices.of(
+            logits, self._vocabulary if words is None else torch.cat((self._vocabulary, words.ids))
+        )
 
 
 def _layer(tensors: Mapping[str, Tensor], prefix: str) -> Layer:

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from shared.protocol import Tokens
+from shared.sampling.rules import Rules
 
 
 @dataclass(frozen=True, slots=True)
 class DraftRequest:
     """Continue `context` (prompt, committed and assumed tokens) by at most `length` tokens, for one lane of a session.
 
-    `beyond` asks a model also what may follow the last drafted token: one step more.
+    `beyond` asks a model also what may follow the last drafted token: one step more. `rules` say how the target draws
+    its tokens, where that is not greedily: a model then draws as the target does, with the same noise.
     """
 
     session: str
@@ -21,6 +23,7 @@ class DraftRequest:
     context: Tokens
     length: int
     beyond: bool = False
+    rules: Rules | None = None
 
 
 Alternative = tuple[int, float]

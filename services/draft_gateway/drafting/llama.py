@@ -44,6 +44,7 @@ from shared.errors import ModelFilesError
 from shared.lookup import common_prefix
 from shared.models import known_target_sha256, read_config, tokenizer_sha256, verify, weight_files
 from shared.protocol import Tokens
+from shared.sampling.rules import Row
 
 PREFILL_CHUNK: Final = 256
 """Tokens of a lane in one pass, at most."""
@@ -119,7 +120,8 @@ class _Run:
         rows = zip(choices.tokens.tolist(), choices.probabilities.tolist(), strict=True)
         for lane, (tokens, probabilities) in enumerate(rows):
             if self._lacks(lane):
-                self.choices[lane].append(tuple(zip(tokens, probabilities, strict=True)))
+                (best, *others) = zip(tokens, probabilities, strict=True)
+                self.choices[lane].append((best, *(other for other in others if other[1] > 0.0)))
 
     def _lacks(self, lane: int) -> bool:
         return len(self.choices[lane]) < self.lengths[lane] + self.requests[lane].beyond
@@ -127,6 +129,15 @@ class _Run:
     def wanted(self, dropped: Dropped) -> bool:
         """Whether a lane lacks steps that somebody waits for."""
         return any(self._lacks(lane) and not dropped(request) for lane, request in enumerate(self.requests))
+
+    def draws(self) -> list[Row | None]:
+        """How each lane's next token is drawn."""
+        return [
+            Row(request.rules, (*request.context, *(best for (best, _), *_ in choices)))
+            if request.rules is not None
+            else None
+            for request, choices in zip(self.requests, self.choices, strict=True)
+        ]
 
     def draft(self, lane: int) -> Draft:
         """What was drafted for a lane so far."""
@@ -205,7 +216,7 @@ class LlamaDraft:
 
     @torch.inference_mode()
     def draft(self, requests: Sequence[DraftRequest], dropped: Dropped = none_dropped) -> list[Draft]:
-        """Greedy drafts, all lanes of all sessions step by step together."""
+        """Drafts of what the target would say if it were this model, all lanes of all sessions step by step together."""
         by_session: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             if request.context and self._length(request) > 0 and not dropped(request):
@@ -303,11 +314,14 @@ class LlamaDraft:
     def _choose(self, runs: list[_Run], hidden: Tensor) -> list[Choices]:
         """For each run the likeliest tokens of each lane: at once, unless their words differ."""
         sizes = [len(run.requests) for run in runs]
+        draws = [row for run in runs for row in run.draws()]
         if all(run.words is None for run in runs):
-            return self._network.choose(hidden, None).split(sizes)
+            return self._network.choose(hidden, None, draws if any(draws) else ()).split(sizes)
         return [
-            self._network.choose(rows, run.words)
-            for run, rows in zip(runs, torch.split(hidden, sizes), strict=True)
+            self._network.choose(rows, run.words, own if any(own) else ())
+            for run, rows, own in zip(
+                runs, torch.split(hidden, sizes), (run.draws() for run in runs), strict=True
+            )
         ]
 
     def _evict(self) -> None:

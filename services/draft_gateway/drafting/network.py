@@ -10,11 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from shared.errors import ModelFilesError
+from shared.sampling import logits as sampling
+from shared.sampling.logits import Vocabulary
+from shared.sampling.rules import Row
 
 Projection = Callable[[Tensor], Tensor]
 
@@ -56,6 +60,21 @@ class Choices:
         probabilities = (best - logits.logsumexp(dim=-1, keepdim=True)).exp()
         return cls(columns if ids is None else ids[columns], probabilities)
 
+    @classmethod
+    def drawn(cls, logits: Tensor, vocabulary: Vocabulary | None, draws: Sequence[Row | None]) -> Choices:
+        """The same where some rows' tokens are drawn: likelihood is that of perturbed logits, the draw comes first."""
+        ids = None if vocabulary is None else torch.from_numpy(vocabulary.ids)
+        choices = cls.of(logits, ids)
+        numbers = [number for number, row in enumerate(draws) if row is not None]
+        rows = [row for row in draws if row is not None]
+        count = choices.tokens.shape[1]
+        found = sampling.best(logits[numbers].float().numpy(), rows, count, vocabulary)
+        tokens = found.columns if vocabulary is None else vocabulary.ids[found.columns]
+        choices.tokens[numbers] = torch.from_numpy(tokens)
+        sure = np.minimum(np.exp(found.values - found.total[:, None]), 1.0)
+        choices.probabilities[numbers] = torch.from_numpy(sure).to(choices.probabilities)
+        return choices
+
     def split(self, sizes: Sequence[int]) -> list[Choices]:
         """Those of so many rows each."""
         sections = list(sizes)
@@ -79,8 +98,11 @@ class Network(Protocol):
         """What a context of `tokens` adds to the vocabulary."""
         ...
 
-    def choose(self, hidden: Tensor, words: Words | None) -> Choices:
-        """The `CHOICES` likeliest tokens after each row of normed hidden states `[rows, hidden]`."""
+    def choose(self, hidden: Tensor, words: Words | None, draws: Sequence[Row | None] = ()) -> Choices:
+        """The `CHOICES` likeliest tokens after each row of normed hidden states `[rows, hidden]`.
+
+        `draws` say of each row how its token is drawn, None for greedy decoding; it is empty where all decode greedily.
+        """
         ...
 
 
@@ -98,6 +120,7 @@ class FloatNetwork:
             raise ModelFilesError(f"the draft model lacks the weight {error}") from None
         vocabulary = weights.get("draft_vocab")
         self._vocabulary = None if vocabulary is None else vocabulary.long()
+        self._columns = None if self._vocabulary is None else Vocabulary(self._vocabulary.numpy())
         if self._vocabulary is not None and len(self._vocabulary) != len(self._head):
             raise ModelFilesError(
                 f"draft_vocab has {len(self._vocabulary)} entries, the draft's head {len(self._head)} rows"
@@ -111,9 +134,12 @@ class FloatNetwork:
         """None: the vocabulary is the same in every context."""
         return None
 
-    def choose(self, hidden: Tensor, words: Words | None) -> Choices:
+    def choose(self, hidden: Tensor, words: Words | None, draws: Sequence[Row | None] = ()) -> Choices:
         """See `Network`."""
-        return Choices.of(F.linear(hidden, self._head), self._vocabulary)
+        logits = F.linear(hidden, self._head)
+        if draws:
+            return Choices.drawn(logits, self._columns, draws)
+        return Choices.of(logits, self._vocabulary)
 
 
 def _layer(weights: Mapping[str, Tensor], prefix: str) -> Layer:

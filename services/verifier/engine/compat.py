@@ -142,6 +142,65 @@ SYMBOLS: Final[tuple[Symbol, ...]] = (
         ("self", "scheduler_output", "intermediate_tensors"),
         ("_prepare_inputs",),
     ),
+    Symbol(
+        _RUNNER,
+        "GPUModelRunner._sample",
+        ("self", "logits", "spec_decode_metadata"),
+        ("rejection_sampler", "sampling_metadata"),
+    ),
+    Symbol(
+        _RUNNER, "GPUModelRunner.sample_tokens", ("self", "grammar_output"), ("_sample", "_bookkeeping_sync")
+    ),
+    Symbol(_RUNNER, "GPUModelRunner._bookkeeping_sync", (), ("logprobs_tensors", "parse_output")),
+    Symbol(
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch._make_sampling_metadata",
+        ("self",),
+        ("max_num_logprobs",),
+    ),
+    Symbol(
+        "vllm.v1.sample.rejection_sampler",
+        "RejectionSampler.forward",
+        ("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
+        ("max_num_logprobs", "rejection_sample"),
+    ),
+    Symbol(
+        _SCHEDULER,
+        "Scheduler.get_grammar_bitmask",
+        ("self", "scheduler_output"),
+        ("use_structured_output", "is_prefill_chunk", "scheduled_spec_decode_tokens"),
+    ),
+    Symbol(
+        "vllm.v1.structured_output",
+        "StructuredOutputManager.validate_tokens",
+        ("self", "request", "spec_tokens"),
+    ),
+    Symbol(
+        "vllm.v1.structured_output",
+        "StructuredOutputManager.grammar_bitmask",
+        ("self", "requests", "structured_output_request_ids", "scheduled_spec_decode_tokens"),
+        ("backend", "rollback", "accept_tokens"),
+    ),
+    Symbol(
+        "vllm.v1.structured_output.backend_xgrammar",
+        "XgrammarBackend.compile_grammar",
+        ("self", "request_type", "grammar_spec", "stop_token_ids"),
+    ),
+    Symbol("vllm.v1.structured_output.backend_xgrammar", "validate_xgrammar_grammar", ("sampling_params",)),
+    Symbol(
+        "vllm.tokenizers.registry",
+        "get_tokenizer",
+        (
+            "tokenizer_name",
+            "args",
+            "tokenizer_cls",
+            "trust_remote_code",
+            "revision",
+            "download_dir",
+            "kwargs",
+        ),
+    ),
+    Symbol("vllm.v1.outputs", "LogprobsTensors.filter", ("self", "mask")),
     Symbol("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", ("self",), ("CPUModelRunner",)),
     Symbol("vllm.v1.worker.cpu_worker", "CPUWorker.load_model", ("self", "load_dummy_weights")),
 )

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,7 +22,14 @@ from services.verifier.engine import launch
 from services.verifier.engine.channel import ChannelMessage, ExitMessage, FailureMessage, Receiver
 from services.verifier.engine.checkpoint import Checkpoint, read_checkpoint
 from services.verifier.engine.exit_choice import ExitChoice, choose_exits
-from services.verifier.engine.options import EAGER_KEY, SESSION_KEY, EngineOptions
+from services.verifier.engine.grammar import as_schema
+from services.verifier.engine.options import (
+    EAGER_KEY,
+    SCHEMA_KEY,
+    SESSION_KEY,
+    EngineOptions,
+    rules_as_argument,
+)
 from services.verifier.engine.types import (
     BlockStatus,
     EngineInfo,
@@ -33,9 +40,11 @@ from services.verifier.engine.types import (
 )
 from services.verifier.settings import VerifierSettings
 from shared.errors import ContextLengthExceeded, EngineError, InvalidRequest, OutriderError, Overloaded
-from shared.protocol import FinishReason, GenerationParams, Outcome, Policy, Tokens
+from shared.protocol import FinishReason, GenerationParams, Outcome, Policy, TokenLogprobs, Tokens
+from shared.sampling.rules import Rules
 
 if TYPE_CHECKING:
+    from vllm.logprobs import Logprob
     from vllm.sampling_params import SamplingParams
 
     from services.verifier.engine.client import EngineClient
@@ -45,6 +54,8 @@ _log = logging.getLogger(__name__)
 
 FAILURE_GRACE_S: Final = 0.5
 """How long a dead engine's last words are waited for."""
+MOST_LOGPROBS: Final = 20
+"""Likeliest tokens that may be asked for at each position (vLLM's own default)."""
 _FINISH_REASONS: Final = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
@@ -217,6 +228,7 @@ class VllmEngine:
             )
         opened = _Open(session, f"{session}.{next(self._numbers)}", len(committed))
         sampling.extra_args = {
+            **(sampling.extra_args or {}),
             SESSION_KEY: opened.key,
             EAGER_KEY: params.policy is Policy.LATENCY,
         }
@@ -261,20 +273,22 @@ class VllmEngine:
             self._forget(opened)
             await self._abort(opened.key)
 
-    async def greedy(self, prompt: Tokens, params: GenerationParams) -> EngineOutput:
+    async def alone(self, prompt: Tokens, params: GenerationParams) -> EngineOutput:
         """What the target says by itself, one token a step through vLLM's own loop: the yardstick of exactness."""
         self._alive()
         sampling = self._sampling(prompt, (), params)
-        key = f"greedy.{next(self._numbers)}"
+        key = f"alone.{next(self._numbers)}"
         tokens: list[int] = []
+        logprobs: list[TokenLogprobs] = []
         finish_reason = None
         try:
             async for output in self._generate(key, prompt, sampling):
                 tokens.extend(output.tokens)
+                logprobs.extend(output.logprobs)
                 finish_reason = output.finish_reason
         finally:
             await self._abort(key)
-        return EngineOutput(tuple(tokens), finish_reason)
+        return EngineOutput(tuple(tokens), finish_reason, tuple(logprobs))
 
     async def stats(self) -> EngineStats:
         """See `Engine.stats`."""
@@ -298,7 +312,14 @@ class VllmEngine:
                 completion = found.outputs[0]
                 finish_reason = _FINISH_REASONS.get(completion.finish_reason)
                 if completion.token_ids or finish_reason:
-                    yield EngineOutput(tuple(completion.token_ids), finish_reason)
+                    tokens_said = tuple(completion.token_ids)
+                    yield EngineOutput(
+                        tokens_said,
+                        finish_reason,
+                        _logprobs(tokens_said, completion.logprobs or (), sampling.logprobs),
+                    )
+                if completion.finish_reason == "error":
+                    raise EngineError("the engine could not go on with this request; its log says why")
                 if found.finished:
                     return
         except EngineDeadError as error:
@@ -382,7 +403,8 @@ class VllmEngine:
     # --- what comes in ------------------------------------------------------------------------------------------
 
     def _sampling(self, prompt: Tokens, committed: Tokens, params: GenerationParams) -> SamplingParams:
-        """Greedy parameters for what is left to generate, or the reason why nothing is."""
+        """Parameters for what is left to generate, or the reason why nothing is. To vLLM they are greedy ones; how tokens
+        are really drawn is for our worker to know (see `draws`)."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         assert self._checkpoint is not None and self._info is not None
@@ -390,9 +412,17 @@ class VllmEngine:
             raise InvalidRequest("the prompt is empty; it needs at least one token")
         self._check_vocabulary(prompt, "the prompt")
         self._check_vocabulary(committed, "the committed tokens")
-        stop_ids = set(params.stop_token_ids) | (
-            set() if params.ignore_eos else set(self._checkpoint.stop_ids)
-        )
+        self._check_vocabulary(tuple(token for token, _ in params.sampling.logit_bias), "logit_bias")
+        if (params.logprobs or 0) > MOST_LOGPROBS:
+            raise InvalidRequest(
+                f"logprobs of {params.logprobs} tokens are asked for; at most {MOST_LOGPROBS} are told"
+            )
+        all_stops = set(params.stop_token_ids) | set(self._checkpoint.stop_ids)
+        stop_ids = set(params.stop_token_ids) if params.ignore_eos else all_stops
+        rules = Rules(params.sampling, len(prompt), tuple(sorted(all_stops)))
+        extra = rules_as_argument(rules)
+        if params.json_schema:
+            extra[SCHEMA_KEY] = (as_schema(params.json_schema), len(committed))
         if committed and committed[-1] in stop_ids:
             raise InvalidRequest("the session has finished: its last committed token ends the generation")
         if len(committed) >= params.max_tokens:
@@ -412,6 +442,8 @@ class VllmEngine:
             ignore_eos=True,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
+            logprobs=params.logprobs,
+            extra_args=extra or None,
         )
 
     def _check_vocabulary(self, tokens: Tokens, what: str) -> None:
@@ -420,6 +452,25 @@ class VllmEngine:
         if tokens and not 0 <= min(tokens) <= max(tokens) < size:
             wrong = next(token for token in tokens if not 0 <= token < size)
             raise InvalidRequest(f"{what} holds token {wrong}; the target's vocabulary is 0 to {size - 1}")
+
+
+def _logprobs(
+    tokens: Tokens, found: Sequence[Mapping[int, Logprob]], count: int | None
+) -> tuple[TokenLogprobs, ...]:
+    """vLLM's log-probabilities of `tokens`, with the `count` likeliest; nothing when they were not asked for."""
+    if count is None:
+        return ()
+    return tuple(
+        TokenLogprobs(
+            logprob=told[token].logprob,
+            rank=told[token].rank or 0,
+            top=tuple(
+                (other, each.logprob)
+                for other, each in sorted(told.items(), key=lambda item: item[1].rank or 0)[:count]
+            ),
+        )
+        for token, told in zip(tokens, found, strict=True)
+    )
 
 
 def _mend(failure: str) -> str:

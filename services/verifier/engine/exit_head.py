@@ -4,23 +4,32 @@ On a CPU the head is most of what an exit costs (49152 × 576 floats, read from 
 of it is wanted. `ShortlistHead` reads an int8 copy to find a shortlist and computes exact logits for that alone; a
 sixth of the time, and the same answers but for what int8 adds to the tail of the normalising sum. `ExactHead` computes
 everything, wherever there is no int8 kernel or the logits are not a plain product.
+
+Where the target draws its tokens at random, an exit foresees the draw: its logits get the same processing and the same
+noise as the target's will (`shared.sampling`), and scores are those of perturbed logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from services.verifier.engine.int8 import Int8Matrix, has_int8
+from shared.sampling import logits as sampling
+from shared.sampling.logits import Vocabulary
+from shared.sampling.rules import Row
 
 SHORTLIST: Final = 16
 ROUGH_SHORTLIST: Final = 40
 """The same where the head is read in fewer dimensions."""
+LEAST_LOG_PROB: Final = -40.0
+"""That of a token which truncation forbids."""
 CHUNK: Final = 64
 """Columns whose largest value is found first, when the largest of all are sought."""
 
@@ -54,8 +63,11 @@ class Naming:
 class ExitHead(Protocol):
     """From a guess of the last layer's (normed) output to scores."""
 
-    def __call__(self, hidden: Tensor, drafts: Tensor, k: int) -> Scores:
-        """`hidden` [rows, hidden size]; `drafts` [rows] token ids, whatever they are where there is no draft."""
+    def __call__(self, hidden: Tensor, drafts: Tensor, k: int, draws: Sequence[Row | None] = ()) -> Scores:
+        """`hidden` [rows, hidden size]; `drafts` [rows] token ids, whatever they are where there is no draft.
+
+        `draws` say of each row how its token is drawn, None for greedy decoding; it is empty where all decode greedily.
+        """
 
 
 class ExactHead:
@@ -66,9 +78,22 @@ class ExactHead:
         self._logits = logits
         self._weight = weight
         self._ids = None if naming.vocabulary is None else naming.vocabulary.to(weight.device)
+        self._drawn = _DrawnScores(weight, naming)
 
-    def __call__(self, hidden: Tensor, drafts: Tensor, k: int) -> Scores:
+    def __call__(self, hidden: Tensor, drafts: Tensor, k: int, draws: Sequence[Row | None] = ()) -> Scores:
         """See `ExitHead`."""
+        return (
+            _mixed(hidden, drafts, k, draws, self._greedy, self._draw)
+            if draws
+            else self._greedy(hidden, drafts, k)
+        )
+
+    def _draw(self, hidden: Tensor, drafts: Tensor, k: int, rows: Sequence[Row]) -> Scores:
+        logits = self._logits(hidden).float()
+        rough = logits if self._ids is None else logits[:, self._ids]
+        return self._drawn(rough, lambda tokens: logits.gather(1, tokens), drafts, k, rows, shortlist=k)
+
+    def _greedy(self, hidden: Tensor, drafts: Tensor, k: int) -> Scores:
         logits = self._logits(hidden).float()
         named = logits if self._ids is None else logits[:, self._ids]
         total = named.logsumexp(dim=-1, keepdim=True)
@@ -90,9 +115,27 @@ class ShortlistHead:
         self._shortlist = SHORTLIST if naming.reduce is None else ROUGH_SHORTLIST
         named = weight if naming.vocabulary is None else weight[naming.vocabulary]
         self._rough = Int8Matrix(named if naming.restore is None else named @ naming.restore)
+        self._drawn = _DrawnScores(weight, naming)
 
-    def __call__(self, hidden: Tensor, drafts: Tensor, k: int) -> Scores:
-        """See `ExitHead`. The normalising sum is the rough copy's, with the shortlist's share replaced by the exact one."""
+    def __call__(self, hidden: Tensor, drafts: Tensor, k: int, draws: Sequence[Row | None] = ()) -> Scores:
+        """See `ExitHead`."""
+        return (
+            _mixed(hidden, drafts, k, draws, self._greedy, self._draw)
+            if draws
+            else self._greedy(hidden, drafts, k)
+        )
+
+    def _draw(self, hidden: Tensor, drafts: Tensor, k: int, rows: Sequence[Row]) -> Scores:
+        rough = self._rough(hidden if self._reduce is None else hidden @ self._reduce.T)
+
+        def exact(tokens: Tensor) -> Tensor:
+            weights = functional.embedding(tokens, self._weight)
+            return torch.bmm(hidden[:, None], weights.transpose(1, 2))[:, 0]
+
+        return self._drawn(rough, exact, drafts, k, rows, shortlist=max(self._shortlist, 2 * k))
+
+    def _greedy(self, hidden: Tensor, drafts: Tensor, k: int) -> Scores:
+        """The normalising sum is the rough copy's, with the shortlist's share replaced by the exact one."""
         rough = self._rough(hidden if self._reduce is None else hidden @ self._reduce.T)
         rough_best, shortlist = _largest(rough, max(self._shortlist, 2 * k))
         total = rough.logsumexp(dim=-1, keepdim=True)
@@ -106,6 +149,71 @@ class ShortlistHead:
         total = torch.logaddexp(exact.logsumexp(dim=-1, keepdim=True), tail)
         best, order = exact.topk(k, dim=-1)
         return Scores(tokens.gather(1, order), best - total, (drafted - total)[:, 0], rows[:, -1])
+
+
+class _DrawnScores:
+    """Scores of perturbed logits. A draft's token is judged whether exits name it or not."""
+
+    def __init__(self, weight: Tensor, naming: Naming) -> None:
+        self._weight = weight
+        self._named = None if naming.vocabulary is None else Vocabulary(naming.vocabulary.cpu().numpy())
+
+    def __call__(
+        self,
+        rough: Tensor,
+        exact: Callable[[Tensor], Tensor],
+        drafts: Tensor,
+        k: int,
+        rows: Sequence[Row],
+        *,
+        shortlist: int,
+    ) -> Scores:
+        """`rough` [rows, named tokens] are logits that find the shortlist, `exact` gives those of tokens [rows, n]."""
+        vocabulary, asked = self._named, drafts.cpu().numpy()
+        if vocabulary is not None:
+            unnamed = np.unique(asked[vocabulary.columns(asked) < 0])
+            if len(unnamed):
+                more = torch.from_numpy(unnamed).to(drafts.device).expand(len(drafts), -1)
+                rough = torch.cat((rough, exact(more)), dim=1)
+                vocabulary = vocabulary.with_more(unnamed)
+            asked = vocabulary.columns(asked)
+        found = sampling.best(rough.cpu().numpy(), rows, shortlist, vocabulary, asked=asked, sure=k)
+        columns = torch.from_numpy(np.concatenate((found.columns, asked[:, None]), axis=1)).to(rough.device)
+        tokens = columns if vocabulary is None else torch.from_numpy(vocabulary.ids).to(rough.device)[columns]
+        missed = exact(tokens) - rough.gather(1, columns)
+        values = torch.from_numpy(found.values).to(rough) + missed[:, :-1]
+        total = torch.from_numpy(found.total).to(rough)[:, None]
+        drafted = torch.from_numpy(found.asked).to(rough) + missed[:, -1]
+        best, order = values.topk(k, dim=-1)
+        return Scores(
+            tokens[:, :-1].gather(1, order),
+            (best - total).clamp(LEAST_LOG_PROB, 0.0),
+            (drafted - total[:, 0]).clamp(LEAST_LOG_PROB, 0.0),
+            self._weight[drafts],
+        )
+
+
+def _mixed(
+    hidden: Tensor,
+    drafts: Tensor,
+    k: int,
+    draws: Sequence[Row | None],
+    greedy: Callable[[Tensor, Tensor, int], Scores],
+    draw: Callable[[Tensor, Tensor, int, Sequence[Row]], Scores],
+) -> Scores:
+    """The scores of rows of which some are drawn at random and others are not."""
+    rows = [row for row in draws if row is not None]
+    if len(rows) == len(draws):
+        return draw(hidden, drafts, k, rows)
+    drawn = torch.tensor([row is not None for row in draws], device=hidden.device)
+    random, plain = draw(hidden[drawn], drafts[drawn], k, rows), greedy(hidden[~drawn], drafts[~drawn], k)
+    order = torch.cat((drawn.nonzero()[:, 0], (~drawn).nonzero()[:, 0])).argsort()
+    return Scores(
+        torch.cat((random.tokens, plain.tokens))[order],
+        torch.cat((random.log_probs, plain.log_probs))[order],
+        torch.cat((random.drafted, plain.drafted))[order],
+        torch.cat((random.draft_rows, plain.draft_rows))[order],
+    )
 
 
 def can_shortlist(weight: Tensor) -> bool:

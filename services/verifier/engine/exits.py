@@ -17,6 +17,7 @@ from services.verifier.engine.channel import ExitMessage, Outlook
 from services.verifier.engine.exit_files import ExitSet
 from services.verifier.engine.exit_head import ExitHead
 from services.verifier.engine.exit_modules import Judged
+from shared.sampling.rules import Row
 from shared.speculation.outcomes import calibrated, rank_outcomes
 
 
@@ -42,6 +43,8 @@ class Pass:
     """[rows]: the draft token that each row judges; 0 where there is none (the last row of a session)."""
     sure: Tensor = field(repr=False)
     """[rows]: log-probability of that token in the draft model; NaN where it is not known."""
+    draws: tuple[Row | None, ...] = field(repr=False, default=())
+    """[rows]: how the row's token is drawn, None for greedy decoding; empty where no row's is drawn otherwise."""
 
 
 class ExitReader:
@@ -61,7 +64,7 @@ class ExitReader:
         """The outlook of the exit after `layer` on every session of the pass; `hidden` is [rows, hidden size]."""
         module = self.exits.modules[layer]
         normed = self._norm(module(hidden))
-        scores = self._head(normed, current.drafts, self._outcomes + 1)
+        scores = self._head(normed, current.drafts, self._outcomes + 1, current.draws)
         judged = Judged(normed, scores.draft_rows, scores.drafted, current.sure, scores.log_probs[:, :2])
         accepted = module.acceptance(judged).tolist()
         drafted = scores.drafted.tolist()

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from shared.errors import EngineError
+from shared.protocol import Sampling
+from shared.sampling.rules import Rules
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -21,6 +23,13 @@ SESSION_KEY: Final = "outrider_session"
 
 EAGER_KEY: Final = "outrider_eager"
 """In `extra_args` of a session: its next block follows its output at once, so that a step may wait for it."""
+
+RULES_KEY: Final = "outrider_rules"
+"""In `extra_args` of a session or a plain request: how its tokens are drawn (`shared.sampling`); greedily without it."""
+
+SCHEMA_KEY: Final = "outrider_schema"
+"""In `extra_args`: the JSON schema that the answer has to satisfy, and how many tokens of the answer the request's prompt
+holds."""
 
 SUBMIT_CALL: Final = "outrider_submit"
 STATS_CALL: Final = "outrider_stats"
@@ -63,3 +72,32 @@ def session_key(extra_args: Mapping[str, Any] | None) -> str | None:
 def is_eager(extra_args: Mapping[str, Any] | None) -> bool:
     """Whether a session's blocks follow its outputs at once."""
     return bool(extra_args and extra_args.get(EAGER_KEY))
+
+
+def schema_of(extra_args: Mapping[str, Any] | None) -> tuple[str, int] | None:
+    """A request's JSON schema and how many tokens at its prompt's end are of the answer; None without a schema."""
+    found = extra_args.get(SCHEMA_KEY) if extra_args else None
+    return None if found is None else (str(found[0]), int(found[1]))
+
+
+def rules_as_argument(rules: Rules) -> dict[str, Any]:
+    """What `extra_args` say of how a request's tokens are drawn; nothing where vLLM's own greedy decoding does it."""
+    if rules.plain:
+        return {}
+    return {
+        RULES_KEY: {
+            "sampling": rules.sampling.model_dump(mode="json"),
+            "prompt_length": rules.prompt_length,
+            "stop_tokens": list(rules.stop_tokens),
+        }
+    }
+
+
+def rules_of(extra_args: Mapping[str, Any] | None) -> Rules | None:
+    """The inverse of `rules_as_argument`."""
+    found = extra_args.get(RULES_KEY) if extra_args else None
+    if found is None:
+        return None
+    return Rules(
+        Sampling.model_validate(found["sampling"]), found["prompt_length"], tuple(found["stop_tokens"])
+    )

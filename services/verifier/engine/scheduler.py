@@ -32,7 +32,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from services.verifier.engine.options import DRAFT_LEVELS, is_eager, session_key
+from services.verifier.engine.grammar import Grammars
+from services.verifier.engine.options import DRAFT_LEVELS, is_eager, schema_of, session_key
 from services.verifier.engine.types import BlockStatus
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         self._by_request: dict[str, Session] = {}
         self._starved = False
         self._step = _Step()
+        self._grammars = Grammars(self.structured_output_manager)
         self._awaited: set[str] = set()  # eager sessions that spoke in the last step and have no block yet
         self._ended_s = 0.0
 
@@ -158,6 +160,10 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if drafts is None:
             self.counters.stale_blocks += 1
             return False
+        if drafts and session.request.use_structured_output:
+            drafts = self._grammars.allowed(session.request, drafts)
+            kept = session.request.num_output_tokens - block.base + len(drafts)
+            block = Block(block.base, block.tokens[:kept], block.levels[:kept])
         session.request.spec_token_ids = drafts
         session.request.next_decode_eligible_step = 0
         session.parked_at = None
@@ -351,9 +357,13 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
 
     def add_request(self, request: Request) -> None:
         """Take a request in; one that is marked as a session becomes one."""
-        key = session_key(request.sampling_params.extra_args) if request.sampling_params else None
-        if key is not None:
-            eager = is_eager(request.sampling_params.extra_args)
+        extra = request.sampling_params.extra_args if request.sampling_params else None
+        if (asked := schema_of(extra)) is not None:
+            schema, committed = asked
+            said = request.prompt_token_ids[request.num_prompt_tokens - committed :]
+            self._grammars.begin(request, schema, said)
+        if (key := session_key(extra)) is not None:
+            eager = is_eager(extra)
             session = Session(key=key, request=request, eager=eager)
             self._by_key[key] = self._by_request[request.request_id] = session
         super().add_request(request)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
-from shared.protocol import FinishReason, GenerationParams, Outcome, Tokens
+from shared.protocol import FinishReason, GenerationParams, Outcome, TokenLogprobs, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,14 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
-    """The next output tokens of a session. Consecutive outputs may arrive merged: read them as one stream."""
+    """The next output tokens of a session. Consecutive outputs may arrive merged: read them as one stream.
+
+    `logprobs` are one for each token where they were asked for, otherwise none.
+    """
 
     tokens: Tokens
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
