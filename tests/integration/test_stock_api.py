@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import signal
 import sys
 import time
@@ -16,13 +17,21 @@ from typing import Any
 
 import httpx
 import pytest
+import pytest_asyncio
+from jsonschema import validate
 
 from services.draft_gateway.drafting.lookup import PromptLookup
 from shared.stack.ports import free_port
+from tests.integration import api_table
 from tests.integration.api_table import BAD, CONTEXT, DIFFERENT, GOOD, MODEL, ROWS, Row
 from tests.integration.whole import whole
 
-pytestmark = [pytest.mark.kafka, pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.kafka,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(600),
+]
 
 READY_S = 240.0
 ANSWER_S = 240.0
@@ -134,15 +143,28 @@ async def ask_all(client: httpx.AsyncClient, rows: list[Row]) -> list[Told]:
     return list(await asyncio.gather(*(one(row) for row in rows)))
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def gateway(kafka: str, redis_url: str, target_model: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of our gateway, with prompt lookup for a draft and the whole path behind it."""
+    name = f"api-{secrets.token_hex(4)}"
+    environment = {
+        "OUTRIDER_KAFKA": kafka,
+        "OUTRIDER_REDIS_URL": redis_url,
+        "OUTRIDER_TOPIC_PREFIX": f"{name}-",
+        "OUTRIDER_REDIS_PREFIX": f"{name}:",
+        "OUTRIDER_MAX_MODEL_LEN": str(CONTEXT),
+    }
+    async with whole(environment, target_model, {"lookup": PromptLookup()}) as running:
+        yield running.gateways["lookup"]
+
+
 async def test_vllms_own_server_and_ours_answer_and_refuse_alike(
-    settings_env: dict[str, str], target_model: Path, tmp_path: Path
+    gateway: httpx.AsyncClient, target_model: Path, tmp_path: Path
 ) -> None:
     assert len(GOOD) + len(BAD) >= 60
     async with stock_api(target_model, tmp_path / "stock.log") as stock:
         theirs = await ask_all(stock, ROWS)
-    ours_env = settings_env | {"OUTRIDER_MAX_MODEL_LEN": str(CONTEXT)}
-    async with whole(ours_env, target_model, {"lookup": PromptLookup()}) as running:
-        ours = await ask_all(running.gateways["lookup"], ROWS)
+    ours = await ask_all(gateway, ROWS)
     wrong = []
     for row, their, our in zip(ROWS, theirs, ours, strict=True):
         expected, found = (
@@ -156,3 +178,35 @@ async def test_vllms_own_server_and_ours_answer_and_refuse_alike(
     assert not wrong, f"{len(wrong)} of {len(ROWS)} differ:\n" + "\n".join(wrong)
     for row, told in zip(ROWS, theirs, strict=True):
         assert (told.status == 200) is (row in GOOD or row.theirs == 200), f"{row}: {told}"
+
+
+async def test_answers_that_were_drawn_are_replayed_to_the_token(gateway: httpx.AsyncClient) -> None:
+    asked = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 24, "temperature": 0.9, "n": 3}
+    penalties = {"top_p": 0.9, "repetition_penalty": 1.2, "logit_bias": {"28": -3}, "stop": ["and"]}
+    for fields in ({}, penalties):
+        answer = (await gateway.post("/v1/completions", json=asked | fields)).json()
+        texts = [choice["text"] for choice in answer["choices"]]
+        assert len(set(texts)) == 3
+        for index, text in enumerate(texts):
+            session = f"{answer['id']}-{index}" if index else answer["id"]
+            again = (await gateway.post(f"/v1/streams/{session}/replay")).json()
+            assert (again["equal"], again["text"]) == (True, text)
+        seed = answer["usage"]["outrider"]["seed"]
+        repeated = (await gateway.post("/v1/completions", json=asked | fields | {"seed": seed})).json()
+        assert repeated["choices"] == answer["choices"]
+
+
+async def test_answers_with_a_schema_parse_and_validate_at_any_temperature(
+    gateway: httpx.AsyncClient,
+) -> None:
+    for temperature, seed in ((0, 0), (0.8, 1), (1.2, 2), (2.0, 3)):
+        fields = {"max_tokens": 120, "temperature": temperature, "seed": seed}
+        for asked in ({"type": "json_object"}, api_table.schema(api_table.SCHEMA)):
+            row = api_table.chat("Describe a city as JSON.", response_format=asked, **fields)
+            told = await ask(gateway, row)
+            text, finish_reason, _ = told.choices[0]
+            if finish_reason == "stop":
+                found = json.loads(text)
+                validate(found, asked.get("json_schema", {}).get("schema", {"type": "object"}))
+            else:
+                assert asked["type"] == "json_object", told
