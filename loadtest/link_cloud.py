@@ -31,6 +31,7 @@ from shared.protocol import (
     Placed,
     Prompt,
     ReplyRoute,
+    TokenLogprobs,
     Tokens,
     Verdict,
 )
@@ -147,6 +148,10 @@ class LoggingUplink:
         raise SessionNotFound(f"there is no session {session}")
 
     async def tokens(self, session: str, since: int = 0) -> Tokens:
+        """There are none."""
+        raise SessionNotFound(f"there is no session {session}")
+
+    async def logprobs(self, session: str, since: int = 0) -> tuple[TokenLogprobs, ...]:
         """There are none."""
         raise SessionNotFound(f"there is no session {session}")
 

@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -94,6 +95,18 @@ def parser() -> argparse.ArgumentParser:
     status = _command(commands, "status", _status, "tell what of the local stack runs, and how it is")
     status.add_argument("--json", action="store_true", help="as JSON")
     _run_dir(status)
+
+    replay = _command(commands, "replay", _replay, "generate an answer again and compare it, token by token")
+    replay.add_argument(
+        "answer", metavar="ID", help="the answer's `id`; of further choices the id, - and the index"
+    )
+    replay.add_argument(
+        "--gateway",
+        metavar="URL",
+        help=f"default: that of the local stack, else http://127.0.0.1:{GATEWAY_PORT}",
+    )
+    replay.add_argument("--json", action="store_true", help="as JSON")
+    _run_dir(replay)
 
     settings = _command(commands, "settings", _settings, "explain every setting")
     settings.add_argument("service", nargs="?", choices=(*SERVICES, "stack"), help="only those that it reads")
@@ -330,6 +343,30 @@ def _demo(parsed: argparse.Namespace) -> int:
     )
     with interruptible():
         return demo.run()
+
+
+def _replay(parsed: argparse.Namespace) -> int:
+    from shared.replay import replay
+    from shared.stack.record import read
+
+    record = None if parsed.gateway else read(_stack_settings(parsed).run_dir)
+    url = parsed.gateway or (record.gateway_url if record else "") or f"http://127.0.0.1:{GATEWAY_PORT}"
+    found = replay(url, parsed.answer)
+    if parsed.json:
+        print(json.dumps(asdict(found) | {"equal": found.equal}))
+        return 0 if found.equal else FAILED
+    print(found.text)
+    print("\ntokens:", *found.again)
+    if found.equal:
+        print(f"equal: {len(found.tokens)} tokens, seed {found.seed}, temperature {found.temperature:g}")
+        return 0
+    where = found.first_difference
+    print(
+        f"different from token {where} on: {len(found.tokens)} tokens, then "
+        f"{', '.join(map(str, found.tokens[where : where + 5]))}; again {len(found.again)}, then "
+        f"{', '.join(map(str, found.again[where : where + 5]))}"
+    )
+    return FAILED
 
 
 def print_progress(progress: Progress) -> None:

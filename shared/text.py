@@ -1,7 +1,7 @@
 """Text to tokens and back: the target's tokenizer, its chat template, and text that grows token by token.
 
-What a stream shows after n tokens is a function of these n tokens alone (`IncrementalText`): another process that
-is fed the same tokens stands at the same character.
+What a stream shows after n tokens is a function of these n tokens alone (`IncrementalText`, `StopStrings`): another
+process that is fed the same tokens stands at the same character.
 
 Reads tokenizer.json with the `tokenizers` library itself: transformers would add six seconds of CPU and 300 MB to the
 start of a gateway, and give the same tokens.
@@ -9,6 +9,7 @@ start of a gateway, and give the same tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_CHARACTER: Final = 4  # bytes in UTF-8, so tokens at most
 _MOST_HELD: Final = 64
+_BYTE_TOKEN: Final = re.compile("<0x([0-9A-F]{2})>")
 _NAMED_TOKENS: Final = (
     "bos_token",
     "eos_token",
@@ -93,6 +95,60 @@ class IncrementalText:
         return self._backend.decode(tokens, skip_special_tokens=False)
 
 
+class StopStrings:
+    """Looks for the strings that end a growing text, and holds back what may be the beginning of one.
+
+    The one that is complete first ends the text, the first in `strings` of several that are complete with the same
+    character; so vLLM decides when it adds a token at a time (`vllm.v1.engine.detokenizer.check_stop_strings`). The text
+    ends before the string, or with `included` behind it.
+    """
+
+    def __init__(self, strings: Sequence[str], *, included: bool = False) -> None:
+        self._strings: Final = tuple(strings)
+        self._included: Final = included
+        self._reach: Final = max((len(string) for string in self._strings), default=0)
+        self._tail = ""  # the end of the text so far, shorter than the longest string
+        self._held = 0  # characters of it that were not shown
+        self.found: str | None = None
+
+    def push(self, text: str, *, counts: bool = True) -> str:
+        """What may be shown now that `text` has been added; with `counts` a string may end within it."""
+        if not self._strings or not text or self.found is not None:
+            return "" if self.found is not None else text
+        before, whole = len(self._tail), self._tail + text
+        shown = before - self._held
+        if counts and (end := self._first(whole, before)) is not None:
+            return whole[shown:end]
+        self._held = 0 if self._included else self._beginning(whole)
+        self._tail = whole[len(whole) - self._reach + 1 :] if len(whole) >= self._reach else whole
+        return whole[shown : len(whole) - self._held]
+
+    def flush(self) -> str:
+        """What was held back of a text that ended otherwise."""
+        held, self._held = self._held, 0
+        return self._tail[len(self._tail) - held :] if self.found is None else ""
+
+    def _first(self, text: str, before: int) -> int | None:
+        """Where the text ends, if a string is complete behind its first `before` characters."""
+        ends = [
+            (start + len(string), start, string)
+            for string in self._strings
+            if (start := text.find(string, max(0, before - len(string) + 1))) >= 0
+        ]
+        if not ends:
+            return None
+        end, start, self.found = min(ends, key=lambda found: found[0])
+        return end if self._included else start
+
+    def _beginning(self, text: str) -> int:
+        """The length of the longest end of `text` that is the beginning of a string."""
+        longest = min(len(text), self._reach - 1)
+        for length in range(longest, 0, -1):
+            if any(string.startswith(text[-length:]) and len(string) > length for string in self._strings):
+                return length
+        return 0
+
+
 class Tokenizer:
     """The tokenizer of the model in a directory, and its chat template."""
 
@@ -107,9 +163,10 @@ class Tokenizer:
         self.stop_tokens: Final = stop_tokens
         self.vocab_size: Final[int] = backend.get_vocab_size()
         self._chat_template: Final = chat_template
-        self._special: Final = frozenset(
-            number for number, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        added = backend.get_added_tokens_decoder()
+        self._added: Final = frozenset(added)
+        self._special: Final = frozenset(number for number, token in added.items() if token.special)
+        self._byte_of: Final = _bytes_of_characters() if "ByteLevel" in repr(backend.decoder) else {}
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
@@ -142,9 +199,36 @@ class Tokenizer:
         """The text of all `tokens`, special ones left out."""
         return self.backend.decode(list(tokens), skip_special_tokens=True)
 
+    def decode_prompt(self, tokens: Sequence[int]) -> str:
+        """The text of a prompt, special tokens and all; not those that `encode` puts in front of every text."""
+        put = self.encode("")
+        own = tokens[len(put) :] if put and tuple(tokens[: len(put)]) == put else tokens
+        return self.backend.decode(list(own), skip_special_tokens=False)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one token stands for; of byte-level tokenizers they need not be whole characters."""
+        name = self.backend.id_to_token(token)
+        if name is None:
+            return b""
+        if token not in self._added:
+            if self._byte_of and all(character in self._byte_of for character in name):
+                return bytes(self._byte_of[character] for character in name)
+            if byte := _BYTE_TOKEN.fullmatch(name):
+                return bytes([int(byte[1], 16)])
+        return self.backend.decode([token], skip_special_tokens=False).encode()
+
     def decoder(self) -> IncrementalText:
         """A new incremental decoder."""
         return IncrementalText(self.backend, self._special)
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """The characters that byte-level tokenizers write bytes with (GPT-2's `bytes_to_unicode`)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + number): byte for number, byte in enumerate(others)
+    }
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:

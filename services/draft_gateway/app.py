@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Final, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, WebSocket
@@ -28,9 +28,17 @@ from services.draft_gateway.openai_api import (
     parse_chat,
     parse_completion,
 )
-from services.draft_gateway.sessions import Reading, Sessions
+from services.draft_gateway.sessions import Sessions
 from services.draft_gateway.settings import GatewaySettings
-from services.draft_gateway.streams import EventStreamResponse, EventWriter, Position, events, whole
+from services.draft_gateway.streams import (
+    EventStreamResponse,
+    EventWriter,
+    Position,
+    events,
+    everything,
+    seed_of,
+    whole,
+)
 from shared.errors import InvalidRequest, OutriderError, SessionNotFound
 from shared.http import ReadinessCheck
 from shared.http import create_app as create_service_app
@@ -62,7 +70,7 @@ def create_app(
     app = create_service_app(
         "Outrider draft-gateway",
         readiness,
-        description="OpenAI-compatible, decoded speculatively: greedy, exact, resumable.",
+        description="OpenAI-compatible, decoded speculatively: exact, replayable, resumable.",
     )
     app.include_router(_generating(settings, sessions))
     app.include_router(_models(settings))
@@ -91,37 +99,36 @@ def _generating(settings: GatewaySettings, sessions: Sessions) -> APIRouter:
     async def _generate(asked: GenerationRequest, request: Request) -> Response:
         key = _idempotency_key(request)
         opening = sessions.open(asked, trace=_trace(request), idempotency_key=key)
-        reading = await _while_connected(request, opening)
+        readings = await _while_connected(request, opening)
         if asked.stream:
-            return await _stream(settings, request, reading, None)
+            return await _stream(settings, request, [EventWriter(reading) for reading in readings])
         try:
-            body = await _while_connected(request, whole(reading.stream, reading.form, reading.text))
+            body = await _while_connected(request, whole(readings))
         finally:
-            reading.stream.leave("the client has left", detach=key is not None)
+            for reading in readings:
+                reading.stream.leave("the client has left", detach=key is not None)
         return JSONResponse(body)
 
     return router
 
 
-async def _stream(
-    settings: GatewaySettings, request: Request, reading: Reading, start: Position | None
-) -> Response:
-    """Events from `start` on. What fails before the first token still becomes a status of its own."""
-    writer = EventWriter(reading.form, reading.text, start)
+async def _stream(settings: GatewaySettings, request: Request, writers: Sequence[EventWriter]) -> Response:
+    """The events of all choices. What fails before the first token still becomes a status of its own."""
 
     def leave() -> None:
-        reading.stream.leave("the client has left", detach=True)
+        for writer in writers:
+            writer.reading.stream.leave("the client has left", detach=True)
 
     try:
-        await _while_connected(request, reading.stream.started(settings.keepalive_s))
+        await _while_connected(request, writers[0].reading.stream.started(settings.keepalive_s))
     except BaseException:
         leave()
         raise
     return EventStreamResponse(
-        events(reading.stream, writer, keepalive_s=settings.keepalive_s),
+        events(writers, keepalive_s=settings.keepalive_s),
         on_end=leave,
         patience_s=settings.stall_timeout_s,
-        headers={"x-outrider-session": reading.form.session},
+        headers={"x-outrider-session": writers[0].reading.form.session},
     )
 
 
@@ -224,7 +231,31 @@ def _streams(settings: GatewaySettings, sessions: Sessions) -> APIRouter:
         after = request.headers.get("last-event-id", last_event_id)
         start = Position.parse(after, session=session) if after else None
         resuming = sessions.resume(session, start, trace=_trace(request))
-        return await _stream(settings, request, await _while_connected(request, resuming), start)
+        return await _stream(
+            settings, request, [EventWriter(await _while_connected(request, resuming), start)]
+        )
+
+    @router.post("/{session}/replay", summary="Generate an answer again, to compare the two")
+    async def replay(session: str, request: Request) -> JSONResponse:
+        _check_session(session)
+        await _body(request, settings.max_request_bytes)
+        replaying = await _while_connected(request, sessions.replay(session, trace=_trace(request)))
+        try:
+            text, again = await _while_connected(request, everything(replaying.again))
+        finally:
+            replaying.again.stream.leave("the client has left", detach=False)
+        return JSONResponse(
+            {
+                "id": session,
+                "object": "replay",
+                "equal": again == replaying.tokens,
+                "seed": seed_of(replaying.state.params),
+                "temperature": replaying.state.params.sampling.temperature,
+                "text": text,
+                "token_ids": replaying.tokens,
+                "replayed_token_ids": again,
+            }
+        )
 
     @router.delete("/{session}", summary="End a session for good")
     async def cancel(session: str) -> JSONResponse:

@@ -2,8 +2,8 @@
 actions into messages, drafts and timers.
 
 Messages are handed over by a plain call, so that a hint waits for nothing and a verdict for no hint; what the core
-wants sent goes out before its tokens are handed to the reader. It knows neither HTTP nor text
-nor how a session was opened.
+wants sent goes out before its tokens are handed to the reader. It knows neither HTTP nor how a session was opened, and
+of text only where a stop string ends it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Final, Protocol
 
+from services.draft_gateway.answer_text import AnswerText
 from services.draft_gateway.drafting import EMPTY, Drafter, DraftRequest
 from services.draft_gateway.metrics import Watch
 from services.draft_gateway.openai_api import JsonObject
@@ -38,6 +39,7 @@ from shared.protocol import (
     Placed,
     Prompt,
     Stale,
+    TokenLogprobs,
     Tokens,
     Verdict,
 )
@@ -77,13 +79,18 @@ REPLAYED: Final = "replayed"
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """Committed tokens for the client, the first at position `base`; `finish_reason` when nothing follows them."""
+    """Committed tokens for the client, the first at position `base`; `finish_reason` when nothing follows them.
+
+    `stop` is the stop string that the last one completes, `logprobs` has one entry a token, or none.
+    """
 
     base: int
     tokens: Tokens
     sources: tuple[str, ...]
     round: int
     finish_reason: FinishReason | None = None
+    stop: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class TokenStream(Protocol):
@@ -122,20 +129,34 @@ class TokenStream(Protocol):
 
 
 class Replay:
-    """A finished session, read again from a position on."""
+    """A finished session, read again from a position on.
 
-    def __init__(self, state: SessionState, tokens: Tokens, position: int) -> None:
-        if state.finish_reason is None or state.finish_reason is FinishReason.CANCELLED:
+    `tokens` are all that belong to its answer, `reason` and `stop` say how it ended, `logprobs` has one entry for each
+    token or none.
+    """
+
+    def __init__(
+        self,
+        state: SessionState,
+        tokens: Tokens,
+        position: int,
+        reason: FinishReason | None,
+        stop: str | None = None,
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> None:
+        if reason is None or reason is FinishReason.CANCELLED:
             raise SessionNotFound(f"the session {state.session} was cancelled before it was complete")
         self._state = state
-        self._finish_reason: Final = state.finish_reason
+        self._finish_reason: Final = reason
         self._pending = [
             Delivery(
                 position,
                 tokens[position:],
                 (REPLAYED,) * (len(tokens) - position),
                 max(0, state.last_round),
-                state.finish_reason,
+                reason,
+                stop,
+                logprobs[position:],
             )
         ]
         if position == len(tokens):
@@ -179,7 +200,10 @@ class Generation:
         resumable: bool,
         on_end: Callable[[Generation], None],
         earlier: SessionStats | None = None,
+        text: AnswerText | None = None,
+        logprobs: bool = False,
     ) -> None:
+        """`text` where a stop string may end the answer, `logprobs` where the reader is to have them."""
         self.session: Final = session
         self.prompt_length: Final = len(prompt)
         self._prompt = prompt
@@ -191,6 +215,9 @@ class Generation:
         self._resumable = resumable
         self._on_end = on_end
         self._earlier = earlier or SessionStats()
+        self._text = text
+        self._logprobs: dict[int, TokenLogprobs] | None = {} if logprobs else None
+        self._length: int | None = None  # of the answer, where a stop string has ended it
         self._hints_received = 0
         self._placed: Placed | None = None
         self._sending: asyncio.Task[None] | None = None
@@ -209,8 +236,8 @@ class Generation:
 
     @property
     def length(self) -> int:
-        """Committed tokens so far."""
-        return self._core.base
+        """Committed tokens so far, as far as they belong to the answer."""
+        return self._core.base if self._length is None else self._length
 
     @property
     def finish_reason(self) -> FinishReason:
@@ -285,25 +312,43 @@ class Generation:
         if placed.epoch > self._epoch:
             self._placed = placed
 
-    def begin(self, *, committed: Tokens = (), read: int = 0, next_round: int = 0) -> None:
-        """Start driving from `committed`, of which the client has read the first `read` tokens."""
+    def begin(
+        self,
+        *,
+        committed: Tokens = (),
+        read: int = 0,
+        next_round: int = 0,
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> None:
+        """Start driving from `committed`, of which the client has read the first `read` tokens.
+
+        No stop string is complete in them. `logprobs` has one entry for each, or none.
+        """
         if self._ended:
             return
+        if self._text is not None:
+            self._text.ends_within(committed, None)
         if unread := committed[read:]:
             replayed = (REPLAYED,) * len(unread)
-            self._outbox.append(Delivery(read, unread, replayed, max(0, next_round - 1)))
+            self._outbox.append(
+                Delivery(read, unread, replayed, max(0, next_round - 1), logprobs=logprobs[read:])
+            )
         self._handle(Opened(self._epoch, committed, next_round))
 
     def receive(self, message: SessionMessage) -> None:
         """A message for this session has arrived."""
         match message:
             case Verdict():
+                self._keep(message)
                 self._handle(VerdictArrived(message))
             case Floor():
+                self._keep(message)
                 self._handle(FloorArrived(message))
             case Hint():
                 self._hints_received += 1
                 self._handle(HintArrived(message))
+            case Stale() if self._logprobs is not None and message.tokens:
+                self._spawn(self._catch_up(message, self._logprobs))
             case Stale():
                 self._handle(StaleArrived(message))
             case Fault():
@@ -330,13 +375,13 @@ class Generation:
         else:
             self._stop(error.code, detach=error.status >= 429)
 
-    def _stop(self, reason: str, *, detach: bool) -> None:
+    def _stop(self, reason: str, *, detach: bool, how: str = "") -> None:
         self._handle(Abandoned())
         if self._placed is not None:
             cancel = Cancel(session=self.session, epoch=self._epoch, reason=reason)
             self._spawn(self._uplink.send(cancel, partition=self._placed.partition, trace=self._trace))
             self._close(reason, detach=detach and self._resumable)
-        self._end(reason)
+        self._end(how or reason)
 
     def _close(self, reason: str, *, detach: bool) -> None:
         close = CloseSession(session=self.session, epoch=self._epoch, reason=reason, detach=detach)
@@ -381,16 +426,63 @@ class Generation:
 
     def _carry_out_all(self, actions: Sequence[EdgeAction]) -> None:
         delivery: Delivery | None = None
+        reason: FinishReason | None = None
         for action in actions:
             if isinstance(action, Deliver):
-                delivery = Delivery(action.base, action.tokens, action.sources, action.round)
+                delivery = self._delivery(action)
             elif isinstance(action, Finish):
-                self._finished(action.reason, delivery)
-                delivery = None
+                reason = action.reason
             else:
                 self._carry_out(action)
-        if delivery is not None:
+        if delivery is not None and (count := self._ends_within(delivery.tokens, reason)) is not None:
+            self._stopped(delivery, count, finished=reason is not None)
+        elif reason is not None:
+            self._finished(reason, delivery)
+        elif delivery is not None:
             self._put(delivery)
+
+    def _keep(self, message: Verdict | Floor) -> None:
+        """Log-probabilities wait here for the core to hand their tokens on."""
+        if self._logprobs is not None:
+            self._logprobs.update(enumerate(message.logprobs, message.base))
+
+    async def _catch_up(self, stale: Stale, known: dict[int, TokenLogprobs]) -> None:
+        """A stale block's answer tells missed tokens alone: their log-probabilities are in the store."""
+        known.update(enumerate(await self._uplink.logprobs(self.session, stale.since), stale.since))
+        self._handle(StaleArrived(stale))
+
+    def _delivery(self, action: Deliver) -> Delivery:
+        known = self._logprobs
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if known is not None:
+            positions = range(action.base, action.base + len(action.tokens))
+            logprobs = tuple(known.pop(position) for position in positions)
+        return Delivery(action.base, action.tokens, action.sources, action.round, logprobs=logprobs)
+
+    def _ends_within(self, tokens: Tokens, reason: FinishReason | None) -> int | None:
+        return None if self._text is None else self._text.ends_within(tokens, reason)
+
+    def _stopped(self, last: Delivery, count: int, *, finished: bool) -> None:
+        """A stop string is complete with the first `count` tokens: the answer ends there, whatever follows."""
+        assert self._text is not None
+        self._length = last.base + count
+        self._put(
+            Delivery(
+                last.base,
+                last.tokens[:count],
+                last.sources[:count],
+                last.round,
+                FinishReason.STOP,
+                self._text.stop,
+                last.logprobs[:count],
+            )
+        )
+        self._finish_reason = FinishReason.STOP
+        if finished:
+            self._close("finished", detach=False)
+            self._end(FinishReason.STOP.value)
+        else:
+            self._stop("a stop string", detach=False, how=FinishReason.STOP.value)
 
     def _carry_out(self, action: EdgeAction) -> None:
         match action:
@@ -478,7 +570,7 @@ class Generation:
 
     def _finished(self, reason: FinishReason, last: Delivery | None) -> None:
         if last is not None:
-            self._put(Delivery(last.base, last.tokens, last.sources, last.round, reason))
+            self._put(replace(last, finish_reason=reason))
         if reason is FinishReason.CANCELLED:
             self.fail(SessionNotFound(f"the session {self.session} was cancelled"))
             return

@@ -32,6 +32,7 @@ from shared.protocol import (
     PlacementsMessage,
     Refused,
     ReplyRoute,
+    TokenLogprobs,
     Tokens,
     Topic,
     VerdictsMessage,
@@ -320,6 +321,10 @@ class KafkaUplink:
     async def tokens(self, session: str, since: int = 0) -> Tokens:
         """A session's committed tokens from position `since` on, from Redis."""
         return await self._store.tokens(session, since)
+
+    async def logprobs(self, session: str, since: int = 0) -> tuple[TokenLogprobs, ...]:
+        """The log-probabilities of a session's committed tokens from position `since` on, from Redis."""
+        return await self._store.logprobs(session, since)
 
 
 def _lease(partition: int) -> str:

@@ -3,9 +3,9 @@
 Bytes become a `GenerationRequest` or an `OutriderError` that names the parameter; committed text becomes chunks,
 completions and usage. Nothing here knows of sessions in flight, of HTTP or of Kafka.
 
-Served: greedy decoding, one choice. A parameter that would ask for anything else is refused by name unless it has the
-value that changes nothing; `temperature` left out means 0. Fields that neither OpenAI nor vLLM define are ignored, as
-both do, except inside `outrider`, our own extension, where they are refused.
+A parameter that would ask for what is not served is refused by name unless it has the value that changes nothing. What
+is served has the names, the ranges and the meaning that vLLM gives it. Fields that neither OpenAI nor vLLM define are
+ignored, as both do, except inside `outrider`, our own extension, where they are refused.
 """
 
 from __future__ import annotations
@@ -20,13 +20,20 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
+from services.draft_gateway import json_schema
 from shared.errors import InvalidRequest, ModelNotFound, UnsupportedParameter
-from shared.protocol import FinishReason, Tokens
+from shared.protocol import FinishReason, Sampling, SamplingMode, Tokens
 
 JsonObject = dict[str, Any]
 
 SEED_LIMIT: Final = 1 << 63
 TOKEN_LIMIT: Final = 1 << 31
+MOST_CHOICES: Final = 128
+MOST_STOPS: Final = 4
+LONGEST_STOP: Final = 1000
+MOST_LOGPROBS: Final = 20
+BIAS_LIMIT: Final = 100.0
+LEAST_LOGPROB: Final = -9999.0
 
 
 class Api(StrEnum):
@@ -66,44 +73,28 @@ class Neutral:
         )
 
 
-_GREEDY: Final = "only greedy decoding is served"
-_ONE: Final = "one choice is served a request"
+_WHOLE_VOCABULARY: Final = "no token is forbidden; `logit_bias` makes tokens unlikely"
+_NO_BEAMS: Final = "beam search is not served; tokens are sampled"
 _NO_TOOLS: Final = "tools are not served"
-_TEXT: Final = "plain text is served"
-_NO_LOGPROBS: Final = "log probabilities are not served"
-_WHOLE_ANSWER: Final = "answers end at the end of the sequence, at `stop_token_ids` or at `max_tokens`"
+_TEXT: Final = "text is served, and JSON by `response_format`"
+_NO_PROMPT_LOGPROBS: Final = "log probabilities of the prompt are not served"
 _OWN_TEMPLATE: Final = "the model's own chat template is used"
 
 _UNSERVED: Final[Mapping[str, Neutral]] = {
-    "temperature": Neutral((0,), _GREEDY),
-    "top_p": Neutral((1,), _GREEDY),
-    "top_k": Neutral((0, -1), _GREEDY),
-    "min_p": Neutral((0,), _GREEDY),
-    "typical_p": Neutral((1,), _GREEDY),
-    "presence_penalty": Neutral((0,), _GREEDY),
-    "frequency_penalty": Neutral((0,), _GREEDY),
-    "repetition_penalty": Neutral((1,), _GREEDY),
-    "length_penalty": Neutral((1,), _GREEDY),
-    "logit_bias": Neutral(({},), _GREEDY),
-    "bad_words": Neutral(([],), _GREEDY),
-    "allowed_token_ids": Neutral((), _GREEDY),
-    "use_beam_search": Neutral((False,), _GREEDY),
-    "n": Neutral((1,), _ONE),
-    "best_of": Neutral((1,), _ONE),
-    "logprobs": Neutral((False,), _NO_LOGPROBS),
-    "top_logprobs": Neutral((0,), _NO_LOGPROBS),
-    "prompt_logprobs": Neutral((), _NO_LOGPROBS),
-    "stop": Neutral(([],), _WHOLE_ANSWER),
-    "include_stop_str_in_output": Neutral((False,), _WHOLE_ANSWER),
-    "min_tokens": Neutral((0,), _WHOLE_ANSWER),
-    "echo": Neutral((False,), "the prompt is not repeated"),
+    "typical_p": Neutral((1,), "truncate with `top_p`, `top_k` or `min_p`"),
+    "length_penalty": Neutral((1,), _NO_BEAMS),
+    "use_beam_search": Neutral((False,), _NO_BEAMS),
+    "best_of": Neutral((1,), "every choice is returned; ask for several with `n`"),
+    "bad_words": Neutral(([],), _WHOLE_VOCABULARY),
+    "allowed_token_ids": Neutral((), _WHOLE_VOCABULARY),
+    "prompt_logprobs": Neutral((), _NO_PROMPT_LOGPROBS),
+    "logprob_token_ids": Neutral(([],), "the likeliest tokens are told, not chosen ones"),
     "suffix": Neutral(("",), "insertion is not served"),
     "prediction": Neutral((), "predicted outputs are not served; drafts are made here"),
-    "tools": Neutral(([],), _NO_TOOLS),
+    "tools": Neutral((), _NO_TOOLS),
     "tool_choice": Neutral(("none", "auto"), _NO_TOOLS),
     "functions": Neutral(([],), _NO_TOOLS),
     "function_call": Neutral(("none", "auto"), _NO_TOOLS),
-    "response_format": Neutral(({"type": "text"},), _TEXT),
     "modalities": Neutral((["text"],), _TEXT),
     "audio": Neutral((), _TEXT),
     "structured_outputs": Neutral((), _TEXT),
@@ -115,6 +106,8 @@ _UNSERVED: Final[Mapping[str, Neutral]] = {
     "spaces_between_special_tokens": Neutral((True,), "special tokens are left out of the text"),
     "web_search_options": Neutral((), "web search is not served"),
     "reasoning_effort": Neutral(("none",), "reasoning effort is not served"),
+    "thinking_token_budget": Neutral((-1,), "reasoning effort is not served"),
+    "repetition_detection": Neutral((), "answers end at their end, at a stop or at `max_tokens`"),
     "verbosity": Neutral(("medium",), "verbosity is not served"),
     "service_tier": Neutral(("auto", "default"), "there is one service tier, 'default'"),
     "store": Neutral((False,), "answers are not stored beyond the session's life"),
@@ -124,13 +117,23 @@ _UNSERVED: Final[Mapping[str, Neutral]] = {
     "continue_final_message": Neutral((False,), _OWN_TEMPLATE),
     "documents": Neutral(([],), _OWN_TEMPLATE),
     "truncate_prompt_tokens": Neutral((), "prompts are taken whole or refused"),
+    "prompt_embeds": Neutral((), "prompts are text or tokens"),
     "return_token_ids": Neutral((False,), "ask for them with `outrider.return_token_ids`"),
+    "return_tokens_as_token_ids": Neutral((False,), "ask for them with `outrider.return_token_ids`"),
+}
+_UNSERVED_IN_CHAT: Final[Mapping[str, Neutral]] = {
+    **_UNSERVED,
+    "echo": Neutral((False,), "the prompt of a chat is not repeated"),
+}
+_UNSERVED_IN_COMPLETIONS: Final[Mapping[str, Neutral]] = {
+    **_UNSERVED,
+    "top_logprobs": Neutral((0,), "completions have `logprobs`, the number of likeliest tokens to tell"),
 }
 
 
-def _refuse_unserved(body: Mapping[str, object]) -> None:
+def _refuse_unserved(body: Mapping[str, object], unserved: Mapping[str, Neutral]) -> None:
     for name, value in body.items():
-        neutral = _UNSERVED.get(name)
+        neutral = unserved.get(name)
         if neutral is None or neutral.admits(value):
             continue
         accepted = [*(repr(choice) for choice in neutral.values), "null"]
@@ -169,7 +172,7 @@ class TextPart(_Request):
 
 
 def _joined(content: object) -> object:
-    """The text of `content`, which is a string or a list of text parts."""
+    """The text of `content`, which is a string or a list of text parts; these are lines, as vLLM reads them."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
@@ -184,7 +187,7 @@ def _joined(content: object) -> object:
         if not isinstance(part.get("text"), str):
             raise ValueError(f"part {number} must have a string `text`")
         texts.append(part["text"])
-    return "".join(texts)
+    return "\n".join(texts)
 
 
 class ChatMessage(_Request):
@@ -230,28 +233,117 @@ class OutriderOptions(BaseModel):
         None, description="What the verifier does with nothing to verify: 'latency' goes on, 'cost' waits."
     )
     draft: Literal["engine", "none"] = Field("engine", description="'none' sends empty blocks.")
+    sampling: Literal["keyed", "ratio"] = Field(
+        "keyed",
+        description="How drafted tokens are judged at a temperature above 0. 'keyed': the answer is a function of "
+        "prompt and seed. 'ratio': the classic accept/reject test; exact in distribution, not replayable.",
+    )
 
 
-def _document_unserved(schema: JsonObject) -> None:
+class JsonSchemaFormat(_Request):
+    """`name` and `description` are for the client's own use."""
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    schema_: Annotated[dict[str, object] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Request):
+    """What the answer has to be. With `json_schema` an answer that is not cut short validates, `strict` or not."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    def as_schema(self) -> str:
+        """The schema as JSON, "{}" for any object, "" for text. InvalidRequest when there is none, or a wrong one."""
+        if self.type == "text":
+            return ""
+        if self.type == "json_object":
+            return "{}"
+        if self.json_schema is None:
+            raise InvalidRequest(
+                "missing required parameter: `response_format.json_schema`",
+                param="response_format.json_schema",
+            )
+        return json_schema.checked(self.json_schema.schema_ or {}, param="response_format.json_schema.schema")
+
+
+def _stop_strings(stop: object) -> object:
+    """The strings in `stop`, which is one string or a list of some."""
+    strings = [stop] if isinstance(stop, str) else stop
+    if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
+        raise ValueError("must be a string or a list of strings")
+    if len(strings) > MOST_STOPS:
+        raise ValueError(f"holds {len(strings)} strings; at most {MOST_STOPS} are served")
+    for string in strings:
+        if not 1 <= len(string) <= LONGEST_STOP:
+            raise ValueError(f"a string has {len(string)} characters; 1 to {LONGEST_STOP} are served")
+        _encodable(string)
+    return tuple(strings)
+
+
+def _bias(bias: object) -> object:
+    """Pairs of a token and what is added to its logit, which is held within ±BIAS_LIMIT, as vLLM does."""
+    if not isinstance(bias, dict):
+        raise ValueError("must be an object of token ids and numbers")
+    pairs = {}
+    for token, value in bias.items():
+        if not (token.isascii() and token.isdigit() and int(token[:11]) < TOKEN_LIMIT):
+            raise ValueError(f"{_shown(token)} is no token id")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"the bias of {token} must be a number")
+        pairs[int(token)] = max(-BIAS_LIMIT, min(BIAS_LIMIT, float(value)))
+    return tuple(sorted(pairs.items()))
+
+
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+
+
+def _document_unserved(schema: JsonObject, unserved: Mapping[str, Neutral]) -> None:
     """Say of each unserved parameter which values are taken, so that OpenAPI's readers need not try."""
-    for name, neutral in _UNSERVED.items():
+    for name, neutral in unserved.items():
         taken = {"enum": [*neutral.values, None], "description": f"No effect: {neutral.served}."}
         schema["properties"].setdefault(name, taken)
-    schema["properties"]["temperature"]["default"] = 0
 
 
 class _GenerationBody(_Request):
-    model_config = ConfigDict(json_schema_extra=_document_unserved)
+    unserved: ClassVar[Mapping[str, Neutral]]
 
     model: Annotated[str, Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    seed: Annotated[int, Field(ge=-SEED_LIMIT, lt=SEED_LIMIT)] | None = None
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = Field(
+        None, description="Left out, the gateway's setting `default_temperature` (0 unless set)."
+    )
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=TOKEN_LIMIT)] | None = Field(None, description="0 and -1 are all.")
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    seed: Annotated[int, Field(ge=-SEED_LIMIT, lt=SEED_LIMIT)] | None = Field(
+        None, description="Left out, the gateway draws one; `usage.outrider.seed` tells it."
+    )
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    logit_bias: (
+        Annotated[
+            tuple[tuple[int, float], ...], BeforeValidator(_bias, json_schema_input_type=dict[str, float])
+        ]
+        | None
+    ) = None
+    stop: (
+        Annotated[tuple[str, ...], BeforeValidator(_stop_strings, json_schema_input_type=str | list[str])]
+        | None
+    ) = None
+    include_stop_str_in_output: bool | None = None
     stop_token_ids: (
         Annotated[list[Annotated[int, Field(ge=0, lt=TOKEN_LIMIT)]], Field(max_length=64)] | None
     ) = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
     user: str | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     outrider: OutriderOptions = OutriderOptions()
@@ -260,8 +352,13 @@ class _GenerationBody(_Request):
 class ChatCompletionRequest(_GenerationBody):
     """`POST /v1/chat/completions`."""
 
+    model_config = ConfigDict(json_schema_extra=lambda schema: _document_unserved(schema, _UNSERVED_IN_CHAT))
+    unserved: ClassVar[Mapping[str, Neutral]] = _UNSERVED_IN_CHAT
+
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
 
 def _single_prompt(prompt: object) -> object:
@@ -288,6 +385,13 @@ def _encodable_prompt(prompt: str | tuple[int, ...]) -> str | tuple[int, ...]:
 class CompletionRequest(_GenerationBody):
     """`POST /v1/completions`, one prompt a request."""
 
+    model_config = ConfigDict(
+        json_schema_extra=lambda schema: _document_unserved(schema, _UNSERVED_IN_COMPLETIONS)
+    )
+    unserved: ClassVar[Mapping[str, Neutral]] = _UNSERVED_IN_COMPLETIONS
+
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     prompt: Annotated[
         str | tuple[int, ...],
         BeforeValidator(_single_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
@@ -297,8 +401,10 @@ class CompletionRequest(_GenerationBody):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A request for one generation, checked. Exactly one of `messages`, `text` and `tokens` is set.
+    """A request for `n` answers to one prompt, checked. Exactly one of `messages`, `text` and `tokens` is set.
 
+    `sampling` lacks what the gateway has to choose where the client did not, the temperature and the seed. `logprobs`
+    asks for log-probabilities, and for those of so many likeliest tokens. `json_schema` is "" for text.
     `fingerprint` is the body's hash: an idempotency key may not be used for two different ones.
     """
 
@@ -307,9 +413,17 @@ class GenerationRequest:
     stream: bool
     include_usage: bool
     max_tokens: int | None
-    seed: int
+    n: int
+    temperature: float | None
+    seed: int | None
+    sampling: Sampling
+    stop: tuple[str, ...]
+    include_stop: bool
     stop_token_ids: Tokens
     ignore_eos: bool
+    echo: bool
+    logprobs: int | None
+    json_schema: str
     options: OutriderOptions
     fingerprint: str
     messages: tuple[Mapping[str, str], ...] | None = None
@@ -331,15 +445,38 @@ def parse_chat(body: bytes) -> GenerationRequest:
             f"max_tokens={request.max_tokens} and max_completion_tokens={limit} contradict each other; send one",
             param="max_completion_tokens",
         )
+    if request.top_logprobs and not request.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs=true", param="top_logprobs")
     messages = tuple(message.for_template() for message in request.messages)
-    return _request(Api.CHAT, request, body, limit or request.max_tokens, messages=messages)
+    return _request(
+        Api.CHAT,
+        request,
+        body,
+        limit or request.max_tokens,
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        messages=messages,
+    )
 
 
 def parse_completion(body: bytes) -> GenerationRequest:
     """The completion request in `body`; InvalidRequest or UnsupportedParameter names what is wrong with it."""
     request = _validated(CompletionRequest, body)
     text, tokens = (request.prompt, None) if isinstance(request.prompt, str) else (None, request.prompt)
-    return _request(Api.COMPLETION, request, body, request.max_tokens, text=text, tokens=tokens)
+    if request.echo and request.logprobs is not None:
+        raise UnsupportedParameter(
+            f"logprobs={request.logprobs} with echo=true is not served: {_NO_PROMPT_LOGPROBS}. Leave one of them out.",
+            param="logprobs",
+        )
+    return _request(
+        Api.COMPLETION,
+        request,
+        body,
+        request.max_tokens,
+        logprobs=request.logprobs,
+        echo=bool(request.echo),
+        text=text,
+        tokens=tokens,
+    )
 
 
 def _request(
@@ -348,6 +485,8 @@ def _request(
     raw: bytes,
     max_tokens: int | None,
     *,
+    logprobs: int | None,
+    echo: bool = False,
     messages: tuple[Mapping[str, str], ...] | None = None,
     text: str | None = None,
     tokens: Tokens | None = None,
@@ -361,15 +500,39 @@ def _request(
         stream=stream,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         max_tokens=max_tokens,
-        seed=body.seed or 0,
+        n=body.n or 1,
+        temperature=body.temperature,
+        seed=body.seed,
+        sampling=_sampling(body),
+        stop=body.stop or (),
+        include_stop=bool(body.include_stop_str_in_output),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
+        echo=echo,
+        logprobs=logprobs,
+        json_schema=body.response_format.as_schema() if body.response_format is not None else "",
         options=body.outrider,
         fingerprint=hashlib.sha256(raw).hexdigest(),
         messages=messages,
         text=text,
         tokens=tokens,
     )
+
+
+def _sampling(body: _GenerationBody) -> Sampling:
+    """What the body says of sampling; what it leaves out, or says is null, is the default."""
+    said = {
+        "top_p": body.top_p,
+        "top_k": max(0, body.top_k or 0),
+        "min_p": body.min_p,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "repetition_penalty": body.repetition_penalty,
+        "logit_bias": body.logit_bias,
+        "min_tokens": body.min_tokens,
+        "mode": SamplingMode(body.outrider.sampling),
+    }
+    return Sampling.model_validate({name: value for name, value in said.items() if value is not None})
 
 
 _Body = TypeVar("_Body", bound=_GenerationBody)
@@ -382,7 +545,7 @@ def _validated(model: type[_Body], raw: bytes) -> _Body:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object")
-    _refuse_unserved(body)
+    _refuse_unserved(body, model.unserved)
     try:
         return model.model_validate(body)
     except ValidationError as error:
@@ -413,18 +576,43 @@ def check_model(asked: str, served: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class Likelihood:
+    """A token as clients read it, the bytes it stands for, and its log-probability (natural, at most 0)."""
+
+    token: str
+    data: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What `logprobs` tells of one token: its own likelihood, the likeliest ones', and where in the text it begins."""
+
+    own: Likelihood
+    top: Sequence[Likelihood]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """Text that a stream goes on with: the tokens it was made of, and of each what it adds and who wrote it."""
+    """Text that an answer goes on with: the tokens it was made of, and of each what it adds and who wrote it.
+
+    `told` has one entry a token where log-probabilities were asked for.
+    """
 
     text: str
     tokens: Tokens
-    traced: Sequence[tuple[str, str]]
-    round: int
+    traced: Sequence[tuple[str, str]] = ()
+    round: int = 0
+    told: Sequence[Told] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ResponseForm:
-    """How a session's answers look. It survives in the session's metadata, so that any gateway can go on with them."""
+    """How a session's answers look. It survives in the session's metadata, so that any gateway can go on with them.
+
+    Each choice of a response is a session of its own; `response` is the id that they share, `index` tells them apart.
+    """
 
     _VERSION: ClassVar[str] = "1"
 
@@ -435,18 +623,26 @@ class ResponseForm:
     include_usage: bool = False
     fingerprint: str = ""
     options: OutriderOptions = field(default_factory=OutriderOptions)
+    response: str = ""
+    index: int = 0
+    echo: bool = False
+    include_stop: bool = False
 
     @classmethod
-    def of(cls, request: GenerationRequest, session: str) -> ResponseForm:
-        """The form of the answers to `request`, from now."""
+    def of(cls, request: GenerationRequest, response: str, index: int = 0) -> ResponseForm:
+        """The form of choice `index` of the answer to `request`, from now."""
         return cls(
             api=request.api,
-            session=session,
+            session=choice_session(response, index),
             created=int(time.time()),
             model=request.model,
             include_usage=request.include_usage,
             fingerprint=request.fingerprint,
             options=request.options,
+            response=response,
+            index=index,
+            echo=request.echo,
+            include_stop=request.include_stop,
         )
 
     def to_metadata(self) -> dict[str, str]:
@@ -456,9 +652,13 @@ class ResponseForm:
             "api": self.api.value,
             "created": str(self.created),
             "model": self.model,
-            "include_usage": "true" if self.include_usage else "false",
+            "include_usage": _flag(self.include_usage),
             "fingerprint": self.fingerprint,
             "outrider": self.options.model_dump_json(exclude_defaults=True),
+            "response": self.response,
+            "index": str(self.index),
+            "echo": _flag(self.echo),
+            "include_stop": _flag(self.include_stop),
         }
 
     @classmethod
@@ -471,9 +671,13 @@ class ResponseForm:
             session=session,
             created=int(metadata["created"]),
             model=metadata["model"],
-            include_usage=metadata["include_usage"] == "true",
+            include_usage=metadata["include_usage"] == _flag(True),
             fingerprint=metadata["fingerprint"],
             options=OutriderOptions.model_validate_json(metadata["outrider"]),
+            response=metadata["response"],
+            index=int(metadata["index"]),
+            echo=metadata["echo"] == _flag(True),
+            include_stop=metadata["include_stop"] == _flag(True),
         )
 
     def role_chunk(self) -> JsonObject | None:
@@ -484,7 +688,7 @@ class ResponseForm:
 
     def text_chunk(self, piece: Piece) -> JsonObject:
         """A chunk with new text."""
-        choice = self._delta(piece.text)
+        choice = self._delta(piece.text) | {"logprobs": self._logprobs(piece.told)}
         if self.options.return_token_ids:
             choice["token_ids"] = list(piece.tokens)
         chunk = self._chunk(choice)
@@ -495,30 +699,41 @@ class ResponseForm:
             }
         return chunk
 
-    def finish_chunk(self, reason: FinishReason, text: str = "") -> JsonObject:
-        """The last chunk with a choice; `text` is what the last tokens left over."""
+    def finish_chunk(
+        self, reason: FinishReason, text: str = "", stop_reason: str | int | None = None
+    ) -> JsonObject:
+        """The last chunk with this choice; `text` is what the last tokens left over."""
         choice = self._delta(text) if text or self.api is Api.COMPLETION else self._chat_delta({})
-        return self._chunk(choice | {"finish_reason": reason.value})
+        return self._chunk(choice | {"finish_reason": reason.value, "stop_reason": stop_reason})
 
     def usage_chunk(self, usage: JsonObject) -> JsonObject:
         """The chunk that `include_usage` asks for."""
         return self._chunk(None) | {"usage": usage}
 
-    def whole(self, text: str, tokens: Tokens, reason: FinishReason, usage: JsonObject) -> JsonObject:
-        """The answer in one piece."""
-        choice: JsonObject = {"index": 0, "logprobs": None, "finish_reason": reason.value}
+    def choice(self, piece: Piece, reason: FinishReason, stop_reason: str | int | None = None) -> JsonObject:
+        """The choice in one piece."""
+        choice: JsonObject = {
+            "index": self.index,
+            "logprobs": self._logprobs(piece.told),
+            "finish_reason": reason.value,
+            "stop_reason": stop_reason,
+        }
         if self.api is Api.CHAT:
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            choice["message"] = {"role": "assistant", "content": piece.text, "refusal": None}
         else:
-            choice["text"] = text
+            choice["text"] = piece.text
         if self.options.return_token_ids:
-            choice["token_ids"] = list(tokens)
+            choice["token_ids"] = list(piece.tokens)
+        return choice
+
+    def whole(self, choices: Sequence[JsonObject], usage: JsonObject) -> JsonObject:
+        """The answer in one piece."""
         name = "chat.completion" if self.api is Api.CHAT else "text_completion"
-        return self._frame(name) | {"choices": [choice], "usage": usage}
+        return self._frame(name) | {"choices": list(choices), "usage": usage}
 
     def _frame(self, name: str) -> JsonObject:
         return {
-            "id": self.session,
+            "id": self.response or self.session,
             "object": name,
             "created": self.created,
             "model": self.model,
@@ -535,15 +750,50 @@ class ResponseForm:
     def _delta(self, text: str) -> JsonObject:
         if self.api is Api.CHAT:
             return self._chat_delta({"content": text})
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": None}
+        return {"index": self.index, "text": text, "logprobs": None, "finish_reason": None}
 
-    @staticmethod
-    def _chat_delta(delta: JsonObject) -> JsonObject:
-        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
+    def _chat_delta(self, delta: JsonObject) -> JsonObject:
+        return {"index": self.index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _logprobs(self, told: Sequence[Told] | None) -> JsonObject | None:
+        if told is None:
+            return None
+        if self.api is Api.CHAT:
+            content = [
+                {**_likelihood(each.own), "top_logprobs": [_likelihood(token) for token in each.top]}
+                for each in told
+            ]
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": [each.own.token for each in told],
+            "token_logprobs": [_bounded(each.own) for each in told],
+            "top_logprobs": [
+                {token.token: _bounded(token) for token in (each.own, *each.top)} for each in told
+            ],
+            "text_offset": [each.offset for each in told],
+        }
+
+
+def choice_session(response: str, index: int) -> str:
+    """The id of the session that writes choice `index` of a response: the first one's is the response's own."""
+    return f"{response}-{index}" if index else response
+
+
+def _flag(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _likelihood(token: Likelihood) -> JsonObject:
+    return {"token": token.token, "logprob": _bounded(token), "bytes": list(token.data)}
+
+
+def _bounded(token: Likelihood) -> float:
+    """JSON knows no infinity: what a grammar or a bias forbids has the log-probability that OpenAI gives it."""
+    return max(token.logprob, LEAST_LOGPROB)
 
 
 def usage(prompt_tokens: int, completion_tokens: int, outrider: JsonObject) -> JsonObject:
-    """OpenAI's usage, and what speculation did."""
+    """OpenAI's usage, over all choices, and what speculation did. A prompt is counted once."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,

@@ -10,15 +10,16 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
+from services.draft_gateway.answer_text import AnswerText, Ending, TextDecoder
 from services.draft_gateway.drafting import Drafter
 from services.draft_gateway.generation import Generation, Replay, TokenStream, logged
-from services.draft_gateway.openai_api import GenerationRequest, ResponseForm, check_model
+from services.draft_gateway.openai_api import SEED_LIMIT, GenerationRequest, ResponseForm, check_model
 from services.draft_gateway.settings import GatewaySettings
-from services.draft_gateway.streams import Position, Text, TextDecoder
+from services.draft_gateway.streams import Position, Reading, Text
 from services.draft_gateway.uplink import Uplink
 from shared.errors import (
     ContextLengthExceeded,
@@ -29,8 +30,19 @@ from shared.errors import (
     SessionTaken,
     Unavailable,
 )
-from shared.protocol import Cancel, CloseSession, GenerationParams, OpenSession, Policy, Sampling, Tokens
-from shared.sampling.rules import Rules
+from shared.protocol import (
+    Cancel,
+    CloseSession,
+    FinishReason,
+    GenerationParams,
+    OpenSession,
+    Policy,
+    Sampling,
+    SamplingMode,
+    TokenLogprobs,
+    Tokens,
+)
+from shared.sampling.rules import GREEDY_BELOW, Rules
 from shared.session import SessionState
 from shared.speculation.edge import EdgeConfig
 from shared.speculation.outcomes import Foresight
@@ -40,6 +52,8 @@ logger = logging.getLogger(__name__)
 
 RETRY_S: Final = 1.0
 STOP_S: Final = 5.0
+DRAWN_SEED_BITS: Final = 53
+"""Of a seed that is drawn here, so that clients whose numbers are all floats read it as it is."""
 LONG_TEXT: Final = 4096  # characters from which a prompt is tokenized beside the event loop
 
 
@@ -64,18 +78,34 @@ class PromptTokenizer(Protocol):
         """The tokens of a chat, up to where the assistant's answer begins."""
         ...
 
+    def decode_prompt(self, tokens: Sequence[int]) -> str:
+        """The text of a prompt."""
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one token stands for."""
+        ...
+
     def decoder(self) -> TextDecoder:
         """A new incremental decoder."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """A stream, how its answers look, and the text that its deliveries go on with."""
+class NotReplayable(OutriderError):
+    """The answer can't be generated again (HTTP 409)."""
 
-    stream: TokenStream
-    form: ResponseForm
-    text: Text
+    code = "not_replayable"
+    status = 409
+    kind = "invalid_request_error"
+
+
+@dataclass(frozen=True, slots=True)
+class Replaying:
+    """A session, the tokens of its answer, and the stream that generates them again."""
+
+    state: SessionState
+    tokens: Tokens
+    again: Reading
 
 
 class Sessions:
@@ -108,44 +138,76 @@ class Sessions:
 
     async def open(
         self, request: GenerationRequest, *, trace: TraceContext, idempotency_key: str | None = None
-    ) -> Reading:
-        """Open a session for `request`; with an idempotency key that was used before, read that one again."""
+    ) -> list[Reading]:
+        """Open a session for each choice of `request`; with an idempotency key that was used before, read those again."""
         check_model(request.model, self._settings.served_name)
+        if request.n > self._settings.gateway_max_streams:
+            raise InvalidRequest(
+                f"n={request.n} is above {self._settings.gateway_max_streams}, the generations that this gateway may "
+                "have in flight",
+                param="n",
+            )
         if idempotency_key is None:
-            session = request.api.id_prefix + secrets.token_hex(16)
+            response = request.api.id_prefix + secrets.token_hex(16)
         else:
-            session = request.api.id_prefix + hashlib.sha256(idempotency_key.encode()).hexdigest()[:32]
-            if (known := await self._known(session, request)) is not None:
-                return await self._resume(known, Position(session, 0), trace=trace)
-        self._admit()
+            response = request.api.id_prefix + hashlib.sha256(idempotency_key.encode()).hexdigest()[:32]
+        forms = [ResponseForm.of(request, response, index) for index in range(request.n)]
+        known = await self._known(forms) if idempotency_key is not None else {}
+        if len(known) < len(forms):
+            self._admit(len(forms) - len(known))
         prompt = await self._prompt(request)
-        params = self._params(request, len(prompt))
-        form = ResponseForm.of(request, session)
-        generation = self._generation(
-            form, prompt, params, trace=trace, resumable=request.stream or idempotency_key is not None
-        )
+        params = self._params(request, prompt, _seed_of(known.values()))
+        resumable = request.stream or idempotency_key is not None
+        readings: list[Reading] = []
+        try:
+            for form in forms:
+                if (state := known.get(form.session)) is not None:
+                    readings.append(await self._resume(state, Position(form.session, 0), trace=trace))
+                    continue
+                sampling = params.sampling.model_copy(update={"choice": form.index})
+                own = params.model_copy(update={"sampling": sampling})
+                readings.append(await self._start(form, prompt, own, trace=trace, resumable=resumable))
+        except BaseException:
+            for reading in readings:
+                reading.stream.leave("another choice could not be opened", detach=idempotency_key is not None)
+            raise
+        return readings
+
+    async def _start(
+        self,
+        form: ResponseForm,
+        prompt: Tokens,
+        params: GenerationParams,
+        *,
+        trace: TraceContext,
+        resumable: bool,
+    ) -> Reading:
+        generation = self._generation(form, prompt, params, trace=trace, resumable=resumable)
         message = OpenSession(
-            session=session,
+            session=form.session,
             reply=self._uplink.reply,
-            model=request.model,
+            model=form.model,
             prompt=prompt,
             params=params,
             metadata=form.to_metadata(),
         )
         await self._place(generation, message, trace)
         generation.begin()
-        return Reading(generation, form, Text(self._tokenizer.decoder()))
+        return self._reading(generation, form, params, prompt)
 
-    async def _known(self, session: str, request: GenerationRequest) -> SessionState | None:
-        state = await self._uplink.state(session)
-        if state is None:
-            return None
-        if ResponseForm.from_metadata(session, state.metadata).fingerprint != request.fingerprint:
-            raise InvalidRequest(
-                "this Idempotency-Key was used with another request; send a new key, or the same body",
-                param="Idempotency-Key",
-            )
-        return state
+    async def _known(self, forms: Sequence[ResponseForm]) -> dict[str, SessionState]:
+        known = {}
+        for form in forms:
+            state = await self._uplink.state(form.session)
+            if state is None:
+                continue
+            if ResponseForm.from_metadata(form.session, state.metadata).fingerprint != form.fingerprint:
+                raise InvalidRequest(
+                    "this Idempotency-Key was used with another request; send a new key, or the same body",
+                    param="Idempotency-Key",
+                )
+            known[form.session] = state
+        return known
 
     async def resume(self, session: str, position: Position | None, *, trace: TraceContext) -> Reading:
         """Read a session on after `position`, or from its start. Its reader until now, wherever it is, loses it."""
@@ -172,19 +234,98 @@ class Sessions:
                 return known
             tokens = await self._uplink.tokens(state.session)
             _check_position(position, tokens)
+            logprobs = await self._logprobs(state, len(tokens))
         except BaseException:
             generation.leave("not resumed", detach=True)
             raise
-        generation.begin(committed=tokens, read=position.tokens, next_round=state.last_round + 1)
-        return Reading(generation, form, Text(self._tokenizer.decoder(), tokens[: position.tokens]))
+        generation.begin(
+            committed=tokens, read=position.tokens, next_round=state.last_round + 1, logprobs=logprobs
+        )
+        return self._reading(generation, form, state.params, prompt, tokens[: position.tokens])
+
+    async def replay(self, session: str, *, trace: TraceContext) -> Replaying:
+        """Generate a session's answer again, in a session of its own, from its prompt, parameters and seed.
+
+        As far as it goes, if it is not complete. NotReplayable when it is not a function of these, or has no token.
+        """
+        state = await self._state(session)
+        form = ResponseForm.from_metadata(session, state.metadata)
+        params = state.params
+        if params.sampling.mode is SamplingMode.RATIO:
+            raise NotReplayable(
+                f"the session {session} was sampled in ratio mode: its answer depends on what was drafted and on the "
+                "length of every block, and comes out otherwise each time; ask for sampling 'keyed' to be able to replay"
+            )
+        tokens = await self._uplink.tokens(session)
+        tokens = tokens[: self._answer_text(form, params).ends_within(tokens, state.finish_reason)]
+        if not tokens:
+            raise NotReplayable(f"the session {session} has no token yet; there is nothing to compare")
+        self._admit()
+        prompt = await self._uplink.prompt(session)
+        sampling = params.sampling
+        least = min(sampling.min_tokens, len(tokens))
+        again = params.model_copy(
+            update={
+                "max_tokens": len(tokens),
+                "logprobs": None,
+                "sampling": sampling.model_copy(update={"min_tokens": least}),
+            }
+        )
+        own = form.api.id_prefix + secrets.token_hex(16)
+        copy = replace(form, session=own, response=own, fingerprint="", echo=False)
+        return Replaying(state, tokens, await self._start(copy, prompt, again, trace=trace, resumable=False))
 
     async def _finished(self, state: SessionState, form: ResponseForm, position: Position) -> Reading | None:
-        if not state.ended:
+        """The whole of a session that generates nothing more, or nothing that would belong to its answer."""
+        if not state.ended and not state.params.stop:
             return None
         tokens = await self._uplink.tokens(state.session)
+        answer = self._answer_text(form, state.params)
+        count = answer.ends_within(tokens, state.finish_reason)
+        if not state.ended:
+            if count is None:
+                return None
+            self._spawn(self._end(state, "a stop string"))  # whoever drove it has gone before it could say so
+        reason = state.finish_reason if count is None else FinishReason.STOP
+        tokens = tokens[:count]
         _check_position(position, tokens)
-        replay = Replay(state, tokens, position.tokens)
-        return Reading(replay, form, Text(self._tokenizer.decoder(), tokens[: position.tokens]))
+        logprobs = await self._logprobs(state, len(tokens))
+        replay = Replay(state, tokens, position.tokens, reason, answer.stop, logprobs)
+        prompt = await self._uplink.prompt(state.session) if form.echo else ()
+        read = tokens[: position.tokens]
+        ended = reason if read == tokens and count is None else None
+        return self._reading(replay, form, state.params, prompt, read, ended)
+
+    def _reading(
+        self,
+        stream: TokenStream,
+        form: ResponseForm,
+        params: GenerationParams,
+        prompt: Tokens,
+        read: Tokens = (),
+        ended: FinishReason | None = None,
+    ) -> Reading:
+        """`read` are the tokens whose text the reader has; at the end of the sequence `ended` says how."""
+        natural = frozenset() if params.ignore_eos else self._tokenizer.stop_tokens
+        text = Text(
+            self._answer_text(form, params),
+            read,
+            ended,
+            token_bytes=self._tokenizer.token_bytes if params.logprobs is not None else None,
+            stop_token_ids=frozenset(params.stop_token_ids) - natural,
+        )
+        return Reading(
+            stream, form, text, params, echo=self._tokenizer.decode_prompt(prompt) if form.echo else ""
+        )
+
+    def _answer_text(self, form: ResponseForm, params: GenerationParams) -> AnswerText:
+        return AnswerText(self._tokenizer.decoder(), Ending.of(params, included=form.include_stop))
+
+    async def _logprobs(self, state: SessionState, count: int) -> tuple[TokenLogprobs, ...]:
+        """Those of the first `count` committed tokens, if they were asked for."""
+        if state.params.logprobs is None:
+            return ()
+        return (await self._uplink.logprobs(state.session))[:count]
 
     async def _place(self, generation: Generation, message: OpenSession, trace: TraceContext) -> None:
         """Have the session placed, for `generation` to drive. Whoever drove it in this process loses it now."""
@@ -225,6 +366,8 @@ class Sessions:
             resumable=resumable,
             on_end=self._forget,
             earlier=earlier.stats if earlier is not None else None,
+            text=self._answer_text(form, params) if params.stop else None,
+            logprobs=params.logprobs is not None,
         )
 
     def _rules(self, prompt: Tokens, params: GenerationParams) -> Rules | None:
@@ -282,7 +425,9 @@ class Sessions:
             )
         return prompt
 
-    def _params(self, request: GenerationRequest, prompt_length: int) -> GenerationParams:
+    def _params(self, request: GenerationRequest, prompt: Tokens, seed: int | None) -> GenerationParams:
+        """What to generate by. `seed` is that of an earlier attempt, which goes before drawing one."""
+        prompt_length = len(prompt)
         block_length = request.options.block_length
         if block_length is not None and block_length > self._settings.max_block:
             raise InvalidRequest(
@@ -304,23 +449,63 @@ class Sessions:
                 f"{limit} tokens: ask for at most {room}, or shorten the prompt",
                 param="max_tokens",
             )
+        max_tokens = request.max_tokens or min(self._settings.default_max_tokens, room)
+        if request.sampling.min_tokens > max_tokens:
+            raise InvalidRequest(
+                f"min_tokens={request.sampling.min_tokens} is above the {max_tokens} tokens that the answer may have",
+                param="min_tokens",
+            )
+        self._check_tokens(request.stop_token_ids, "stop_token_ids")
+        self._check_tokens([token for token, _ in request.sampling.logit_bias], "logit_bias")
         return GenerationParams(
-            max_tokens=request.max_tokens or min(self._settings.default_max_tokens, room),
+            max_tokens=max_tokens,
             stop_token_ids=request.stop_token_ids,
             ignore_eos=request.ignore_eos,
             policy=Policy(request.options.policy or self._settings.policy),
-            sampling=Sampling(seed=request.seed % (1 << 64)),
+            sampling=self._sampling(request, seed),
+            stop=request.stop,
+            logprobs=request.logprobs,
+            json_schema=request.json_schema,
         )
 
-    def _admit(self) -> None:
-        """Refuse what there is no room for, or nothing to serve it with."""
+    def _sampling(self, request: GenerationRequest, seed: int | None) -> Sampling:
+        """How tokens are chosen. At temperature 0 nothing is drawn, and nothing needs truncation."""
+        temperature = request.temperature
+        if temperature is None:
+            temperature = self._settings.default_temperature
+        if request.seed is not None:
+            seed = request.seed % (2 * SEED_LIMIT)
+        elif seed is None:
+            seed = secrets.randbits(DRAWN_SEED_BITS)
+        chosen: dict[str, object] = {"temperature": temperature, "seed": seed}
+        if temperature < GREEDY_BELOW:
+            chosen |= {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "mode": SamplingMode.KEYED}
+            if request.n > 1:
+                raise InvalidRequest(
+                    f"n={request.n} at temperature {temperature:g}: the choices would all be the same; send a "
+                    "temperature above 0, or n=1",
+                    param="n",
+                )
+        return request.sampling.model_copy(update=chosen)
+
+    def _check_tokens(self, tokens: Sequence[int], param: str) -> None:
+        highest = max(tokens, default=0)
+        if highest >= self._tokenizer.vocab_size:
+            raise InvalidRequest(
+                f"{param} holds the token {highest}; the model's tokens are below {self._tokenizer.vocab_size}",
+                param=param,
+            )
+
+    def _admit(self, count: int = 1) -> None:
+        """Refuse `count` more generations for which there is no room, or nothing to serve them with."""
         if self._stopping:
             raise Unavailable("this gateway is stopping; ask another", retry_after_s=RETRY_S)
         if troubles := self._uplink.troubles():
             raise Unavailable(f"not ready: {'; '.join(troubles)}", retry_after_s=RETRY_S)
-        if len(self._live) >= self._settings.gateway_max_streams:
+        if len(self._live) + count > self._settings.gateway_max_streams:
             raise Overloaded(
-                f"{self._settings.gateway_max_streams} generations are in flight here, the most there may be",
+                f"{len(self._live)} of {self._settings.gateway_max_streams} generations, the most there may be, are in "
+                f"flight here, and {count} more are asked for",
                 retry_after_s=RETRY_S,
             )
 
@@ -331,11 +516,12 @@ class Sessions:
         state = await self._state(session)
         if (live := self._live.get(session)) is not None:
             live.fail(SessionNotFound(f"the session {session} was cancelled"))
-        if state.ended:
-            return
-        reason = "cancelled by the client"
-        cancel = Cancel(session=session, epoch=state.epoch, reason=reason)
-        await self._uplink.close(CloseSession(session=session, epoch=state.epoch, reason=reason))
+        if not state.ended:
+            await self._end(state, "cancelled by the client")
+
+    async def _end(self, state: SessionState, reason: str) -> None:
+        cancel = Cancel(session=state.session, epoch=state.epoch, reason=reason)
+        await self._uplink.close(CloseSession(session=state.session, epoch=state.epoch, reason=reason))
         await self._uplink.send(cancel, partition=state.partition)
 
     async def stop(self) -> None:
@@ -368,6 +554,11 @@ class Sessions:
         if state is None:
             raise SessionNotFound(f"there is no session {session}, or it has expired")
         return state
+
+
+def _seed_of(states: Iterable[SessionState]) -> int | None:
+    """The seed that the choices of a response share, if any of them is known."""
+    return next((state.params.sampling.seed for state in states), None)
 
 
 def _check_position(position: Position, tokens: Tokens) -> None:

@@ -105,6 +105,9 @@ class GatewaySettings(ModelSettings):
     )
     max_lanes: Annotated[int, Field(ge=0)] = Field(4, description="Lanes a session drafts at a time.")
     default_max_tokens: Positive = Field(256, description="Length of an answer whose request sets no limit.")
+    default_temperature: Annotated[float, Field(ge=0, le=2)] = Field(
+        0.0, description="Temperature of a request that sets none; 0 takes the likeliest token each time."
+    )
     open_timeout_s: Seconds = Field(15.0, description="How long opening a session may take before 503.")
     round_timeout_s: Seconds = Field(2.0, description="A round unanswered for so long is sent again.")
     stall_timeout_s: Seconds = Field(

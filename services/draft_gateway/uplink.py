@@ -22,6 +22,7 @@ from shared.protocol import (
     Placed,
     ReplyRoute,
     Stale,
+    TokenLogprobs,
     Tokens,
     Verdict,
 )
@@ -113,4 +114,8 @@ class Uplink(Protocol):
 
     async def tokens(self, session: str, since: int = 0) -> Tokens:
         """What was committed, from position `since` on."""
+        ...
+
+    async def logprobs(self, session: str, since: int = 0) -> tuple[TokenLogprobs, ...]:
+        """The log-probabilities of what was committed, from position `since` on, if the session asks for them."""
         ...

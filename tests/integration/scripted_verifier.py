@@ -25,7 +25,9 @@ from shared.protocol import (
     Hint,
     Outcome,
     Prompt,
+    Sampling,
     Stale,
+    TokenLogprobs,
     Tokens,
     Topic,
     Verdict,
@@ -39,9 +41,29 @@ LAYER = 7
 Reciter = Callable[[Tokens, int], Tokens]
 
 
+def drawn(prompt: Tokens, sampling: Sampling) -> Tokens:
+    """The prompt whose continuation is said by such sampling."""
+    return (*prompt, sampling.seed % 256, sampling.choice) if sampling.temperature > 0 else prompt
+
+
+def likelihoods(base: int, tokens: Tokens, count: int | None) -> tuple[TokenLogprobs, ...]:
+    """What the scripted target says of the log-probabilities of `tokens`, the first of them at position `base`."""
+    if count is None:
+        return ()
+    return tuple(
+        TokenLogprobs(
+            logprob=-position / 8,
+            rank=1,
+            top=tuple(((token + number) % 256, -position / 8 - number) for number in range(count)),
+        )
+        for position, token in enumerate(tokens, base)
+    )
+
+
 class ScriptedVerifier:
     """Answers every block from `recite(prompt, length)`, the target's greedy continuation of a prompt.
 
+    At a temperature above 0 it is the one of another prompt, which depends on seed and choice (`drawn`).
     `stop_tokens` end a generation. `pass_s` is how long a pass takes; a hint (the true outcome) goes out at half of it.
     `fault` and `drop_verdict` decide over each message; `hold` makes it wait before it answers.
     """
@@ -57,7 +79,7 @@ class ScriptedVerifier:
         pass_s: float = 0.01,
     ) -> None:
         self._settings = settings
-        self._recite = recite
+        self.recite = recite
         self._model = model
         self._stop_tokens = stop_tokens
         self._name = name
@@ -160,7 +182,7 @@ class ScriptedVerifier:
     async def _verify(self, message: Prompt | Block, claim: Claim) -> None:
         epoch, params = claim.state.epoch, claim.state.params
         drafted = message.tokens if isinstance(message, Block) else ()
-        truth = self._recite(claim.prompt, params.max_tokens)
+        truth = self.recite(drawn(claim.prompt, params.sampling), params.max_tokens)
         accepted = 0
         while accepted < len(drafted) and drafted[accepted] == truth[message.base + accepted]:
             accepted += 1
@@ -173,6 +195,7 @@ class ScriptedVerifier:
                 break
         if reason is None and message.base + len(tokens) >= params.max_tokens:
             tokens, reason = tokens[: params.max_tokens - message.base], FinishReason.LENGTH
+        told = likelihoods(message.base, tokens, params.logprobs)
         await asyncio.sleep(self.pass_s / 2)
         if isinstance(message, Block) and accepted < len(tokens):
             self._bus.post(
@@ -197,6 +220,7 @@ class ScriptedVerifier:
                 finish_reason=reason,
                 drafted=len(drafted),
                 accepted=accepted,
+                logprobs=told,
             )
         except CommitConflict as conflict:
             await self._answer_stale(
@@ -216,6 +240,7 @@ class ScriptedVerifier:
             accepted=min(accepted, len(tokens)),
             tokens=tokens,
             finish_reason=reason,
+            logprobs=told,
         )
         if not self.drop_verdict(verdict):
             await self._bus.send(verdict, partition=message.reply.partition)

@@ -108,8 +108,8 @@ async def test_openais_client_gets_what_the_target_says_streamed_and_whole(
         await client.models.retrieve("gpt-9")
     assert missing.value.code == "model_not_found"
     with pytest.raises(BadRequestError) as refused:
-        await client.chat.completions.create(messages=messages, temperature=0.7, **asked)
-    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "temperature")
+        await client.chat.completions.create(messages=messages, reasoning_effort="high", **asked)
+    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "reasoning_effort")
 
 
 async def test_a_stream_tells_positions_sources_tokens_and_what_speculation_did(cloud: Cloud) -> None:
@@ -198,6 +198,12 @@ BAD_REQUESTS: list[tuple[str, str, Any, int, str, str | None]] = [
     ),
     ("POST", "/v1/completions", completion(""), 400, "invalid_request", "prompt"),
     ("POST", "/v1/completions", completion([70000]), 400, "invalid_request", "prompt"),
+    ("POST", "/v1/completions", completion(logit_bias={"258": 1}), 400, "invalid_request", "logit_bias"),
+    ("POST", "/v1/completions", completion(stop_token_ids=[258]), 400, "invalid_request", "stop_token_ids"),
+    ("POST", "/v1/completions", completion(min_tokens=61), 400, "invalid_request", "min_tokens"),
+    ("POST", "/v1/completions", completion(n=2), 400, "invalid_request", "n"),
+    ("POST", "/v1/completions", completion(n=2, temperature=0), 400, "invalid_request", "n"),
+    ("POST", "/v1/streams/chatcmpl-unknown/replay", None, 404, "session_not_found", None),
     (
         "POST",
         "/v1/completions",
@@ -262,7 +268,7 @@ async def test_the_openapi_document_describes_both_bodies(cloud: Cloud) -> None:
     for path, field in (("/v1/chat/completions", "messages"), ("/v1/completions", "prompt")):
         schema = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert field in schema["properties"] and "$ref" not in json.dumps(schema)
-        assert schema["properties"]["temperature"]["default"] == 0
+        assert {"temperature", "seed", "n", "stop", "logprobs", "best_of"} <= set(schema["properties"])
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------

@@ -286,6 +286,36 @@ async def test_a_verdict_that_was_lost_with_the_link_is_read_from_redis(places: 
     assert events[-1].data == "[DONE]"
 
 
+async def test_choices_stop_strings_log_probabilities_and_replays_are_those_without_a_link(
+    places: Places,
+) -> None:
+    cloud = await places.gateway()
+    proxy = await places.proxy(cloud, rtt_ms=10)
+    edge = await places.edge(places.url(proxy.port), round_timeout_s=60)
+    body = completion(temperature=1.0, seed=5, n=2, stop=["Schnee saß"], logprobs=1, max_tokens=150)
+    near = (await cloud.post("/v1/completions", json=body)).json()
+    cuts: list[int] = []
+
+    def lose(verdict: Verdict) -> bool:
+        """Its tokens are told after the link is back, without their log-probabilities: these are asked for."""
+        lost = verdict.round == 4 and not cuts
+        if lost:
+            cuts.append(proxy.drop())
+        return lost
+
+    places.verifier.drop_verdict = lose
+    far = (await edge.client.post("/v1/completions", json=body)).json()
+    assert cuts == [1]
+    assert far["choices"] == near["choices"]
+    assert [choice["finish_reason"] for choice in far["choices"]] == ["stop", "stop"]
+    assert far["usage"]["completion_tokens"] == near["usage"]["completion_tokens"]
+    for session in (near["id"], f"{far['id']}-1"):
+        again = (await cloud.post(f"/v1/streams/{session}/replay")).json()
+        assert again["equal"] is True
+    own = (await edge.client.post(f"/v1/streams/{far['id']}/replay")).json()
+    assert (own["equal"], own["text"]) == (True, far["choices"][0]["text"])
+
+
 async def test_a_link_that_stays_away_frees_the_kv_and_goes_on_when_it_is_back(places: Places) -> None:
     cloud, port = await places.gateway(link_grace_s=0.2), free_port()
     async with AsyncExitStack() as first:

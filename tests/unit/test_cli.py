@@ -22,7 +22,18 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         run("--help")
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    for name in ("demo", "up", "down", "status", "settings", "models", "gateway", "verifier", "kv-session"):
+    for name in (
+        "demo",
+        "up",
+        "down",
+        "status",
+        "replay",
+        "settings",
+        "models",
+        "gateway",
+        "verifier",
+        "kv-session",
+    ):
         assert re.search(rf"^    {name}\b", text, re.MULTILINE), name
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from services.draft_gateway.answer_text import AnswerText, Ending
 from services.draft_gateway.drafting import Draft, DraftRequest
 from services.draft_gateway.generation import Delivery, Generation, Replay
 from shared.errors import (
@@ -34,6 +35,8 @@ from shared.protocol import (
     Policy,
     Prompt,
     ReplyRoute,
+    Stale,
+    TokenLogprobs,
     Tokens,
     Verdict,
 )
@@ -58,8 +61,12 @@ class Wire:
         self.closed: list[CloseSession] = []
         self.attempts = 0
         self.failure: OutriderError | None = None
+        self.told: tuple[TokenLogprobs, ...] = ()
         self.open = asyncio.Event()
         self.open.set()
+
+    async def logprobs(self, session: str, since: int = 0) -> tuple[TokenLogprobs, ...]:
+        return self.told[since:]
 
     async def send(self, message: Any, *, partition: int, trace: TraceContext | None = None) -> None:
         self.attempts += 1
@@ -101,7 +108,15 @@ class Pencil:
 class Desk:
     """A generation with its surroundings."""
 
-    def __init__(self, *, resumable: bool = True, max_tokens: int = 50, **config: Any) -> None:
+    def __init__(
+        self,
+        *,
+        resumable: bool = True,
+        max_tokens: int = 50,
+        text: AnswerText | None = None,
+        logprobs: bool = False,
+        **config: Any,
+    ) -> None:
         self.wire = Wire()
         self.pencil = Pencil()
         self.ended = 0
@@ -114,6 +129,8 @@ class Desk:
             trace=TraceContext.new(),
             resumable=resumable,
             on_end=lambda generation: setattr(self, "ended", self.ended + 1),
+            text=text,
+            logprobs=logprobs,
         )
 
     async def begin(self, committed: Tokens = (), read: int = 0) -> None:
@@ -389,6 +406,86 @@ async def test_waiting_for_the_first_delivery_has_an_end() -> None:
     desk.generation.leave("enough", detach=False)
 
 
+# --- stop strings and log-probabilities ---------------------------------------------------------------------
+
+
+class NumberText:
+    """Tokens as text: token 10 is "10 ", so that strings span tokens."""
+
+    def push(self, tokens: Sequence[int]) -> str:
+        return "".join(f"{token} " for token in tokens)
+
+    def flush(self) -> str:
+        return ""
+
+
+def ending(*strings: str, **fields: Any) -> AnswerText:
+    return AnswerText(NumberText(), Ending(strings, **fields))
+
+
+async def test_a_stop_string_across_blocks_ends_the_session_at_its_last_token() -> None:
+    desk = Desk(text=ending("9 10 1"))
+    await desk.begin()
+    await desk.verdict(0, 0, 9)
+    await desk.verdict(1, 1, 10, 11, 12, 13)
+    await desk.generation.settled()
+    assert await desk.delivered() == [
+        Delivery(0, (9,), ("corrected",), 0),
+        Delivery(1, (10, 11), ("accepted",) * 2, 1, FinishReason.STOP, "9 10 1"),
+    ]
+    assert await desk.generation.next() is None
+    assert (desk.generation.finish_reason, desk.generation.length) == (FinishReason.STOP, 3)
+    assert [message for message, _ in desk.wire.sent if isinstance(message, Cancel)]
+    assert [close.detach for close in desk.wire.closed] == [False]
+    assert desk.ended == 1
+
+
+async def test_a_stop_string_in_the_last_tokens_goes_before_the_limit_and_needs_no_cancel() -> None:
+    desk = Desk(text=ending("10"), max_tokens=2)
+    await desk.begin()
+    await desk.verdict(0, 0, 9)
+    await desk.verdict(1, 1, 10, finish_reason=FinishReason.LENGTH)
+    await desk.generation.settled()
+    assert desk.generation.finish_reason is FinishReason.STOP
+    assert not [message for message, _ in desk.wire.sent if isinstance(message, Cancel)]
+
+
+async def test_a_resumed_generation_knows_the_beginning_of_a_stop_string() -> None:
+    desk = Desk(text=ending("10 11"))
+    await desk.begin(committed=(9, 10), read=2)
+    await desk.verdict(1, 2, 11, 12)
+    assert await desk.delivered() == [
+        Delivery(2, (11,), ("accepted",), 1, FinishReason.STOP, "10 11"),
+    ]
+
+
+async def test_log_probabilities_go_with_their_tokens_however_answers_overlap() -> None:
+    desk = Desk(logprobs=True)
+    told = [TokenLogprobs(logprob=-float(number), rank=1) for number in range(4)]
+    await desk.begin()
+    await desk.verdict(0, 0, 9, logprobs=(told[0],))
+    desk.generation.receive(Floor(session=SESSION, epoch=1, base=1, tokens=(10,), logprobs=(told[1],)))
+    await desk.verdict(1, 1, 10, 11, 12, logprobs=tuple(told[1:]))
+    assert [delivery.logprobs for delivery in await desk.delivered()] == [
+        (told[0],),
+        (told[1],),
+        tuple(told[2:]),
+    ]
+
+
+async def test_what_was_missed_gets_its_log_probabilities_from_the_store() -> None:
+    desk = Desk(logprobs=True)
+    told = tuple(TokenLogprobs(logprob=-float(number), rank=1) for number in range(3))
+    desk.wire.told = told
+    await desk.begin()
+    await desk.verdict(0, 0, 9, logprobs=told[:1])
+    desk.generation.receive(
+        Stale(session=SESSION, epoch=1, round=1, base=3, since=1, tokens=(10, 11), gateway=ME.gateway)
+    )
+    await settle()
+    assert [delivery.logprobs for delivery in await desk.delivered()] == [told[:1], told[1:]]
+
+
 # --- replays ----------------------------------------------------------------------------------------------------
 
 
@@ -416,7 +513,7 @@ def finished(reason: FinishReason | None) -> SessionState:
 
 @pytest.mark.parametrize(("position", "rest"), [(0, (9, 10, 11)), (2, (11,)), (3, ())])
 async def test_a_finished_session_is_read_again_from_any_position(position: int, rest: Tokens) -> None:
-    replay = Replay(finished(FinishReason.STOP), (9, 10, 11), position)
+    replay = Replay(finished(FinishReason.STOP), (9, 10, 11), position, FinishReason.STOP)
     tokens: list[int] = []
     while (delivery := await replay.next()) is not None:
         assert delivery.base == position and delivery.finish_reason is FinishReason.STOP
@@ -428,4 +525,4 @@ async def test_a_finished_session_is_read_again_from_any_position(position: int,
 
 def test_a_cancelled_session_is_not_read_again() -> None:
     with pytest.raises(SessionNotFound):
-        Replay(finished(FinishReason.CANCELLED), (9,), 0)
+        Replay(finished(FinishReason.CANCELLED), (9,), 0, FinishReason.CANCELLED)

@@ -23,6 +23,7 @@ from services.draft_gateway.link.frames import (
     LAYOUTS,
     Answer,
     Ask,
+    AskLogprobs,
     AskPrompt,
     AskState,
     AskTokens,
@@ -31,6 +32,7 @@ from services.draft_gateway.link.frames import (
     Done,
     Failed,
     Frame,
+    LogprobsTold,
     Ping,
     Pong,
     Release,
@@ -60,7 +62,10 @@ from shared.protocol import (
     Policy,
     Prompt,
     ReplyRoute,
+    Sampling,
+    SamplingMode,
     Stale,
+    TokenLogprobs,
     Verdict,
 )
 from shared.session import SessionState, SessionStatus
@@ -99,13 +104,29 @@ head = {"session": sessions, "epoch": counts}
 of_round = {**head, "round": counts, "base": counts}
 finish = st.none() | st.sampled_from(FinishReason)
 retry = st.none() | times
+likelihoods = st.floats(-100, 0)
+logprobs = st.lists(
+    st.builds(
+        TokenLogprobs,
+        logprob=likelihoods, rank=counts, top=st.lists(st.tuples(token_ids, likelihoods), max_size=3).map(tuple),
+    ),
+    max_size=3,
+).map(tuple)  # fmt: skip
 measured = {
     "finish_reason": finish, "taken": st.none() | counts, "verify_ms": times, "commit_ms": times, "rows": counts,
+    "logprobs": logprobs,
 }  # fmt: skip
 params = st.builds(
     GenerationParams,
-    max_tokens=st.integers(1, 10**6), stop_token_ids=tokens, ignore_eos=st.booleans(), seed=counts,
-    policy=st.sampled_from(Policy),
+    max_tokens=st.integers(1, 10**6), stop_token_ids=tokens, ignore_eos=st.booleans(),
+    policy=st.sampled_from(Policy), logprobs=st.none() | st.integers(0, 20),
+    stop=st.lists(st.text(min_size=1, max_size=10), max_size=4).map(tuple), json_schema=st.sampled_from(["", "{}"]),
+    sampling=st.builds(
+        Sampling,
+        temperature=st.floats(0, 2), seed=st.integers(0, 2**64 - 1), choice=st.integers(0, 127),
+        logit_bias=st.lists(st.tuples(token_ids, st.floats(-100, 100)), max_size=3).map(tuple),
+        mode=st.sampled_from(SamplingMode),
+    ),
 )  # fmt: skip
 outcomes = st.builds(
     Outcome,
@@ -155,9 +176,11 @@ MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
     AskState: st.builds(AskState, sessions),
     AskPrompt: st.builds(AskPrompt, sessions),
     AskTokens: st.builds(AskTokens, sessions, counts),
+    AskLogprobs: st.builds(AskLogprobs, sessions, counts),
     AskTroubles: st.just(AskTroubles()),
     StateTold: st.builds(StateTold, st.none() | states),
     TokensTold: st.builds(TokensTold, tokens),
+    LogprobsTold: st.builds(LogprobsTold, logprobs),
     Done: st.just(Done()),
     Failed: st.builds(Failed, texts, texts, retry),
     Ping: st.builds(Ping, counts),
@@ -171,8 +194,8 @@ traces = st.builds(
     st.text("0123456789abcdef", min_size=32, max_size=32), st.text("0123456789abcdef", min_size=16, max_size=16),
     st.booleans(),
 )  # fmt: skip
-QUESTIONS = (OpenSession, CloseSession, Cancel, AskState, AskPrompt, AskTokens, AskTroubles)
-REPLIES = (Placed, StateTold, TokensTold, Troubles, Done, Failed)
+QUESTIONS = (OpenSession, CloseSession, Cancel, AskState, AskPrompt, AskTokens, AskLogprobs, AskTroubles)
+REPLIES = (Placed, StateTold, TokensTold, LogprobsTold, Troubles, Done, Failed)
 MESSAGES[Ask] = st.builds(
     Ask, counts, st.one_of(*(MESSAGES[kind] for kind in QUESTIONS)), counts, traces | st.none()
 )

@@ -6,6 +6,7 @@ import asyncio
 import codecs
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.types import Message
 
+from services.draft_gateway.answer_text import NO_ENDING, AnswerText, Ending
 from services.draft_gateway.generation import Delivery
 from services.draft_gateway.openai_api import Api, OutriderOptions, ResponseForm
 from services.draft_gateway.streams import (
@@ -22,14 +24,19 @@ from services.draft_gateway.streams import (
     EventStreamResponse,
     EventWriter,
     Position,
+    Reading,
     Stage,
     Text,
     events,
+    whole,
 )
 from shared.errors import InvalidRequest, OutriderError, SessionTaken
-from shared.protocol import FinishReason, Tokens
+from shared.protocol import FinishReason, GenerationParams, Sampling, TokenLogprobs, Tokens
 
 SESSION = "chatcmpl-1"
+
+
+ENDING = Ending(strings=("bé☃", "aa"))
 
 
 class ByteDecoder:
@@ -46,12 +53,14 @@ class ByteDecoder:
 
 
 class Script:
-    """A token stream that delivers what it is given; an error ends it, a number is a pause in seconds."""
+    """A token stream that delivers what it is given; an error ends it, an event is waited for."""
 
     prompt_length = 3
-    finish_reason = FinishReason.LENGTH
 
-    def __init__(self, *steps: Delivery | OutriderError | float) -> None:
+    def __init__(
+        self, *steps: Delivery | OutriderError | asyncio.Event, reason: FinishReason = FinishReason.LENGTH
+    ) -> None:
+        self.finish_reason = reason
         self._steps = list(steps)
         self.length = sum(len(step.tokens) for step in steps if isinstance(step, Delivery))
 
@@ -62,8 +71,8 @@ class Script:
         if not self._steps:
             return None
         step = self._steps.pop(0)
-        if isinstance(step, float):
-            await asyncio.sleep(step)
+        if isinstance(step, asyncio.Event):
+            await step.wait()
             return await self.next()
         if isinstance(step, OutriderError):
             raise step
@@ -77,8 +86,11 @@ class Script:
         return
 
 
-def deliveries(tokens: Tokens, cuts: Sequence[int], start: int = 0) -> list[Delivery]:
-    """`tokens[start:]`, cut at `cuts`."""
+def deliveries(
+    tokens: Tokens, cuts: Sequence[int], start: int = 0, *, stop: str | None = None
+) -> list[Delivery]:
+    """`tokens[start:]`, cut at `cuts`; a stop string may end them."""
+    reason = FinishReason.LENGTH if stop is None else FinishReason.STOP
     edges = [start, *sorted({cut for cut in cuts if start < cut < len(tokens)}), len(tokens)]
     return [
         Delivery(
@@ -86,15 +98,28 @@ def deliveries(tokens: Tokens, cuts: Sequence[int], start: int = 0) -> list[Deli
             tokens[low:high],
             ("accepted",) * (high - low),
             number,
-            FinishReason.LENGTH if high == len(tokens) else None,
+            reason if high == len(tokens) else None,
+            stop if high == len(tokens) else None,
         )
         for number, (low, high) in enumerate(pairwise(edges))
         if high > low
     ]
 
 
-async def written(stream: Script, writer: EventWriter, keepalive_s: float = 5.0) -> list[bytes]:
-    return [chunk async for chunk in events(stream, writer, keepalive_s=keepalive_s)]
+def reading(
+    stream: Script, look: ResponseForm, text: Text | None = None, *, echo: str = "", **params: Any
+) -> Reading:
+    asked = GenerationParams(max_tokens=100, **params)
+    return Reading(stream, look, text or Text(AnswerText(ByteDecoder())), asked, echo)
+
+
+async def written(*writers: EventWriter, keepalive_s: float = 5.0) -> list[bytes]:
+    return [chunk async for chunk in events(writers, keepalive_s=keepalive_s)]
+
+
+def data(chunk: bytes) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(chunk.split(b"data: ", 1)[1])
+    return parsed
 
 
 def said(chunks: Sequence[bytes]) -> str:
@@ -102,7 +127,7 @@ def said(chunks: Sequence[bytes]) -> str:
     for chunk in chunks:
         if chunk in (DONE, KEEPALIVE):
             continue
-        choices = json.loads(chunk.split(b"data: ", 1)[1])["choices"]
+        choices = data(chunk)["choices"]
         text += choices[0]["delta"].get("content", "") if choices else ""
     return text
 
@@ -115,33 +140,43 @@ def form(**fields: Any) -> ResponseForm:
     return ResponseForm(api=Api.CHAT, session=SESSION, created=1, model="m", **fields)
 
 
+def cut(tokens: Tokens, ending: Ending) -> tuple[Tokens, str | None]:
+    """The tokens of an answer that a stop string may end, and the string."""
+    answer = AnswerText(ByteDecoder(), ending)
+    return tokens[: answer.ends_within(tokens, None)], answer.stop
+
+
 @settings(deadline=None)
 @given(
-    text=st.text(alphabet="aé☃😀 ", min_size=1, max_size=12).map(str.encode)
+    text=st.text(alphabet="abé☃😀 ", min_size=1, max_size=12).map(str.encode)
     | st.binary(min_size=1, max_size=12),
     cuts=st.lists(st.integers(1, 40), max_size=6),
     other_cuts=st.lists(st.integers(1, 40), max_size=6),
     trace=st.booleans(),
     include_usage=st.booleans(),
+    ending=st.sampled_from([NO_ENDING, ENDING, replace(ENDING, included=True, min_tokens=3)]),
 )
 def test_reading_on_after_any_event_gives_exactly_the_rest(
-    text: bytes, cuts: list[int], other_cuts: list[int], trace: bool, include_usage: bool
+    text: bytes, cuts: list[int], other_cuts: list[int], trace: bool, include_usage: bool, ending: Ending
 ) -> None:
-    tokens = tuple(text)
+    tokens, stop = cut(tuple(text), ending)
     look = form(include_usage=include_usage, options=OutriderOptions(trace=trace))
-    whole = asyncio.run(
-        written(Script(*deliveries(tokens, cuts)), EventWriter(look, Text(ByteDecoder()), None))
-    )
-    assert said(whole) == text.decode(errors="replace")
+
+    def write(cuts: list[int], start: Position | None = None) -> list[bytes]:
+        read = start.tokens if start is not None else 0
+        stream = Script(*deliveries(tokens, cuts, read, stop=stop))
+        words = Text(AnswerText(ByteDecoder(), ending), tokens[:read])
+        return asyncio.run(written(EventWriter(reading(stream, look, words), start)))
+
+    whole = write(cuts)
+    if stop is None:
+        assert said(whole) == text.decode(errors="replace")
+    else:
+        assert said(whole).endswith(stop) is ending.included
     assert whole[-1] == DONE
     for number, event_id in enumerate(ids(whole)):
         start = Position.parse(event_id, session=SESSION)
-        rest = asyncio.run(
-            written(
-                Script(*deliveries(tokens, other_cuts, start.tokens)),
-                EventWriter(look, Text(ByteDecoder(), tokens[: start.tokens]), start),
-            )
-        )
+        rest = write(other_cuts, start)
         assert said(whole[: number + 1]) + said(rest) == said(whole)
         assert rest[-1] == DONE
         ends = [each for each in ids(whole)[number + 1 :] if each.count(":") == 2]
@@ -151,28 +186,115 @@ def test_reading_on_after_any_event_gives_exactly_the_rest(
 async def test_a_stop_token_is_counted_and_not_shown() -> None:
     last = Delivery(0, tuple(b"ab!"), ("accepted",) * 3, 1, FinishReason.STOP)
     look = form(options=OutriderOptions(trace=True))
-    chunks = await written(Script(last), EventWriter(look, Text(ByteDecoder()), None))
+    words = Text(AnswerText(ByteDecoder()), stop_token_ids=(ord("!"),))
+    stream = Script(last, reason=FinishReason.STOP)
+    chunks = await written(EventWriter(reading(stream, look, words)))
     assert said(chunks) == "ab"
     assert ids(chunks) == [f"{SESSION}:0", f"{SESSION}:3", f"{SESSION}:3:finish"]
-    traced = json.loads(chunks[1].split(b"data: ")[1])["outrider"]["tokens"]
+    traced = data(chunks[1])["outrider"]["tokens"]
     assert [token["text"] for token in traced] == ["a", "b", ""]
+    assert data(chunks[2])["choices"][0]["stop_reason"] == ord("!")
+
+
+async def test_the_end_of_the_sequence_has_no_stop_reason() -> None:
+    last = Delivery(0, tuple(b"ab!"), ("accepted",) * 3, 1, FinishReason.STOP)
+    chunks = await written(EventWriter(reading(Script(last, reason=FinishReason.STOP), form())))
+    assert data(chunks[-2])["choices"][0]["stop_reason"] is None
+
+
+async def test_log_probabilities_come_with_each_token_also_while_its_text_is_held_back() -> None:
+    tokens = tuple("a☃".encode())
+    logprobs = tuple(TokenLogprobs(logprob=-float(number), rank=1) for number in range(4))
+    parts = [
+        Delivery(0, tokens[:2], ("accepted",) * 2, 1, logprobs=logprobs[:2]),
+        Delivery(2, tokens[2:3], ("accepted",), 2, logprobs=logprobs[2:3]),
+        Delivery(3, tokens[3:], ("accepted",), 3, FinishReason.LENGTH, logprobs=logprobs[3:]),
+    ]
+    words = Text(AnswerText(ByteDecoder()), token_bytes=lambda token: bytes([token]))
+    chunks = await written(EventWriter(reading(Script(*parts), form(), words, logprobs=0)))
+    told = [
+        token
+        for chunk in chunks[:-1]
+        for choice in data(chunk)["choices"]
+        for token in (choice["logprobs"] or {"content": []})["content"]
+    ]
+    assert bytes(byte for token in told for byte in token["bytes"]) == bytes(tokens)
+    assert [token["logprob"] for token in told] == [0.0, -1.0, -2.0, -3.0]
+    assert said(chunks) == "a☃"
+
+
+async def test_a_repeated_prompt_opens_the_text_once() -> None:
+    look = ResponseForm(api=Api.COMPLETION, session="cmpl-1", created=1, model="m", echo=True)
+    step = Delivery(0, tuple(b"ab"), ("accepted",) * 2, 1, FinishReason.LENGTH)
+    chunks = await written(EventWriter(reading(Script(step), look, echo="Say ")))
+    assert [data(chunk)["choices"][0]["text"] for chunk in chunks[:-1]] == ["Say ", "ab", ""]
+    answer = await whole([reading(Script(step), look, echo="Say ")])
+    assert answer["choices"][0]["text"] == "Say ab"
+    resumed = EventWriter(reading(Script(step), look, echo="Say "), Position("cmpl-1", 0))
+    assert data((await written(resumed))[0])["choices"][0]["text"] == "ab"
+
+
+async def test_choices_come_as_they_are_ready_and_end_together() -> None:
+    fast = [Delivery(0, tuple(b"ab"), ("accepted",) * 2, 1, FinishReason.LENGTH)]
+    gate = asyncio.Event()
+    slow = [gate, Delivery(0, tuple(b"cde"), ("accepted",) * 3, 1, FinishReason.LENGTH)]
+    looks = [form(response=SESSION, include_usage=True, index=index) for index in range(2)]
+    looks[1] = replace(looks[1], session=f"{SESSION}-1")
+    writers = [
+        EventWriter(reading(Script(*script), look)) for script, look in zip((slow, fast), looks, strict=True)
+    ]
+    chunks = []
+    async for chunk in events(writers, keepalive_s=5):
+        chunks.append(chunk)
+        if b'"finish_reason":"length"' in chunk:
+            gate.set()
+    *parts, total, done = chunks
+    assert done == DONE
+    choices = [data(chunk)["choices"][0] for chunk in parts]
+    assert [choice["index"] for choice in choices] == [0, 1, 1, 1, 0, 0]
+    assert [choice["finish_reason"] for choice in choices] == [None, None, None, "length", None, "length"]
+    assert ids(parts)[2:4] == [f"{SESSION}-1:2", f"{SESSION}-1:2:finish"]
+    assert data(total)["usage"]["completion_tokens"] == 5 and data(total)["usage"]["prompt_tokens"] == 3
+    assert [each["session"] for each in data(total)["usage"]["outrider"]["choices"]] == [SESSION, SESSION]
+    assert not total.startswith(b"id: ")
+
+
+async def test_a_choice_that_fails_ends_the_whole_response() -> None:
+    step = Delivery(0, tuple(b"ab"), ("accepted",) * 2, 1)
+    waiting = EventWriter(reading(Script(asyncio.Event()), form()))
+    chunks = await written(waiting, EventWriter(reading(Script(step, SessionTaken("gone")), form(index=1))))
+    assert data(chunks[-1])["error"]["code"] == "session_taken"
+    with pytest.raises(SessionTaken):
+        await whole([reading(Script(asyncio.Event()), form()), reading(Script(SessionTaken("gone")), form())])
+
+
+async def test_the_usage_tells_the_seed_with_its_sign() -> None:
+    step = Delivery(0, tuple(b"ab"), ("accepted",) * 2, 1, FinishReason.LENGTH)
+    for seed in (5, -5, -(1 << 63), (1 << 63) - 1):
+        answer = await whole([reading(Script(step), form(), sampling=Sampling(seed=seed % (1 << 64)))])
+        assert answer["usage"]["outrider"]["seed"] == seed
 
 
 async def test_a_failure_is_the_last_event_and_nothing_is_called_done() -> None:
     step = Delivery(0, tuple(b"ab"), ("accepted",) * 2, 1)
-    stream = Script(step, SessionTaken("gone"))
-    chunks = await written(stream, EventWriter(form(), Text(ByteDecoder()), None))
+    chunks = await written(EventWriter(reading(Script(step, SessionTaken("gone")), form())))
     assert said(chunks[:-1]) == "ab"
-    assert json.loads(chunks[-1].removeprefix(b"data: "))["error"]["code"] == "session_taken"
+    assert data(chunks[-1])["error"]["code"] == "session_taken"
     assert DONE not in chunks
 
 
-async def test_a_quiet_stream_says_that_it_lives() -> None:
+@pytest.mark.parametrize("count", [1, 2])
+async def test_a_quiet_stream_says_that_it_lives(count: int) -> None:
     step = Delivery(0, tuple(b"ab"), ("accepted",) * 2, 1, FinishReason.LENGTH)
-    stream = Script(0.05, step)
-    chunks = await written(stream, EventWriter(form(), Text(ByteDecoder()), None), keepalive_s=0.01)
+    gate = asyncio.Event()
+    writers = [EventWriter(reading(Script(gate, step), form(index=index))) for index in range(count)]
+    chunks = []
+    async for chunk in events(writers, keepalive_s=0.01):
+        chunks.append(chunk)
+        if chunk == KEEPALIVE:
+            gate.set()
     assert KEEPALIVE in chunks
-    assert said(chunks) == "ab"
+    assert said(chunks) == "ab" * count
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from services.draft_gateway.link.frames import (
     SUBPROTOCOL,
     Answer,
     Ask,
+    AskLogprobs,
     AskPrompt,
     AskState,
     AskTokens,
@@ -39,6 +40,7 @@ from services.draft_gateway.link.frames import (
     Done,
     Failed,
     Frame,
+    LogprobsTold,
     Question,
     Release,
     Reply,
@@ -63,6 +65,7 @@ from shared.protocol import (
     Placed,
     ReplyRoute,
     Stale,
+    TokenLogprobs,
     Tokens,
     Verdict,
 )
@@ -513,6 +516,10 @@ class LinkUplink:
     async def tokens(self, session: str, since: int = 0) -> Tokens:
         """A session's committed tokens from position `since` on."""
         return _expect(TokensTold, await self._look_up(AskTokens(session, since))).tokens
+
+    async def logprobs(self, session: str, since: int = 0) -> tuple[TokenLogprobs, ...]:
+        """The log-probabilities of a session's committed tokens from position `since` on."""
+        return _expect(LogprobsTold, await self._look_up(AskLogprobs(session, since))).logprobs
 
     async def _do(self, body: Question) -> None:
         """Have something done that nobody waits for, and that has to be done also when the link is away just now."""

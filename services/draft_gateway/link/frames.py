@@ -5,7 +5,7 @@
             Ask                       a question with a number: OpenSession, CloseSession, Cancel, AskState, …
     down    Hint, Verdict, Floor,     as on the topics
             Stale, Fault, Placed, Evicted, Closed
-            Answer                    to the question of that number: Placed, StateTold, TokensTold, Done, Failed
+            Answer                    to the question of that number: Placed, StateTold, TokensTold, …
             Troubles                  why the gateway in the cloud can't serve now
     both    Ping, Pong                measure the round trip, and tell how much has arrived
 
@@ -133,6 +133,14 @@ class AskTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class AskLogprobs:
+    """What are the log-probabilities of what was committed, from position `since` on?"""
+
+    session: str
+    since: int
+
+
+@dataclass(frozen=True, slots=True)
 class AskTroubles:
     """Why can't you serve now? Look closely."""
 
@@ -149,6 +157,13 @@ class TokensTold:
     """Tokens of a session."""
 
     tokens: Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobsTold:
+    """Log-probabilities of a session's tokens."""
+
+    logprobs: tuple[TokenLogprobs, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +190,8 @@ class Troubles:
 Upward = Prompt | Block | Forward
 """What the relay sends on to the verifier of its session, as it comes."""
 
-Question = OpenSession | CloseSession | Cancel | AskState | AskPrompt | AskTokens | AskTroubles
-Reply = Placed | StateTold | TokensTold | Troubles | Done | Failed
+Question = OpenSession | CloseSession | Cancel | AskState | AskPrompt | AskTokens | AskLogprobs | AskTroubles
+Reply = Placed | StateTold | TokensTold | LogprobsTold | Troubles | Done | Failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +215,8 @@ class Answer:
 Frame = (
     DraftsMessage | SessionMessage | OpenSession | CloseSession
     | Ping | Pong | Bind | Release | Ask | Answer | Troubles
-    | AskState | AskPrompt | AskTokens | AskTroubles | StateTold | TokensTold | Done | Failed
+    | AskState | AskPrompt | AskTokens | AskLogprobs | AskTroubles | StateTold
+    | TokensTold | LogprobsTold | Done | Failed
 )  # fmt: skip
 
 
@@ -221,6 +237,7 @@ MILLISECONDS = SECONDS = Scaled(100)
 FINISH = Choice((FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED))
 LEVELS = SmallNumbers()
 POLICY = Choice((Policy.LATENCY, Policy.COST))
+LOGPROBS = Json(TypeAdapter(tuple[TokenLogprobs, ...]))
 REASON = Choice(("opened", "resumed", "moved"))
 
 PARAMS: Final = Layout(
@@ -248,7 +265,7 @@ MEASURED: Final[Mapping[str, tuple[int, Codec]]] = {
     "commit_ms": (3, MILLISECONDS),
     "taken": (4, NUMBER),
     "rows": (5, NUMBER),
-    "logprobs": (6, Json(TypeAdapter(tuple[TokenLogprobs, ...]))),
+    "logprobs": (6, LOGPROBS),
 }
 
 LAYOUTS: Final[Mapping[int, Layout]] = {
@@ -313,10 +330,12 @@ LAYOUTS: Final[Mapping[int, Layout]] = {
     41: Layout(AskPrompt, {"session": SESSION}),
     42: Layout(AskTokens, {"session": SESSION, "since": NUMBER}),
     43: Layout(AskTroubles, {}),
+    44: Layout(AskLogprobs, {"session": SESSION, "since": NUMBER}),
     48: Layout(StateTold, {"state": Json(TypeAdapter(SessionState | None))}),
     49: Layout(TokensTold, {"tokens": TOKENS}),
     50: Layout(Done, {}),
     51: Layout(Failed, {"code": TEXT, "message": TEXT}, {"retry_after_s": (1, SECONDS)}),
+    52: Layout(LogprobsTold, {"logprobs": LOGPROBS}),
 }
 
 ADVICE: Final = (Hint, Forward)

@@ -25,6 +25,7 @@ from services.draft_gateway.link.frames import (
     SUBPROTOCOL,
     Answer,
     Ask,
+    AskLogprobs,
     AskPrompt,
     AskState,
     AskTokens,
@@ -33,6 +34,7 @@ from services.draft_gateway.link.frames import (
     Done,
     Failed,
     Frame,
+    LogprobsTold,
     Question,
     Release,
     Reply,
@@ -385,6 +387,9 @@ class Relay:
             case AskTokens(session, since):
                 await self._own(session)
                 return TokensTold(await self._uplink.tokens(session, since))
+            case AskLogprobs(session, since):
+                await self._own(session)
+                return LogprobsTold(await self._uplink.logprobs(session, since))
             case AskTroubles():
                 await self._uplink.probe()
                 self._troubles = tuple(self._uplink.troubles())
