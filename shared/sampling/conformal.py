@@ -28,7 +28,28 @@ with.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+from shared.sampling.sparse import Candidate, above, top
+
+
+class Sparsity(Protocol):
+    """How much of a draft's row travels. Its state is a threshold, `first` at first; see above."""
+
+    @property
+    def first(self) -> float:
+        """The threshold of the first row."""
+        ...
+
+    def keep(self, candidates: Sequence[Candidate], threshold: float) -> list[Candidate]:
+        """What is kept of a row, of the likeliest tokens, likeliest first."""
+        ...
+
+    def after(self, threshold: float, dropped: float) -> float:
+        """The threshold after a row that dropped so much."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +65,36 @@ class ConformalRule:
     highest: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.target < 1.0 or not 0.0 < self.rate or not 0.0 <= self.first <= self.highest <= 1.0:
+        if not 0.0 < self.target < 1.0 or self.rate <= 0.0 or not 0.0 <= self.first <= self.highest <= 1.0:
             raise ValueError(f"{self} should have 0 < target < 1, 0 < rate and 0 <= first <= highest <= 1")
 
+    def keep(self, candidates: Sequence[Candidate], threshold: float) -> list[Candidate]:
+        """See `Sparsity`."""
+        return above(candidates, threshold)
+
     def after(self, threshold: float, dropped: float) -> float:
-        """The threshold after a row that dropped so much."""
+        """See `Sparsity`."""
         return min(self.highest, threshold - self.rate * (dropped - self.target))
 
     def bound(self, rows: int) -> float:
         """What so many rows drop at most, on average."""
         return self.target + (self.first + self.rate) / (self.rate * rows)
+
+
+@dataclass(frozen=True, slots=True)
+class FixedCount:
+    """The same number of tokens in every row (the paper's K-SQS): there is no state."""
+
+    count: int
+    first: float = 0.0
+
+    def keep(self, candidates: Sequence[Candidate], threshold: float) -> list[Candidate]:
+        """See `Sparsity`."""
+        return top(candidates, self.count)
+
+    def after(self, threshold: float, dropped: float) -> float:
+        """See `Sparsity`."""
+        return threshold
 
 
 def resumed(first: float | None, after: tuple[float, ...], accepted: int) -> float | None:

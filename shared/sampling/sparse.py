@@ -200,7 +200,7 @@ def _shares(place: int, size: int, ell: int) -> tuple[int, ...]:
     """The inverse of `_place`."""
     ends = [ell]
     for at in range(size - 1, 0, -1):
-        end = bisect_right(range(ends[-1] - 1), place, key=lambda below, at=at: math.comb(below, at))
+        end = bisect_right([math.comb(below, at) for below in range(ends[-1] - 1)], place)
         place -= math.comb(end - 1, at)
         ends.append(end)
     return tuple(end - before for before, end in pairwise([0, *reversed(ends)]))

@@ -53,7 +53,9 @@ def test_sure_rows_do_not_let_the_next_ones_drop_more() -> None:
     assert sum(dropped[10_000:]) < 50 * RULE.target + (RULE.highest + RULE.rate) / RULE.rate + 1e-9
 
 
-@given(st.lists(st.tuples(st.lists(ROWS, min_size=1, max_size=5), st.integers(0, 5)), min_size=1, max_size=80))
+@given(
+    st.lists(st.tuples(st.lists(ROWS, min_size=1, max_size=5), st.integers(0, 5)), min_size=1, max_size=80)
+)
 def test_the_bound_holds_for_what_was_committed_when_tokens_are_rolled_back(
     rounds: list[tuple[list[Row], int]],
 ) -> None:

@@ -68,11 +68,7 @@ def test_no_other_lattice_point_is_nearer(weights: list[int], bits: int) -> None
 
     row = quantised(found, bits)
     shares = tuple(round(row.probability(token) * ell) for token, _ in found)
-    every = (
-        point
-        for point in itertools.product(range(ell + 1), repeat=len(found))
-        if sum(point) == ell
-    )
+    every = (point for point in itertools.product(range(ell + 1), repeat=len(found)) if sum(point) == ell)
     assert distance(shares) <= min(map(distance, every)) + 1e-9
 
 
@@ -128,9 +124,7 @@ def test_bytes_say_the_same(block: tuple[tuple[SparseRow, ...], tuple[int, ...]]
 
 @given(st.integers(2, 5), st.integers(5, 9))
 def test_every_way_to_share_has_a_number_of_its_own(size: int, ell_less: int) -> None:
-    shares = [
-        counts for counts in itertools.product(range(1, 9), repeat=size) if sum(counts) == 8
-    ]
+    shares = [counts for counts in itertools.product(range(1, 9), repeat=size) if sum(counts) == 8]
     rows = [SparseRow(tuple(range(size)), counts) for counts in shares]
     written = {encode([row], [0]) for row in rows}
     assert len(written) == len(rows) == math.comb(7, size - 1)
@@ -140,7 +134,9 @@ def test_certain_tokens_take_no_bytes() -> None:
     rows = (SparseRow.certain(5), SparseRow.certain(VOCABULARY - 1, 64))
     tokens = (5, VOCABULARY - 1)
     assert encode(rows, tokens) == b""
-    assert [row.probability(token) for row, token in zip(decode(b"", tokens, VOCABULARY), tokens, strict=True)] == [1, 1]
+    assert [
+        row.probability(token) for row, token in zip(decode(b"", tokens, VOCABULARY), tokens, strict=True)
+    ] == [1, 1]
 
 
 def test_a_row_of_eight_tokens_takes_less_than_two_bytes_a_token() -> None:
@@ -165,7 +161,7 @@ def test_bytes_cut_short_are_refused(
     rows, tokens = block
     payload = encode(rows, tokens)
     if len(payload) > 1:
-        with pytest.raises(ProtocolError, match="^q: "):
+        with pytest.raises(ProtocolError, match=r"^q: "):
             decode(payload[: data.draw(st.integers(1, len(payload) - 1))], tokens, VOCABULARY)
 
 
