@@ -33,8 +33,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from services.verifier.engine.grammar import Grammars
-from services.verifier.engine.options import DRAFT_LEVELS, is_eager, schema_of, session_key
+from services.verifier.engine.options import DRAFT_LEVELS, DRAFT_ROWS, is_eager, schema_of, session_key
 from services.verifier.engine.types import BlockStatus
+from shared.sampling.sparse import SparseRow
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -50,12 +51,13 @@ GATHERED_SHARE: Final = 0.15
 
 
 class Block(NamedTuple):
-    """Draft tokens, and how sure the draft was of them (`levels`, or nothing); the base counts the request's own output
-    tokens."""
+    """Draft tokens, how sure the draft was of them (`levels`, or nothing), and what they were drawn from (`rows`, tokens
+    and counts of each, or nothing); the base counts the request's own output tokens."""
 
     base: int
     tokens: list[int]
     levels: list[int]
+    rows: list[tuple[list[int], list[int]]]
 
 
 @dataclass(slots=True)
@@ -122,7 +124,14 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
 
     # --- blocks -------------------------------------------------------------------------------------------------
 
-    def submit_block(self, key: str, base: int, tokens: list[int], levels: list[int]) -> BlockStatus:
+    def submit_block(
+        self,
+        key: str,
+        base: int,
+        tokens: list[int],
+        levels: list[int],
+        rows: list[tuple[list[int], list[int]]],
+    ) -> BlockStatus:
         """Take a block that continues the session's first `base` output tokens.
 
         A newer block takes the place of one that has not been looked at yet.
@@ -130,7 +139,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         session = self._by_key.get(key)
         if session is None:
             return BlockStatus.GONE
-        block = Block(base, tokens, levels)
+        block = Block(base, tokens, levels, rows)
         if session.parked_at is None and not session.resting:
             session.pending = block
             return BlockStatus.QUEUED
@@ -147,7 +156,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
 
     def _trim(self, session: Session, block: Block) -> list[int] | None:
         """What of a block is still to be verified: all of it but what was generated since. None when it is stale."""
-        base, tokens, _ = block
+        base, tokens = block.base, block.tokens
         request = session.request
         since = request.output_token_ids[base:] if base <= request.num_output_tokens else None
         if since is None or len(tokens) < len(since) or tokens[: len(since)] != list(since):
@@ -231,7 +240,9 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 return
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        setattr(scheduler_output, DRAFT_LEVELS, self._levels(scheduler_output.scheduled_spec_decode_tokens))
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        setattr(scheduler_output, DRAFT_LEVELS, self._levels(drafts))
+        setattr(scheduler_output, DRAFT_ROWS, self._drawn_from(drafts))
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
             drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
             self._count(self.requests[request_id], scheduled, drafts)
@@ -250,6 +261,20 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             session = self._by_request.get(request_id)
             if session is not None and session.armed is not None:
                 found[request_id] = session.armed.levels[-len(tokens) :]
+        return found
+
+    def _drawn_from(self, drafts: Mapping[str, Sequence[int]]) -> dict[str, list[SparseRow]]:
+        """What the tokens that the step verifies were drawn from, for those that were."""
+        found = {}
+        for request_id, tokens in drafts.items():
+            session = self._by_request.get(request_id)
+            if session is not None and session.armed is not None and session.armed.rows:
+                block = session.armed
+                first = (
+                    session.request.num_output_tokens - block.base
+                )  # what was said since was cut from its front
+                rows = block.rows[first : first + len(tokens)]
+                found[request_id] = [SparseRow(tuple(ids), tuple(counts)) for ids, counts in rows]
         return found
 
     def _count(self, request: Request, scheduled: int, drafts: int) -> None:
