@@ -213,13 +213,23 @@ class LlamaDraft:
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
 
     @classmethod
-    def load(cls, directory: Path, *, target: Path, threads: int, cache_tokens: int) -> LlamaDraft:
+    def load(
+        cls,
+        directory: Path,
+        *,
+        target: Path,
+        threads: int,
+        cache_tokens: int,
+        sparsity: Sparsity | None = None,
+    ) -> LlamaDraft:
         """Read a checkpoint; `ModelFilesError` when it is missing, damaged or has another tokenizer than `target`."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         if is_distilled(directory):
-            return cls._distilled(directory, target=target, threads=threads, cache_tokens=cache_tokens)
+            name, shape, network = cls._distilled(directory, target)
+            torch.set_num_threads(threads)
+            return cls(name, shape, network, cache_tokens=cache_tokens, sparsity=sparsity)
         verify(directory)
         shape = LlamaShape.of(read_config(directory))
         if tokenizer_sha256(directory) != tokenizer_sha256(target):
@@ -234,10 +244,11 @@ class LlamaDraft:
                 raise ModelFilesError(f"{path} can't be read: {error}") from None
         check_weights(weights, shape)
         torch.set_num_threads(threads)
-        return cls(directory.name, shape, FloatNetwork(weights, shape.layers), cache_tokens=cache_tokens)
+        network = FloatNetwork(weights, shape.layers)
+        return cls(directory.name, shape, network, cache_tokens=cache_tokens, sparsity=sparsity)
 
-    @classmethod
-    def _distilled(cls, directory: Path, *, target: Path, threads: int, cache_tokens: int) -> LlamaDraft:
+    @staticmethod
+    def _distilled(directory: Path, target: Path) -> tuple[str, LlamaShape, Network]:
         header, tensors = read_distilled(directory)
         check_made_for(
             header,
@@ -246,10 +257,8 @@ class LlamaDraft:
             what=f"the draft {directory.name}",
         )
         shape = LlamaShape.of(config_of(header))
-        torch.set_num_threads(threads)
         network = DistilledNetwork(tensors, shape.layers, shape.vocabulary)
-        name = f"draft for {header.get('target', target.name)}"
-        return cls(name, shape, network, cache_tokens=cache_tokens)
+        return f"draft for {header.get('target', target.name)}", shape, network
 
     # --- drafting -------------------------------------------------------------------------------------
 
