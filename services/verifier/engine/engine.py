@@ -263,6 +263,8 @@ class VllmEngine:
                 f"a block of {len(tokens)} tokens is longer than {self._settings.max_block} (OUTRIDER_MAX_BLOCK)"
             )
         self._check_vocabulary(tokens, "the block")
+        if rows and len(rows) != len(tokens):
+            raise InvalidRequest(f"the block holds {len(tokens)} tokens, drawn from {len(rows)} distributions")
         for row in rows:
             self._check_vocabulary(row.tokens, "the distribution of a drafted token")
         opened = self._open.get(session)
@@ -272,9 +274,7 @@ class VllmEngine:
         if own_base < 0:
             return BlockStatus.STALE
         levels = list(confidences) if len(confidences) == len(tokens) else []
-        drawn_from = (
-            [(list(row.tokens), list(row.counts)) for row in rows] if len(rows) == len(tokens) else []
-        )
+        drawn_from = [(list(row.tokens), list(row.counts)) for row in rows]
         call = llm.submit_block(opened.key, own_base, list(tokens), levels, drawn_from)
         return BlockStatus(await self._call(call))
 
