@@ -21,7 +21,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,7 +49,9 @@ from training.llama import KeyValueCache, Target, load_target
 
 BLOCK: Final = 5
 COUNTS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-TARGETS: Final = (0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01, 0.005)
+TARGETS: Final = (0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
+FIXED: Final = 4
+"""Tokens a row in the rounds with a fixed number: about what the conformal choice keeps."""
 SESSION: Final = "cmpl-0123456789abcdef0123456789abcdef"
 REPLY: Final = ReplyRoute(gateway="bench", partition=0)
 
@@ -199,7 +201,7 @@ def _judged(
     if rules.ratio:
         accepted, next_token = judge(lambda row: logits[row], rows, block, drawn_from)
         return [*block[:accepted], next_token]
-    drawn = draw(logits, rows).tolist()
+    drawn: list[int] = draw(logits, rows).tolist()
     held = next((n for n, token in enumerate(block) if token != drawn[n]), len(block))
     return drawn[: held + 1]
 
@@ -302,6 +304,14 @@ def priced(answers: Sequence[Sequence[TrueRow]], sparsity: Sparsity, bits: int) 
     return price
 
 
+def conformal(target: float) -> ConformalRule:
+    """The rule with another target, and a first threshold in proportion."""
+    default = ConformalRule()
+    return replace(
+        default, target=target, first=min(default.highest, default.first * target / default.target)
+    )
+
+
 def prices(answers: Sequence[Sequence[TrueRow]]) -> dict[str, Any]:
     """Fixed counts and conformal choices of several sizes."""
     default = ConformalRule()
@@ -310,12 +320,7 @@ def prices(answers: Sequence[Sequence[TrueRow]]) -> dict[str, Any]:
             {"count": count, **priced(answers, FixedCount(count), SHARE_BITS).figures()} for count in COUNTS
         ],
         "conformal": [
-            {
-                "target": target,
-                **priced(
-                    answers, ConformalRule(target, default.rate, default.first, default.highest), SHARE_BITS
-                ).figures(),
-            }
+            {"target": target, **priced(answers, conformal(target), SHARE_BITS).figures()}
             for target in TARGETS
         ],
         "share_bits": [{"bits": bits, **priced(answers, default, bits).figures()} for bits in range(2, 9)],
@@ -336,7 +341,7 @@ def measure(options: Options, target_directory: Path) -> dict[str, Any]:
     ways: dict[str, tuple[Sampling, Sparsity]] = {
         "keyed": (asked, ConformalRule()),
         "conformal": (ratio, ConformalRule()),
-        "top 8": (ratio, FixedCount(8)),
+        f"top {FIXED}": (ratio, FixedCount(FIXED)),
     }
     rounds: dict[str, dict[str, Tally]] = {}
     answers: list[Tokens] = []
