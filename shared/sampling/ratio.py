@@ -34,7 +34,8 @@ what chooses must not know them. Which draft is verified is decided by:
   the target's inner view of it, but nothing of a lane that is not drafted. Lanes know of them nothing but the outcome
   that they assume, so that a lane says the same whoever started it, and a hint can change when a token is said, never
   with which probability. A hint that could change the very block it speaks of would break that: the block is fixed
-  when it is sent, and what is cut from it later is cut from its front, by what was said;
+  when it is sent, and what is cut from it later is cut from its front, by what was said (or from its end, at a token
+  that a grammar refuses: the row then counts as one that rejected it, not as the target's own draw);
 - time: whether the floor speaks first. It draws from p by the residual's stream, which no draft knows. When a draft is
   ready depends on how much there is to compute, which is the same whatever is drawn.
 
@@ -85,12 +86,14 @@ def judge(
 
     `logits(n)` are the target's, `[vocabulary]`, at row n, asked for in order and up to the one that decides; `rows` are
     what each of the K + 1 rows continues; `drawn_from` is what each of the K tokens `drafted` was drawn from, nothing
-    where all were chosen without chance. `ValueError` when these are not of one length.
+    where all were chosen without chance. One more is that of a token which the last row excludes (a grammar refuses it),
+    so that it is known to be rejected and was left out. `ValueError` when these are not of one length.
     """
     drawn_from = drawn_from or [SparseRow.certain(token) for token in drafted]
-    if not len(rows) - 1 == len(drafted) == len(drawn_from):
+    last = len(drafted)
+    if not len(rows) - 1 == last <= len(drawn_from) <= last + 1:
         raise ValueError(f"{len(rows)} rows, {len(drafted)} tokens, {len(drawn_from)} distributions")
-    for number, (token, told) in enumerate(zip(drafted, drawn_from, strict=True)):
+    for number, (token, told) in enumerate(zip(drafted, drawn_from, strict=False)):
         q = told if told.probability(token) else SparseRow.certain(token)
         row = rows[number]
         p = probabilities(processed(logits(number), row))
@@ -99,7 +102,9 @@ def judge(
         left = residual(p, dense(q, len(p)))
         left[token] = 0.0  # it is, but where rounding has left nothing: never say what was rejected
         return Decision(number, _drawn(left, row))
-    last = len(drafted)
+    if len(drawn_from) > last:
+        p = probabilities(processed(logits(last), rows[last]))
+        return Decision(last, _drawn(residual(p, dense(drawn_from[last], len(p))), rows[last]))
     return Decision(last, int(draw(logits(last)[None], [rows[last]])[0]))
 
 

@@ -453,6 +453,18 @@ def test_rows_after_the_one_that_decides_are_not_looked_at() -> None:
     assert asked == [0]
 
 
+def test_a_token_left_out_since_the_target_excludes_it_is_rejected_like_one_that_is_tested() -> None:
+    p, q = fixed(0.0, 0.4, 0.3, 0.3), SparseRow((0, 1, 2), (4, 2, 2))
+    outcomes = set()
+    for seed in range(300):
+        rules = Rules(Sampling(temperature=1.0, seed=seed, mode=SamplingMode.RATIO), 1)
+        rows = [Row(rules, [0]), Row(rules, [0, 0])]
+        tested = judge(lambda _: p, rows, [0], [q])
+        assert judge(lambda _: p, rows[:1], [], [q]) == tested
+        outcomes.add(tested.next_token)
+    assert outcomes == {1, 2, 3}
+
+
 def test_an_empty_block_is_the_targets_own_draw() -> None:
     p = target_rows(REQUESTS["plain"])
     run = replace(runs(p, [], 0, 50), places=addresses([Place(SEED, n, 0) for n in range(50)]))

@@ -264,7 +264,9 @@ class VllmEngine:
             )
         self._check_vocabulary(tokens, "the block")
         if rows and len(rows) != len(tokens):
-            raise InvalidRequest(f"the block holds {len(tokens)} tokens, drawn from {len(rows)} distributions")
+            raise InvalidRequest(
+                f"the block holds {len(tokens)} tokens, drawn from {len(rows)} distributions"
+            )
         for row in rows:
             self._check_vocabulary(row.tokens, "the distribution of a drafted token")
         opened = self._open.get(session)

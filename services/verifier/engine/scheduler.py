@@ -52,7 +52,8 @@ GATHERED_SHARE: Final = 0.15
 
 class Block(NamedTuple):
     """Draft tokens, how sure the draft was of them (`levels`, or nothing), and what they were drawn from (`rows`, tokens
-    and counts of each, or nothing); the base counts the request's own output tokens."""
+    and counts of each, or nothing; one more if the next token was refused); the base counts the request's own output
+    tokens."""
 
     base: int
     tokens: list[int]
@@ -165,14 +166,18 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
 
     def _arm(self, session: Session, block: Block) -> bool:
         """Make the next step verify a block; False when it is stale, and the session is left as it was."""
-        drafts = self._trim(session, block)
-        if drafts is None:
+        drafts = trimmed = self._trim(session, block)
+        if drafts is None or trimmed is None:
             self.counters.stale_blocks += 1
             return False
         if drafts and session.request.use_structured_output:
-            drafts = self._grammars.allowed(session.request, drafts)
+            drafts = self._grammars.allowed(session.request, trimmed)
             kept = session.request.num_output_tokens - block.base + len(drafts)
-            block = Block(block.base, block.tokens[:kept], block.levels[:kept])
+            refused = len(drafts) < len(
+                trimmed
+            )  # in ratio mode it is rejected by the rule: its row has to be known
+            rows = block.rows[: kept + refused]
+            block = Block(block.base, block.tokens[:kept], block.levels[:kept], rows)
         session.request.spec_token_ids = drafts
         session.request.next_decode_eligible_step = 0
         session.parked_at = None
@@ -242,7 +247,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         drafts = scheduler_output.scheduled_spec_decode_tokens
         setattr(scheduler_output, DRAFT_LEVELS, self._levels(drafts))
-        setattr(scheduler_output, DRAFT_ROWS, self._drawn_from(drafts))
+        setattr(scheduler_output, DRAFT_ROWS, self._drawn_from(scheduler_output))
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
             drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
             self._count(self.requests[request_id], scheduled, drafts)
@@ -263,18 +268,21 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 found[request_id] = session.armed.levels[-len(tokens) :]
         return found
 
-    def _drawn_from(self, drafts: Mapping[str, Sequence[int]]) -> dict[str, list[SparseRow]]:
-        """What the tokens that the step verifies were drawn from, for those that were."""
+    def _drawn_from(self, output: SchedulerOutput) -> dict[str, list[SparseRow]]:
+        """What the tokens that the step verifies were drawn from, for those that were; one more for a token that a grammar
+        refused."""
         found = {}
-        for request_id, tokens in drafts.items():
+        for request_id in output.num_scheduled_tokens:
             session = self._by_request.get(request_id)
-            if session is not None and session.armed is not None and session.armed.rows:
-                block = session.armed
-                first = (
-                    session.request.num_output_tokens - block.base
-                )  # what was said since was cut from its front
-                rows = block.rows[first : first + len(tokens)]
-                found[request_id] = [SparseRow(tuple(ids), tuple(counts)) for ids, counts in rows]
+            block = session.armed if session is not None else None
+            if session is None or block is None or not block.rows:
+                continue
+            first = (
+                session.request.num_output_tokens - block.base
+            )  # what was said since was cut from its front
+            count = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
+            rows = block.rows[first : first + count + (len(block.rows) > len(block.tokens))]
+            found[request_id] = [SparseRow(tuple(ids), tuple(counts)) for ids, counts in rows]
         return found
 
     def _count(self, request: Request, scheduled: int, drafts: int) -> None:
