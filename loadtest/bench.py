@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 
-from loadtest import compare, hop, link
+from loadtest import compare, hop, link, sampling
 from shared.errors import OutriderError
 
 
@@ -19,9 +19,12 @@ def main(arguments: list[str] | None = None) -> int:
     compare.add_arguments(
         benchmarks.add_parser("compare", help="cloud AR, sync speculative decoding, the paper and Outrider")
     )
+    sampling.add_arguments(
+        benchmarks.add_parser("sampling", help="acceptance and bytes of keyed and of ratio mode")
+    )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is stopped, as after Ctrl-C
     chosen = parser.parse_args(arguments)
-    run = {"hop": hop.run, "link": link.run, "compare": compare.run}[chosen.name]
+    run = {"hop": hop.run, "link": link.run, "compare": compare.run, "sampling": sampling.run}[chosen.name]
     try:
         return run(chosen)
     except OutriderError as error:

@@ -39,6 +39,7 @@ from shared.errors import EngineError, InvalidRequest
 from shared.http import build_service, load_settings, run_loop, run_service
 from shared.lookup import common_prefix
 from shared.protocol import FinishReason, GenerationParams, Outcome, Tokens
+from shared.sampling.sparse import SparseRow
 from shared.telemetry import configure_logging
 
 ANSWERS: Final = "OUTRIDER_REPLAY_ANSWERS"
@@ -126,7 +127,12 @@ class ReplayEngine:
             await self.close(session)
 
     async def submit(
-        self, session: str, base: int, tokens: Tokens, confidences: Sequence[int] = ()
+        self,
+        session: str,
+        base: int,
+        tokens: Tokens,
+        confidences: Sequence[int] = (),
+        rows: Sequence[SparseRow] = (),
     ) -> BlockStatus:
         """See `Engine.submit`."""
         held = self._sessions.get(session)

@@ -28,6 +28,7 @@ from services.verifier.service import VerifierService
 from services.verifier.settings import VerifierSettings
 from shared.http import load_settings, run_loop, run_service
 from shared.protocol import FinishReason, GenerationParams, Outcome, Tokens
+from shared.sampling.sparse import SparseRow
 from shared.telemetry import configure_logging
 
 TIMER_LOG: Final = "OUTRIDER_TIMER_LOG"
@@ -79,7 +80,12 @@ class TimerEngine:
                 return
 
     async def submit(
-        self, session: str, base: int, tokens: Tokens, confidences: Sequence[int] = ()
+        self,
+        session: str,
+        base: int,
+        tokens: Tokens,
+        confidences: Sequence[int] = (),
+        rows: Sequence[SparseRow] = (),
     ) -> BlockStatus:
         """Accept `tokens` after a step."""
         if session not in self._sessions:

@@ -253,7 +253,7 @@ class Block(Message):
     """Draft tokens that continue the first `base` committed tokens; verified in one pass. May be empty.
 
     `confidences` say how sure the draft was of each, or nothing: early exits make use of them. `q` is what each was
-    drawn from, where the session's sampling mode needs it.
+    drawn from, where the session's sampling mode needs it (`shared.sampling.sparse`); nothing where none was drawn.
     """
 
     topic: ClassVar[Topic] = Topic.DRAFTS

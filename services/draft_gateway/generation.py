@@ -44,6 +44,7 @@ from shared.protocol import (
     Verdict,
 )
 from shared.sampling.rules import Rules
+from shared.sampling.sparse import encode as encode_rows
 from shared.session import SessionState, SessionStats
 from shared.speculation.edge import (
     Abandoned,
@@ -496,6 +497,7 @@ class Generation:
                         base=action.base,
                         tokens=action.tokens,
                         confidences=action.confidences,
+                        q=encode_rows(action.rows, action.tokens),
                     )
                 )
             case SendForward():
@@ -510,6 +512,7 @@ class Generation:
                     next_token=action.next_token,
                     tokens=action.tokens,
                     confidences=action.confidences,
+                    q=encode_rows(action.rows, action.tokens),
                 )
                 self._spawn(self._transmit(forward))
             case SendPrompt(epoch, number, base):
@@ -518,7 +521,7 @@ class Generation:
                         session=self.session, epoch=epoch, reply=self._uplink.reply, round=number, base=base
                     )
                 )
-            case StartDraft(lane, base, assumed, length, beyond):
+            case StartDraft(lane, base, assumed, length, beyond, threshold):
                 context = (*self._prompt, *self._core.committed[:base], *assumed)
                 request = DraftRequest(
                     session=self.session,
@@ -527,6 +530,7 @@ class Generation:
                     length=length,
                     beyond=beyond,
                     rules=self._rules,
+                    threshold=threshold,
                 )
                 self._drafts[lane] = self._spawn(self._draft(request))
             case DropDraft(lane):
@@ -566,7 +570,16 @@ class Generation:
             logger.exception("drafting failed; an empty block goes up", extra={"session": self.session})
             draft = EMPTY
         self._drafts.pop(request.lane, None)
-        self._handle(Drafted(request.lane, draft.tokens, draft.confidences, draft.alternatives))
+        self._handle(
+            Drafted(
+                request.lane,
+                draft.tokens,
+                draft.confidences,
+                draft.alternatives,
+                draft.rows,
+                draft.thresholds,
+            )
+        )
 
     def _finished(self, reason: FinishReason, last: Delivery | None) -> None:
         if last is not None:

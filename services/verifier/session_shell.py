@@ -369,7 +369,7 @@ class SessionShell:
     async def _verify(self, action: core.Verify) -> None:
         try:
             status = await self._host.engine.submit(
-                self.session, action.base, action.tokens, action.confidences
+                self.session, action.base, action.tokens, action.confidences, action.rows
             )
         except OutriderError as error:
             self.handle(_failed(error))

@@ -208,11 +208,9 @@ def draw(
     logits: Floats,
     rows: Sequence[Row],
     vocabulary: Vocabulary | None = None,
-    *,
-    stream: Stream = Stream.TARGET,
 ) -> Ints:
     """The column `[rows]` that each row of logits `[rows, columns]` yields."""
-    return best(logits, rows, 1, vocabulary, stream=stream, totals=False).columns[:, 0]
+    return best(logits, rows, 1, vocabulary, totals=False).columns[:, 0]
 
 
 def best(
@@ -222,7 +220,6 @@ def best(
     vocabulary: Vocabulary | None = None,
     *,
     asked: Ints | None = None,
-    stream: Stream = Stream.TARGET,
     totals: bool = True,
     sure: int | None = None,
 ) -> Best:
@@ -235,7 +232,7 @@ def best(
         _Field(_keep(row_logits, row, vocabulary), row.rules.temperature, vocabulary, width)
         for row_logits, row in zip(logits, rows, strict=True)
     ]
-    at = noise.addresses([_place(row, stream) for row in rows])
+    at = noise.addresses([place(row) for row in rows])
     _contenders(fields, at, sure or count)
     if asked is not None:
         for field, column in zip(fields, asked.tolist(), strict=True):
@@ -256,8 +253,10 @@ def best(
     return Best(columns, values, total, told)
 
 
-def _place(row: Row, stream: Stream) -> Place:
+def place(row: Row) -> Place:
+    """Where the noise is with which the target draws a row's token."""
     sampling = row.rules.sampling
+    stream = Stream.RESIDUAL if row.rules.ratio else Stream.TARGET
     return Place(sampling.seed, sampling.choice, row.position, stream)
 
 

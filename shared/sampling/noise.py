@@ -50,7 +50,7 @@ class Stream(IntEnum):
     """What the noise is for; different streams are independent."""
 
     TARGET = 0
-    """A keyed draw: the target's, and that of everyone who foresees it."""
+    """A keyed draw: the target's, and that of everyone who foresees it. In ratio mode there is none."""
     DRAFT = 1
     """The draft's own draw, in ratio mode."""
     ACCEPT = 2

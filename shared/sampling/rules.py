@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from shared.protocol import Sampling
+from shared.protocol import Sampling, SamplingMode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +31,11 @@ class Rules:
         """The temperature, 0.0 for greedy decoding."""
         asked = self.sampling.temperature
         return 0.0 if asked < GREEDY_BELOW else max(asked, LOWEST_TEMPERATURE)
+
+    @property
+    def ratio(self) -> bool:
+        """Whether drafts are judged by the ratio of probabilities; at temperature 0 there is none."""
+        return self.sampling.mode is SamplingMode.RATIO and self.temperature > 0.0
 
     @property
     def penalised(self) -> bool:

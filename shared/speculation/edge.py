@@ -36,6 +36,8 @@ from enum import StrEnum
 from typing import Final
 
 from shared.protocol import Fault, FinishReason, Floor, Hint, Policy, Stale, Tokens, Verdict
+from shared.sampling.conformal import resumed
+from shared.sampling.sparse import SparseRow
 from shared.speculation.outcomes import Foresight, Guess, Ranked, guess, level, mix
 from shared.speculation.pace import Clocks, Line, Mean, best_length, lanes_in
 
@@ -140,6 +142,8 @@ class Drafted:
     tokens: Tokens
     confidences: tuple[float, ...] = ()
     alternatives: Alternatives = ()
+    rows: tuple[SparseRow, ...] = ()
+    thresholds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,13 +221,15 @@ class SendPrompt:
 
 @dataclass(frozen=True, slots=True)
 class SendBlock:
-    """Send a block up. `confidences` are the draft's, as levels, one a token or none at all."""
+    """Send a block up. `confidences` are the draft's, as levels, one a token or none at all; `rows` what each token was
+    drawn from, or nothing where none was drawn."""
 
     epoch: int
     round: int
     base: int
     tokens: Tokens
     confidences: tuple[int, ...] = ()
+    rows: tuple[SparseRow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,13 +244,15 @@ class SendForward:
     next_token: int
     tokens: Tokens
     confidences: tuple[int, ...] = ()
+    rows: tuple[SparseRow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StartDraft:
     """Draft at most `length` tokens after the first `base` committed tokens and then `assumed`.
 
-    `beyond` asks also what may follow the last one.
+    `beyond` asks also what may follow the last one. `threshold` is the conformal one that the first row starts from
+    (`shared.sampling.conformal`), None where no row has been made yet.
     """
 
     lane: int
@@ -252,6 +260,7 @@ class StartDraft:
     assumed: Tokens
     length: int
     beyond: bool = False
+    threshold: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +363,11 @@ class _Lane:
     tokens: Tokens | None = None
     confidences: tuple[float, ...] = ()
     alternatives: Alternatives = ()
+    rows: tuple[SparseRow, ...] = ()
+    threshold: float | None = None
+    """The conformal threshold of its first row."""
+    thresholds: tuple[float, ...] = ()
+    """Those after each of its rows."""
     round: int | None = None
     """By what number the verifier knows it."""
     sent_ms: float | None = None
@@ -368,6 +382,10 @@ class _Lane:
     @property
     def path(self) -> Tokens:
         return (*self.assumed, *(self.tokens or ()))
+
+    def threshold_after(self, accepted: int) -> float | None:
+        """The conformal threshold for what follows `accepted` of its tokens and another one."""
+        return resumed(self.threshold, self.thresholds, accepted)
 
     def levels(self) -> tuple[int, ...]:
         """How sure the draft was of its tokens, as it travels."""
@@ -406,6 +424,7 @@ class EdgeSession:
         self._rested = False
         self._acceptance = Mean()
         self._missed = Mean()
+        self._threshold: float | None = None  # after the rows of what is committed
         self._sharers = Mean()
         self._floor_yield = Mean()
         self._round_trip = Mean()
@@ -477,6 +496,7 @@ class EdgeSession:
             beside = 1 + sum(other.tokens is None for other in self._lanes.values() if other is not lane)
             self._step.saw(beside, (now_ms - lane.started_ms) / len(event.tokens))
         lane.tokens, lane.confidences, lane.alternatives = event.tokens, event.confidences, event.alternatives
+        lane.rows, lane.thresholds = event.rows, event.thresholds
         self.statistics.drafted_in_all += len(event.tokens)
         if event.lane == self._main:
             return self._use(lane, now_ms)
@@ -494,14 +514,24 @@ class EdgeSession:
         return self._draft_next(now_ms)
 
     def _start(
-        self, base: int, assumed: Tokens, length: int, now_ms: float, *, probability: float, origin: Origin
+        self,
+        base: int,
+        assumed: Tokens,
+        length: int,
+        now_ms: float,
+        *,
+        probability: float,
+        origin: Origin,
+        threshold: float | None,
     ) -> tuple[_Lane, list[EdgeAction]]:
         number, self._next_lane = self._next_lane, self._next_lane + 1
-        lane = self._lanes[number] = _Lane(number, base, assumed, probability, origin, now_ms)
+        lane = self._lanes[number] = _Lane(
+            number, base, assumed, probability, origin, now_ms, threshold=threshold
+        )
         if length == 0:
             lane.tokens = ()
             return lane, []
-        return lane, [StartDraft(number, base, assumed, length, beyond=self._config.guesses)]
+        return lane, [StartDraft(number, base, assumed, length, self._config.guesses, threshold)]
 
     def _draft_next(self, now_ms: float) -> list[EdgeAction]:
         """Draft a block on what is committed, or only follow where none is worth its while."""
@@ -514,7 +544,9 @@ class EdgeSession:
         if length == 0 and self._config.policy is Policy.LATENCY:
             return self._follow()
         self._phase = Phase.DRAFTING
-        lane, actions = self._start(self.base, (), length, now_ms, probability=1.0, origin=Origin.NEED)
+        lane, actions = self._start(
+            self.base, (), length, now_ms, probability=1.0, origin=Origin.NEED, threshold=self._threshold
+        )
         self._main = lane.number
         return actions or self._send_block(lane, now_ms)
 
@@ -584,6 +616,9 @@ class EdgeSession:
         gone = self.base - lane.base - len(lane.assumed)
         lane.tokens = (lane.tokens or ())[gone:]
         lane.confidences, lane.alternatives = lane.confidences[gone:], lane.alternatives[gone:]
+        if gone > 0:
+            lane.threshold = lane.threshold_after(gone - 1)
+        lane.rows, lane.thresholds = lane.rows[gone:], lane.thresholds[gone:]
         lane.base, lane.assumed = self.base, ()
 
     def _make_open(self, lane: _Lane) -> None:
@@ -600,7 +635,7 @@ class EdgeSession:
             # As it was, however much of it is committed by now: forwards and hints of its round count from its start.
             start = lane.base + len(lane.assumed)
             return [
-                SendBlock(self._epoch, lane.round, start, lane.tokens or (), lane.levels()),
+                SendBlock(self._epoch, lane.round, start, lane.tokens or (), lane.levels(), lane.rows),
                 self._later(),
             ]
         return [SendBlock(self._epoch, self._take_round(), self.base, ()), self._later()]
@@ -656,6 +691,7 @@ class EdgeSession:
                 lane.assumed[-1],
                 lane.tokens,
                 lane.levels(),
+                lane.rows,
             )
         ]
 
@@ -696,8 +732,15 @@ class EdgeSession:
                 actions += self._drop([weakest])
             length = self._room(parent.base + len(assumed), max(1, self._config.block_length))
             origin = Origin.EXIT if parent.hint_ms else Origin.GUESS
+            accepted = len(assumed) - 1 - len(parent.assumed)
             lane, started = self._start(
-                parent.base, assumed, length, now_ms, probability=probability, origin=origin
+                parent.base,
+                assumed,
+                length,
+                now_ms,
+                probability=probability,
+                origin=origin,
+                threshold=parent.threshold_after(accepted),
             )
             lane.parent = parent.number
             self.statistics.lanes += 1
@@ -897,14 +940,15 @@ class EdgeSession:
             self._pass.saw(rows, elapsed_ms)
             self._sharers.saw(max(1.0, rows / own))
 
-    def _judge(self, lane: _Lane) -> None:
+    def _judge(self, lane: _Lane) -> int:
         """How far a lane agreed with what was committed."""
         own = lane.tokens or ()
         truth = self._committed[lane.base + len(lane.assumed) :]
-        for drafted, said in zip(own, truth, strict=False):
+        for accepted, (drafted, said) in enumerate(zip(own, truth, strict=False)):
             self._acceptance.saw(float(drafted == said))
             if drafted != said:
-                return
+                return accepted
+        return min(len(own), len(truth))
 
     def _advance(
         self,
@@ -987,7 +1031,7 @@ class EdgeSession:
         assert open_lane is not None
         if not answers and open_lane.left(self._committed):
             return [*gone, *self._expand(now_ms)]
-        self._judge(open_lane)
+        self._threshold = open_lane.threshold_after(self._judge(open_lane))
         return [*self._succeed(taken, now_ms), *gone]
 
     def _succeed(self, taken: int | None, now_ms: float) -> list[EdgeAction]:

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from shared.errors import InvalidRequest, ProtocolError
 from shared.protocol import (
     Block,
     Cancel,
@@ -54,6 +55,7 @@ from shared.protocol import (
     Verdict,
     VerdictsMessage,
 )
+from shared.sampling.sparse import SparseRow, decode
 
 
 class Phase(StrEnum):
@@ -75,6 +77,8 @@ MOST_PATHS: Final = 128
 """Drafts that a forward may name as its parent."""
 MOST_RESULTS: Final = 2
 """Results that may wait for Redis before no further pass is started."""
+TOKEN_IDS: Final = 1 << 31
+"""More than any vocabulary has: which of them are tokens is for the engine to say."""
 NO_ROUND: Final = -1
 """The round of a pass that no draft asked for."""
 MOST_READY: Final = 0.9
@@ -206,13 +210,15 @@ class OpenEngine:
 class Verify:
     """Verify `tokens` after the first `base` tokens that the engine has said, in one pass. `round` may be `NO_ROUND`.
 
-    `confidences` are the draft's of these tokens, as levels, or nothing.
+    `confidences` are the draft's of these tokens, as levels, or nothing; `rows` what each was drawn from, or nothing where
+    none was drawn.
     """
 
     round: int
     base: int
     tokens: Tokens
     confidences: tuple[int, ...] = ()
+    rows: tuple[SparseRow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,12 +279,14 @@ _HELD: Final = (Phase.PREFILLING, Phase.PARKED, Phase.VERIFYING)
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """Tokens that may follow: `path` from position `base` on, of which the first `assumed` are a forward's outcome."""
+    """Tokens that may follow: `path` from position `base` on, of which the first `assumed` are a forward's outcome, and
+    `rows` are what the others were drawn from (or nothing)."""
 
     message: Prompt | Block | Forward
     base: int
     path: Tokens
     assumed: int = 0
+    rows: tuple[SparseRow, ...] = ()
 
     @property
     def round(self) -> int:
@@ -293,6 +301,11 @@ class _Draft:
         """What follows all that was said since; None when the path has been left."""
         since = max(0, len(said) - self.base)
         return self.path[since:] if self.path[:since] == tuple(said[self.base :][: len(self.path)]) else None
+
+    def drawn_from(self, said: Sequence[int], count: int) -> tuple[SparseRow, ...]:
+        """The rows of the `count` tokens that follow all that was said."""
+        first = len(said) - self.base - self.assumed
+        return self.rows[first : first + count]
 
     def ready(self, said: Sequence[int]) -> bool:
         """Whether a pass can verify it now: its outcome has come true, and there is something left (or it is empty)."""
@@ -521,36 +534,42 @@ class VerifierSession:
             return []
         if message.epoch < self._epoch:
             return [self._stale(message)]
-        if (wrong := self._wrong(message)) is not None:
-            return [wrong]
+        try:
+            self._check_length(message)
+            rows = _rows(message)
+        except (InvalidRequest, ProtocolError) as error:
+            return [self._fault(message, error.code, error.message)]
         if self._verdict is not None and _answers(self._verdict, message):
             return [Publish(self._verdict, message.reply)]
         if self._under_way(message.round):
             return []
-        draft = _Draft(message, message.base, _tokens(message))
+        draft = _Draft(message, message.base, _tokens(message), rows=rows)
         if self._ending is not None or not self._may_follow(draft):
             return self._tell_stale(message)
         self._keep(draft)
         return []
 
-    def _wrong(self, message: Prompt | Block) -> Publish | None:
+    def _check_length(self, message: Prompt | Block | Forward) -> None:
         if len(_tokens(message)) > self._max_block + MOST_AHEAD:
-            text = (
+            raise InvalidRequest(
                 f"a block of {len(_tokens(message))} tokens is longer than {self._max_block + MOST_AHEAD}, the "
                 "longest that is looked at"
             )
-            return self._fault(message, "invalid_request", text)
-        return None
 
     def _consider_forward(self, message: Forward) -> None:
         parent = self._paths.get(message.parent)
         if message.epoch < self._epoch or self._under_way(message.round) or parent is None:
             return
         own = parent.path[parent.assumed :]
-        if message.accepted > len(own) or len(message.tokens) > self._max_block + MOST_AHEAD:
+        try:
+            self._check_length(message)
+            rows = _rows(message)
+        except (InvalidRequest, ProtocolError):  # nobody waits to be told
+            return
+        if message.accepted > len(own):
             return
         assumed = (*parent.path[: parent.assumed], *own[: message.accepted], message.next_token)
-        draft = _Draft(message, parent.base, (*assumed, *message.tokens), len(assumed))
+        draft = _Draft(message, parent.base, (*assumed, *message.tokens), len(assumed), rows)
         if self._ending is None and draft.left(self._said) is not None:
             self._keep(draft)
 
@@ -694,7 +713,9 @@ class VerifierSession:
         self._patient = False
         if draft is None:
             return Verify(NO_ROUND, len(self._said), tokens)
-        return Verify(draft.round, len(self._said), tokens, _confidences(draft.message, tokens))
+        confidences = _confidences(draft.message, tokens)
+        rows = draft.drawn_from(self._said, len(tokens))
+        return Verify(draft.round, len(self._said), tokens, confidences, rows)
 
     def _floor(self, now_ms: float) -> list[VerifierAction]:
         """One pass that nobody asked for."""
@@ -973,6 +994,13 @@ def _confidences(message: Prompt | Block | Forward, last: Tokens) -> tuple[int, 
     if not last or len(told) != len(_tokens(message)) or _tokens(message)[-len(last) :] != last:
         return ()
     return told[-len(last) :]
+
+
+def _rows(message: Prompt | Block | Forward) -> tuple[SparseRow, ...]:
+    """What a message's tokens were drawn from; nothing where none was drawn. `ProtocolError` when it can't be read."""
+    if isinstance(message, Prompt) or not message.q:
+        return ()
+    return decode(message.q, message.tokens, TOKEN_IDS)
 
 
 def _tokens(message: Prompt | Block | Forward) -> Tokens:

@@ -21,6 +21,7 @@ from services.verifier.engine.types import (
 from services.verifier.settings import VerifierSettings
 from shared.errors import ContextLengthExceeded, EngineError, Overloaded
 from shared.protocol import FinishReason, GenerationParams, Outcome, Tokens
+from shared.sampling.sparse import SparseRow
 
 LAYERS = (3, 5)
 
@@ -113,7 +114,12 @@ class ScriptedEngine:
             self._forget(session, opened)
 
     async def submit(
-        self, session: str, base: int, tokens: Tokens, confidences: Sequence[int] = ()
+        self,
+        session: str,
+        base: int,
+        tokens: Tokens,
+        confidences: Sequence[int] = (),
+        rows: Sequence[SparseRow] = (),
     ) -> BlockStatus:
         """See `Engine.submit`."""
         self.submitted.append((session, base, tokens))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from shared.protocol import Fault, FinishReason, Floor, Hint, Outcome, Policy, Stale, Tokens, Verdict
+from shared.sampling.sparse import SparseRow
 from shared.speculation.edge import (
     ACKNOWLEDGE,
     CREDIT,
@@ -665,3 +666,83 @@ def test_a_hint_for_a_forward_of_an_older_epoch_starts_nothing() -> None:
     edge.handle(plain(1, 14, 15), 3.0)
     edge.handle(Relocated(2), 4.0)
     assert edge.handle(hint(2, 4, (1, 99, 0.95), epoch=2), 5.0) == []
+
+
+# --- ratio mode ---------------------------------------------------------------------------------------------------
+
+ROWS = tuple(SparseRow((token, token + 100), (3, 5)) for token in (11, 12, 13))
+AFTER = (0.1, 0.2, 0.3)
+"""Thresholds after these rows."""
+
+
+def drawn(number: int = 0, tokens: Tokens = (11, 12, 13)) -> Drafted:
+    return Drafted(number, tokens, rows=ROWS[: len(tokens)], thresholds=AFTER[: len(tokens)])
+
+
+def starts(actions: list[EdgeAction]) -> list[StartDraft]:
+    return [action for action in actions if isinstance(action, StartDraft)]
+
+
+def test_what_tokens_were_drawn_from_goes_up_with_them_and_again_when_they_are_sent_again() -> None:
+    edge = drafting()
+    assert SendBlock(1, 1, 1, (11, 12, 13), rows=ROWS) in edge.handle(drawn(), 2.0)
+    again = without_timers(edge.handle(Relocated(epoch=2), 3.0))
+    assert again == [SendBlock(2, 1, 1, (11, 12, 13), rows=ROWS)]
+
+
+def test_the_first_draft_has_no_threshold_and_the_next_one_that_after_the_rejected_row() -> None:
+    edge = drafting()
+    edge.handle(drawn(), 2.0)
+    (start,) = starts(edge.handle(verdict(1, 1, 1, 11, 99), 3.0))
+    assert start == StartDraft(1, 3, (), 3, threshold=0.2)
+
+
+def test_after_a_block_that_holds_the_next_draft_starts_from_its_last_threshold() -> None:
+    edge = drafting()
+    edge.handle(drawn(), 2.0)
+    (start,) = starts(edge.handle(verdict(1, 1, 3, 11, 12, 13, 99), 3.0))
+    assert start.threshold == 0.3
+
+
+@pytest.mark.parametrize(("accepted", "threshold"), [(0, 0.1), (2, 0.3), (3, 0.3)])
+def test_a_lane_starts_from_the_threshold_of_the_outcome_that_it_assumes(
+    accepted: int, threshold: float
+) -> None:
+    edge = drafting()
+    edge.handle(drawn(), 2.0)
+    (start,) = starts(edge.handle(hint(1, 1, (accepted, 99, 0.9)), 3.0))
+    assert start == StartDraft(1, 1, (*(11, 12, 13)[:accepted], 99), 3, threshold=threshold)
+
+
+def test_a_lane_and_the_draft_that_a_miss_calls_for_start_from_the_same_threshold() -> None:
+    def started(*, hinted: bool) -> StartDraft:
+        edge = drafting()
+        edge.handle(drawn(), 2.0)
+        lane = edge.handle(hint(1, 1, (1, 99, 0.9)), 3.0) if hinted else []
+        return (starts(lane) or starts(edge.handle(verdict(1, 1, 1, 11, 99), 4.0)))[0]
+
+    assert started(hinted=True).threshold == started(hinted=False).threshold == 0.2
+
+
+def test_a_draft_without_rows_leaves_the_threshold_as_it_was() -> None:
+    edge = drafting()
+    edge.handle(drawn(), 2.0)
+    edge.handle(verdict(1, 1, 0, 99), 3.0)
+    edge.handle(Drafted(1, (20, 21)), 4.0)
+    (start,) = starts(edge.handle(verdict(2, 2, 1, 20, 50), 5.0))
+    assert start.threshold == 0.1
+
+
+def test_a_draft_that_the_floor_overtook_goes_up_with_the_rows_that_are_left() -> None:
+    edge = drafting(replace(CONFIG, policy=Policy.LATENCY))
+    edge.handle(floor(1, 11), 2.0)
+    assert SendBlock(1, 1, 2, (12, 13), rows=ROWS[1:]) in edge.handle(drawn(), 3.0)
+    (start,) = starts(edge.handle(verdict(1, 2, 0, 99), 4.0))
+    assert start.threshold == 0.2
+
+
+def test_a_forward_takes_along_what_its_tokens_were_drawn_from() -> None:
+    edge, actions = guessing()
+    (first, *_) = starts(actions)
+    forwards = of_kind(SendForward, edge.handle(drawn(first.lane, (11, 12)), 5.0))
+    assert [forward.rows for forward in forwards if isinstance(forward, SendForward)] == [ROWS[:2]]

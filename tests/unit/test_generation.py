@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,6 +41,7 @@ from shared.protocol import (
     Tokens,
     Verdict,
 )
+from shared.sampling.sparse import SparseRow, decode
 from shared.session import SessionState, SessionStats, SessionStatus
 from shared.speculation.edge import EdgeConfig
 from shared.speculation.outcomes import LEVELS
@@ -113,12 +115,13 @@ class Desk:
         *,
         resumable: bool = True,
         max_tokens: int = 50,
+        drafter: Pencil | None = None,
         text: AnswerText | None = None,
         logprobs: bool = False,
         **config: Any,
     ) -> None:
         self.wire = Wire()
-        self.pencil = Pencil()
+        self.pencil = drafter or Pencil()
         self.ended = 0
         self.generation = Generation(
             SESSION,
@@ -526,3 +529,27 @@ async def test_a_finished_session_is_read_again_from_any_position(position: int,
 def test_a_cancelled_session_is_not_read_again() -> None:
     with pytest.raises(SessionNotFound):
         Replay(finished(FinishReason.CANCELLED), (9,), 0, FinishReason.CANCELLED)
+
+
+# --- ratio mode ---------------------------------------------------------------------------------------------------
+
+ROWS = tuple(SparseRow((token, token + 100), (3, 5)) for token in (10, 11, 12))
+
+
+class Drawing(Pencil):
+    """A pencil that tells what its tokens were drawn from."""
+
+    async def draft(self, request: DraftRequest) -> Draft:
+        plain = await super().draft(request)
+        return replace(plain, rows=ROWS[: len(plain.tokens)], thresholds=(0.1, 0.2, 0.3)[: len(plain.tokens)])
+
+
+async def test_what_tokens_were_drawn_from_travels_as_bytes_and_the_next_draft_starts_where_it_left() -> None:
+    desk = Desk(drafter=Drawing())
+    await desk.begin()
+    await desk.verdict(0, 0, 9)
+    block = desk.wire.blocks[-1]
+    assert isinstance(block, Block)
+    assert decode(block.q, block.tokens, 200) == ROWS
+    await desk.verdict(1, 1, 10, 50)
+    assert [request.threshold for request in desk.pencil.requests] == [None, 0.2]

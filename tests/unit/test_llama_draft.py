@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,11 +20,13 @@ from services.draft_gateway.drafting.decoder import Decoder, Segment
 from services.draft_gateway.drafting.distilled import DistilledNetwork, config_of, read_distilled
 from services.draft_gateway.drafting.engine import DraftRequest
 from services.draft_gateway.drafting.llama import PREFILL_CHUNK, LlamaDraft
+from services.draft_gateway.drafting.network import CHOICES
 from services.draft_gateway.drafting.shape import LlamaShape
 from services.draft_gateway.settings import GatewaySettings
 from shared.errors import ModelFilesError
 from shared.pair import WEIGHTS
-from shared.protocol import Sampling, Tokens
+from shared.protocol import Sampling, SamplingMode, Tokens
+from shared.sampling.conformal import FixedCount
 from shared.sampling.logits import draw, processed
 from shared.sampling.noise import Place, address, gumbel
 from shared.sampling.rules import Row, Rules
@@ -111,7 +114,7 @@ def test_a_draft_tells_what_else_it_might_have_said_and_what_may_follow(tmp_path
         text = (*request.context, *draft.tokens)
         with torch.inference_mode():
             logits = llama(torch.tensor([text])).logits[0, len(request.context) - 1 :]
-        best = logits.softmax(dim=-1).topk(4, dim=-1)
+        best = logits.softmax(dim=-1).topk(CHOICES, dim=-1)
         told = best.indices.tolist()[: 3 + request.beyond]
         assert [[token for token, _ in place] for place in draft.alternatives] == told
         for place, expected in zip(draft.alternatives, best.values.tolist(), strict=False):
@@ -471,3 +474,77 @@ def test_files_that_can_not_be_used_leave_prompt_lookup_and_a_note(tmp_path: Pat
     assert loaded.engine.name == "prompt lookup"
     (note,) = loaded.notes
     assert "prompt lookup drafts instead" in note
+
+
+# --- ratio mode ---------------------------------------------------------------------------------------------------
+
+
+def ratio(prompt: Tokens, *, seed: int = 3, **changes: Any) -> Rules:
+    sampling = Sampling(temperature=1.0, seed=seed, mode=SamplingMode.RATIO)
+    return Rules(sampling.model_copy(update=changes), len(prompt))
+
+
+def test_in_ratio_mode_tokens_are_drawn_from_the_rows_that_are_told(tmp_path: Path) -> None:
+    drafting, prompt = engine(saved(tmp_path, model())), context(31, 20)
+    (draft,) = drafting.draft([DraftRequest("s", 0, prompt, 5, rules=ratio(prompt), threshold=0.002)])
+    assert len(draft.tokens) == len(draft.rows) == len(draft.thresholds) == 5
+    threshold = 0.002
+    for number, (token, row) in enumerate(zip(draft.tokens, draft.rows, strict=True)):
+        found = DraftRequest(
+            "t", 0, (*prompt, *draft.tokens[:number]), 1, rules=ratio(prompt), threshold=threshold
+        )
+        (again,) = drafting.draft([found])
+        assert (again.tokens, again.rows) == ((token,), (row,))
+        assert row.probability(token) > 0
+        threshold = draft.thresholds[number]
+        assert again.thresholds == (threshold,)
+
+
+def test_in_ratio_mode_a_lane_says_the_same_whoever_is_drafted_beside_it(tmp_path: Path) -> None:
+    drafting, prompt = engine(saved(tmp_path, model())), context(32, 20)
+    rules = ratio(prompt)
+    paths = [(*prompt, 5), (*prompt, 6, 7), (*prompt, 5, 9)]
+    together = drafting.draft([DraftRequest("s", n, path, 4, rules=rules) for n, path in enumerate(paths)])
+    alone = [drafting.draft([DraftRequest("t", 0, path, 4, rules=rules)])[0] for path in paths]
+    assert [draft.tokens for draft in together] == [draft.tokens for draft in alone]
+    assert [draft.rows for draft in together] == [draft.rows for draft in alone]
+
+
+def test_in_ratio_mode_seeds_and_paths_have_draws_of_their_own(tmp_path: Path) -> None:
+    drafting, prompt = engine(saved(tmp_path, model())), context(33, 20)
+    said = {
+        drafting.draft([DraftRequest("s", 0, prompt, 4, rules=ratio(prompt, seed=seed))])[0].tokens
+        for seed in range(8)
+    }
+    assert len(said) > 4
+
+
+def test_beyond_a_draft_in_ratio_mode_nothing_is_drawn_but_what_may_follow_is_told(tmp_path: Path) -> None:
+    drafting, prompt = engine(saved(tmp_path, model())), context(34, 20)
+    (draft,) = drafting.draft([DraftRequest("s", 0, prompt, 3, beyond=True, rules=ratio(prompt))])
+    assert (len(draft.tokens), len(draft.rows), len(draft.alternatives)) == (3, 3, 4)
+    assert [place[0][0] for place in draft.alternatives[:3]] == list(draft.tokens)
+
+
+def test_in_ratio_mode_a_fixed_number_of_tokens_may_travel(tmp_path: Path) -> None:
+    directory, prompt = saved(tmp_path, model()), context(35, 20)
+    drafting = LlamaDraft.load(
+        directory, target=directory, threads=1, cache_tokens=1 << 16, sparsity=FixedCount(3)
+    )
+    (draft,) = drafting.draft([DraftRequest("s", 0, prompt, 4, rules=ratio(prompt))])
+    assert [len(row.tokens) for row in draft.rows] == [3, 3, 3, 3]
+
+
+def test_greedy_keyed_and_ratio_lanes_share_steps(tmp_path: Path) -> None:
+    drafting, prompt = engine(saved(tmp_path, model())), context(36, 20)
+    keyed = ratio(prompt, mode=SamplingMode.KEYED)
+    requests = [
+        DraftRequest(name, 0, prompt, 4, rules=rules)
+        for name, rules in (("g", None), ("k", keyed), ("r", ratio(prompt)))
+    ]
+    alone = [
+        drafting.draft([replace(request, session=f"{request.session}2")])[0].tokens for request in requests
+    ]
+    together = drafting.draft(requests)
+    assert [draft.tokens for draft in together] == alone
+    assert [len(draft.rows) for draft in together] == [0, 0, 4]

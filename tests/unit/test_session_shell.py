@@ -28,6 +28,7 @@ from shared.protocol import (
     Verdict,
     VerdictsMessage,
 )
+from shared.sampling.sparse import SparseRow
 from shared.session import SessionState, SessionStatus
 from shared.store import Claim, CommitResult, Store
 
@@ -165,7 +166,12 @@ class _Engine:
             yield await self.outputs.get()
 
     async def submit(
-        self, session: str, base: int, tokens: Tokens, confidences: Sequence[int] = ()
+        self,
+        session: str,
+        base: int,
+        tokens: Tokens,
+        confidences: Sequence[int] = (),
+        rows: Sequence[SparseRow] = (),
     ) -> BlockStatus:
         if not self.silent:
             self.outputs.put_nowait(EngineOutput((10 + base,)))

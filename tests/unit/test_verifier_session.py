@@ -21,6 +21,7 @@ from shared.protocol import (
     Tokens,
     Verdict,
 )
+from shared.sampling.sparse import SparseRow, encode
 from shared.speculation.verifier import (
     MOST_AHEAD,
     NO_ROUND,
@@ -676,3 +677,65 @@ def test_what_is_told_outlives_a_crash() -> None:
     (verdict,) = published(session.handle(Committed(5)))
     assert isinstance(verdict, Verdict)
     assert (verdict.tokens, verdict.logprobs) == ((11, 12, 13, 14), told(11, 12, 13, 14))
+
+
+# --- ratio mode ---------------------------------------------------------------------------------------------------
+
+ROWS = (SparseRow((11, 40), (3, 5)), SparseRow((12, 41), (2, 6)))
+
+
+def drawn(number: int, base: int, *tokens: int, rows: tuple[SparseRow, ...] = ROWS) -> Received:
+    return Received(block(number, base, *tokens).message.model_copy(update={"q": encode(rows, tokens)}))
+
+
+def test_what_tokens_were_drawn_from_goes_to_the_engine() -> None:
+    assert parked().handle(drawn(1, 1, 11, 12)) == [Verify(1, 1, (11, 12), rows=ROWS)]
+
+
+def test_what_a_trimmed_blocks_tokens_were_drawn_from_is_trimmed_alike() -> None:
+    assert parked((10, 11)).handle(drawn(1, 1, 11, 12)) == [Verify(1, 2, (12,), rows=ROWS[1:])]
+
+
+def test_of_a_block_longer_than_a_pass_takes_the_first_rows_go_to_the_engine() -> None:
+    rows = tuple(SparseRow((token, 40), (3, 5)) for token in range(11, 16))
+    asked = parked().handle(drawn(1, 1, *range(11, 16), rows=rows))
+    assert asked == [Verify(1, 1, (11, 12, 13, 14), rows=rows[:4])]
+
+
+def test_what_a_forwards_tokens_were_drawn_from_goes_with_it_when_it_comes_true() -> None:
+    session = parked()
+    session.handle(block(1, 1, 20))
+    forward = Forward(
+        session="s",
+        epoch=1,
+        reply=ROUTE,
+        round=2,
+        base=1,
+        parent=1,
+        accepted=1,
+        next_token=21,
+        tokens=(11, 12),
+        q=encode(ROWS, (11, 12)),
+    )
+    session.handle(Received(forward))
+    assert Verify(2, 3, (11, 12), rows=ROWS) in session.handle(EngineAnswered((20, 21)))
+
+
+def test_a_block_whose_distributions_cannot_be_read_is_a_fault_that_says_why() -> None:
+    broken = block(1, 1, 11).message.model_copy(update={"q": b"\xff\xff"})
+    session = parked()
+    (answer,) = published(session.handle(Received(broken)))
+    assert isinstance(answer, Fault)
+    assert answer.code == "protocol_error"
+    assert answer.message.startswith("q: ")
+    assert session.handle(block(2, 1, 11)) == [Verify(2, 1, (11,))]
+
+
+def test_a_forward_whose_distributions_cannot_be_read_is_dropped() -> None:
+    session = parked()
+    session.handle(block(1, 1, 20))
+    forward = Forward(
+        session="s", epoch=1, reply=ROUTE, round=2, base=1, parent=1, accepted=1, next_token=21, tokens=(11,)
+    )
+    assert session.handle(Received(forward.model_copy(update={"q": b"\xff\xff"}))) == []
+    assert not any(isinstance(action, Verify) for action in session.handle(EngineAnswered((20, 21))))

@@ -22,6 +22,7 @@ from services.draft_gateway.drafting.network import Choices, Layer, Projection, 
 from services.draft_gateway.drafting.packed import product_rows, unpack
 from shared.errors import ModelFilesError
 from shared.sampling.logits import Vocabulary
+from shared.sampling.ratio import Truncation
 from shared.sampling.rules import Row
 
 FORMAT: Final = "outrider-draft/1"
@@ -144,14 +145,20 @@ class DistilledNetwork:
             return None
         return Words(self._rare_ids[rare], product_rows(self._rare_codes[rare], self._rare_books))
 
-    def choose(self, hidden: Tensor, words: Words | None, draws: Sequence[Row | None] = ()) -> Choices:
+    def choose(
+        self,
+        hidden: Tensor,
+        words: Words | None,
+        draws: Sequence[Row | None] = (),
+        truncations: Sequence[Truncation | None] = (),
+    ) -> Choices:
         """See `Network`."""
         logits = self._head(hidden)
         if words is not None:
             logits = torch.cat((logits, F.linear(hidden, words.rows)), dim=-1)
         if draws:
             columns = self._columns if words is None else self._columns.with_more(words.ids.numpy())
-            return Choices.drawn(logits, columns, draws)
+            return Choices.drawn(logits, columns, draws, truncations)
         return Choices.of(
             logits, self._vocabulary if words is None else torch.cat((self._vocabulary, words.ids))
         )

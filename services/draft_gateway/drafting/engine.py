@@ -8,6 +8,7 @@ from typing import Protocol
 
 from shared.protocol import Tokens
 from shared.sampling.rules import Rules
+from shared.sampling.sparse import SparseRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +16,8 @@ class DraftRequest:
     """Continue `context` (prompt, committed and assumed tokens) by at most `length` tokens, for one lane of a session.
 
     `beyond` asks a model also what may follow the last drafted token: one step more. `rules` say how the target draws
-    its tokens, where that is not greedily: a model then draws as the target does, with the same noise.
+    its tokens, where that is not greedily: a model then draws as the target does, with the same noise, or in ratio mode with
+    its own. `threshold` is then what the first row's conformal one is, None at a session's beginning.
     """
 
     session: str
@@ -24,6 +26,7 @@ class DraftRequest:
     length: int
     beyond: bool = False
     rules: Rules | None = None
+    threshold: float | None = None
 
 
 Alternative = tuple[int, float]
@@ -38,12 +41,15 @@ class Draft:
 
     `alternatives` are, for each drafted token, what might have stood in its place: a few tokens, likeliest first, the
     drafted one among them. One entry more, where asked for and found: what may follow the last token. Empty where the
-    engine can't say.
+    engine can't say. In ratio mode `rows` are what the tokens were drawn from, and `thresholds` the conformal ones after
+    each of them; empty where none was drawn.
     """
 
     tokens: Tokens
     confidences: tuple[float, ...]
     alternatives: Alternatives = ()
+    rows: tuple[SparseRow, ...] = ()
+    thresholds: tuple[float, ...] = ()
 
 
 EMPTY = Draft((), ())

@@ -12,6 +12,7 @@ takes the time, is done once for all.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,8 @@ from shared.errors import ModelFilesError
 from shared.lookup import common_prefix
 from shared.models import known_target_sha256, read_config, tokenizer_sha256, verify, weight_files
 from shared.protocol import Tokens
+from shared.sampling.conformal import ConformalRule, Sparsity
+from shared.sampling.ratio import Drawn, Truncation
 from shared.sampling.rules import Row
 
 PREFILL_CHUNK: Final = 256
@@ -105,6 +108,11 @@ class _Run:
     """Tokens `[lanes, n]` that are not in the cache yet."""
     choices: list[list[tuple[Alternative, ...]]]
     """For each lane what the model would say, step by step; the first of each is drafted."""
+    drawn: list[list[Drawn]]
+    """For each lane what its tokens were drawn from, in ratio mode."""
+    thresholds: list[list[float]]
+    """For each lane the conformal thresholds before its first row and after each."""
+    sparsity: Sparsity
 
     def segment(self, count: int) -> Segment:
         """The first `count` pending tokens, which are pending no more."""
@@ -120,6 +128,10 @@ class _Run:
         rows = zip(choices.tokens.tolist(), choices.probabilities.tolist(), strict=True)
         for lane, (tokens, probabilities) in enumerate(rows):
             if self._lacks(lane):
+                if choices.sparse and (sparse := choices.sparse[lane]) is not None:
+                    self.drawn[lane].append(sparse)
+                    after = self.sparsity.after(self.thresholds[lane][-1], sparse.dropped)
+                    self.thresholds[lane].append(after)
                 (best, *others) = zip(tokens, probabilities, strict=True)
                 self.choices[lane].append((best, *(other for other in others if other[1] > 0.0)))
 
@@ -139,11 +151,28 @@ class _Run:
             for request, choices in zip(self.requests, self.choices, strict=True)
         ]
 
+    def truncations(self) -> list[Truncation | None]:
+        """What each lane's next token is drawn from, in ratio mode; nothing is drawn beyond the last one."""
+        return [
+            functools.partial(self.sparsity.keep, threshold=thresholds[-1])
+            if request.rules is not None and request.rules.ratio and len(choices) < length
+            else None
+            for request, choices, length, thresholds in zip(
+                self.requests, self.choices, self.lengths, self.thresholds, strict=True
+            )
+        ]
+
     def draft(self, lane: int) -> Draft:
         """What was drafted for a lane so far."""
         choices = self.choices[lane]
         drafted = [best for best, *_ in choices[: self.lengths[lane]]]
-        return Draft(tuple(token for token, _ in drafted), tuple(sure for _, sure in drafted), tuple(choices))
+        return Draft(
+            tuple(token for token, _ in drafted),
+            tuple(sure for _, sure in drafted),
+            tuple(choices),
+            tuple(drawn.row for drawn in self.drawn[lane]),
+            tuple(self.thresholds[lane][1:]),
+        )
 
     def leave(self) -> None:
         """Note what the caches hold now."""
@@ -165,22 +194,42 @@ class LlamaDraft:
 
     immediate: Final = False
 
-    def __init__(self, name: str, shape: LlamaShape, network: Network, *, cache_tokens: int = 65536) -> None:
+    def __init__(
+        self,
+        name: str,
+        shape: LlamaShape,
+        network: Network,
+        *,
+        cache_tokens: int = 65536,
+        sparsity: Sparsity | None = None,
+    ) -> None:
+        """`sparsity` says what of its distributions travels in ratio mode."""
         self.name: Final = name
         self._shape = shape
         self._network = network
         self._decoder = Decoder(shape, network)
         self._cache_tokens = cache_tokens
+        self._sparsity: Sparsity = sparsity or ConformalRule()
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
 
     @classmethod
-    def load(cls, directory: Path, *, target: Path, threads: int, cache_tokens: int) -> LlamaDraft:
+    def load(
+        cls,
+        directory: Path,
+        *,
+        target: Path,
+        threads: int,
+        cache_tokens: int,
+        sparsity: Sparsity | None = None,
+    ) -> LlamaDraft:
         """Read a checkpoint; `ModelFilesError` when it is missing, damaged or has another tokenizer than `target`."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         if is_distilled(directory):
-            return cls._distilled(directory, target=target, threads=threads, cache_tokens=cache_tokens)
+            name, shape, network = cls._distilled(directory, target)
+            torch.set_num_threads(threads)
+            return cls(name, shape, network, cache_tokens=cache_tokens, sparsity=sparsity)
         verify(directory)
         shape = LlamaShape.of(read_config(directory))
         if tokenizer_sha256(directory) != tokenizer_sha256(target):
@@ -195,10 +244,11 @@ class LlamaDraft:
                 raise ModelFilesError(f"{path} can't be read: {error}") from None
         check_weights(weights, shape)
         torch.set_num_threads(threads)
-        return cls(directory.name, shape, FloatNetwork(weights, shape.layers), cache_tokens=cache_tokens)
+        network = FloatNetwork(weights, shape.layers)
+        return cls(directory.name, shape, network, cache_tokens=cache_tokens, sparsity=sparsity)
 
-    @classmethod
-    def _distilled(cls, directory: Path, *, target: Path, threads: int, cache_tokens: int) -> LlamaDraft:
+    @staticmethod
+    def _distilled(directory: Path, target: Path) -> tuple[str, LlamaShape, Network]:
         header, tensors = read_distilled(directory)
         check_made_for(
             header,
@@ -207,10 +257,8 @@ class LlamaDraft:
             what=f"the draft {directory.name}",
         )
         shape = LlamaShape.of(config_of(header))
-        torch.set_num_threads(threads)
         network = DistilledNetwork(tensors, shape.layers, shape.vocabulary)
-        name = f"draft for {header.get('target', target.name)}"
-        return cls(name, shape, network, cache_tokens=cache_tokens)
+        return f"draft for {header.get('target', target.name)}", shape, network
 
     # --- drafting -------------------------------------------------------------------------------------
 
@@ -274,6 +322,12 @@ class LlamaDraft:
             start=start,
             pending=torch.tensor(suffixes),
             choices=[[] for _ in requests],
+            drawn=[[] for _ in requests],
+            thresholds=[
+                [self._sparsity.first if request.threshold is None else request.threshold]
+                for request in requests
+            ],
+            sparsity=self._sparsity,
         )
 
     def _advance(self, runs: list[_Run], dropped: Dropped) -> None:
@@ -314,15 +368,17 @@ class LlamaDraft:
     def _choose(self, runs: list[_Run], hidden: Tensor) -> list[Choices]:
         """For each run the likeliest tokens of each lane: at once, unless their words differ."""
         sizes = [len(run.requests) for run in runs]
-        draws = [row for run in runs for row in run.draws()]
         if all(run.words is None for run in runs):
-            return self._network.choose(hidden, None, draws if any(draws) else ()).split(sizes)
-        return [
-            self._network.choose(rows, run.words, own if any(own) else ())
-            for run, rows, own in zip(
-                runs, torch.split(hidden, sizes), (run.draws() for run in runs), strict=True
+            draws = [row for run in runs for row in run.draws()]
+            truncations = [kept for run in runs for kept in run.truncations()]
+            return self._network.choose(hidden, None, draws if any(draws) else (), truncations).split(sizes)
+        chosen = []
+        for run, rows in zip(runs, torch.split(hidden, sizes), strict=True):
+            draws = run.draws()
+            chosen.append(
+                self._network.choose(rows, run.words, draws if any(draws) else (), run.truncations())
             )
-        ]
+        return chosen
 
     def _evict(self) -> None:
         """Drop the sessions that were used longest ago while all together hold too much; one may stay."""

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -18,6 +19,7 @@ from torch import Tensor
 from shared.errors import ModelFilesError
 from shared.sampling import logits as sampling
 from shared.sampling.logits import Vocabulary
+from shared.sampling.ratio import Drawn, Truncation, draft_token
 from shared.sampling.rules import Row
 
 Projection = Callable[[Tensor], Tensor]
@@ -48,10 +50,13 @@ class Words:
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """The likeliest tokens `[rows, n]`, best first, and their probabilities."""
+    """The likeliest tokens `[rows, n]`, best first, and their probabilities. In ratio mode the token that was drawn comes
+    first, whatever its probability, with that of the likeliest one, and `sparse` says what it was drawn from (None for
+    rows where none was)."""
 
     tokens: Tensor
     probabilities: Tensor
+    sparse: tuple[Drawn | None, ...] = ()
 
     @classmethod
     def of(cls, logits: Tensor, ids: Tensor | None) -> Choices:
@@ -61,8 +66,18 @@ class Choices:
         return cls(columns if ids is None else ids[columns], probabilities)
 
     @classmethod
-    def drawn(cls, logits: Tensor, vocabulary: Vocabulary | None, draws: Sequence[Row | None]) -> Choices:
-        """The same where some rows' tokens are drawn: likelihood is that of perturbed logits, the draw comes first."""
+    def drawn(
+        cls,
+        logits: Tensor,
+        vocabulary: Vocabulary | None,
+        draws: Sequence[Row | None],
+        truncations: Sequence[Truncation | None] = (),
+    ) -> Choices:
+        """The same where some rows' tokens are drawn: likelihood is that of perturbed logits, the draw comes first.
+
+        In ratio mode the noise is the residual's: what the target is likely to say where the drafted token is rejected, or
+        none was drafted. The token itself is drawn from what the row's truncation keeps, with noise of its own.
+        """
         ids = None if vocabulary is None else torch.from_numpy(vocabulary.ids)
         choices = cls.of(logits, ids)
         numbers = [number for number, row in enumerate(draws) if row is not None]
@@ -73,7 +88,24 @@ class Choices:
         choices.tokens[numbers] = torch.from_numpy(tokens)
         sure = np.minimum(np.exp(found.values - found.total[:, None]), 1.0)
         choices.probabilities[numbers] = torch.from_numpy(sure).to(choices.probabilities)
-        return choices
+        if not any(truncations):
+            return choices
+        sparse = tuple(
+            None if row is None or kept is None else draft_token(values, row, vocabulary, kept)
+            for values, row, kept in zip(logits.float().numpy(), draws, truncations, strict=True)
+        )
+        for number, drawn in enumerate(sparse):
+            if drawn is not None:
+                choices._put_first(number, drawn)
+        return cls(choices.tokens, choices.probabilities, sparse)
+
+    def _put_first(self, number: int, drawn: Drawn) -> None:
+        """Make a token the first of its row; the others are what might stand in its place."""
+        pairs = zip(self.tokens[number].tolist(), self.probabilities[number].tolist(), strict=True)
+        others = [(token, share) for token, share in pairs if token != drawn.token]
+        ranked = [(drawn.token, drawn.sure), *others][: self.tokens.shape[1]]
+        self.tokens[number] = torch.tensor([token for token, _ in ranked])
+        self.probabilities[number] = torch.tensor([share for _, share in ranked])
 
     def split(self, sizes: Sequence[int]) -> list[Choices]:
         """Those of so many rows each."""
@@ -81,7 +113,11 @@ class Choices:
         parts = zip(
             torch.split(self.tokens, sections), torch.split(self.probabilities, sections), strict=True
         )
-        return [Choices(tokens, probabilities) for tokens, probabilities in parts]
+        sparse = iter(self.sparse or [None] * len(self.tokens))
+        return [
+            Choices(tokens, probabilities, tuple(itertools.islice(sparse, size)))
+            for (tokens, probabilities), size in zip(parts, sections, strict=True)
+        ]
 
 
 class Network(Protocol):
@@ -98,10 +134,17 @@ class Network(Protocol):
         """What a context of `tokens` adds to the vocabulary."""
         ...
 
-    def choose(self, hidden: Tensor, words: Words | None, draws: Sequence[Row | None] = ()) -> Choices:
+    def choose(
+        self,
+        hidden: Tensor,
+        words: Words | None,
+        draws: Sequence[Row | None] = (),
+        truncations: Sequence[Truncation | None] = (),
+    ) -> Choices:
         """The `CHOICES` likeliest tokens after each row of normed hidden states `[rows, hidden]`.
 
         `draws` say of each row how its token is drawn, None for greedy decoding; it is empty where all decode greedily.
+        `truncations` say of each what ratio mode keeps to draw from, None for rows without such a draw.
         """
         ...
 
@@ -134,11 +177,17 @@ class FloatNetwork:
         """None: the vocabulary is the same in every context."""
         return None
 
-    def choose(self, hidden: Tensor, words: Words | None, draws: Sequence[Row | None] = ()) -> Choices:
+    def choose(
+        self,
+        hidden: Tensor,
+        words: Words | None,
+        draws: Sequence[Row | None] = (),
+        truncations: Sequence[Truncation | None] = (),
+    ) -> Choices:
         """See `Network`."""
         logits = F.linear(hidden, self._head)
         if draws:
-            return Choices.drawn(logits, self._columns, draws)
+            return Choices.drawn(logits, self._columns, draws, truncations)
         return Choices.of(logits, self._vocabulary)
 
 

@@ -17,9 +17,16 @@ STOP_TIMEOUT_S: Final = 5.0
 class EngineClient(AsyncLLM):  # type: ignore[misc]
     """AsyncLLM, and what we ask of its engine process besides."""
 
-    async def submit_block(self, key: str, base: int, tokens: list[int], levels: list[int]) -> str:
+    async def submit_block(
+        self,
+        key: str,
+        base: int,
+        tokens: list[int],
+        levels: list[int],
+        rows: list[tuple[list[int], list[int]]],
+    ) -> str:
         """A `BlockStatus`; see `SessionScheduler.submit_block`."""
-        return str(await self.engine_core.call_utility_async(SUBMIT_CALL, key, base, tokens, levels))
+        return str(await self.engine_core.call_utility_async(SUBMIT_CALL, key, base, tokens, levels, rows))
 
     async def session_stats(self) -> dict[str, Any]:
         """The fields of `EngineStats`."""

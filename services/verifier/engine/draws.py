@@ -4,6 +4,9 @@ vLLM is asked for greedy decoding always. Where a request's tokens are drawn oth
 parameters and its noise choose is made the largest logit of its row, and vLLM's rejection sampler, which compares drafts
 with the largest, then judges by equality. Requests that decode greedily without penalties are left alone.
 
+In ratio mode the block's outcome is found first (`shared.sampling.ratio`), and rows up to the deciding one are marked so
+that vLLM finds the same: the drafted tokens that hold, and the one that follows them.
+
 Log-probabilities are those of the logits as the model gave them (vLLM's `raw_logprobs`), so they are read off after the
 rows are as they were.
 """
@@ -14,25 +17,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from vllm.v1.outputs import LogprobsTensors
 
 from shared.protocol import Tokens
 from shared.sampling import logits as sampling
+from shared.sampling import ratio
 from shared.sampling.logits import Ints
 from shared.sampling.rules import Row, Rules
+from shared.sampling.sparse import SparseRow
 
 
 @dataclass(frozen=True, slots=True)
 class DrawnRows:
     """A request's rows in a pass: `first` and one for each token of its `block`, and one more. `tokens` are those before
-    the block, prompt and output."""
+    the block, prompt and output; `drawn_from` is what the block's were drawn from in ratio mode, nothing where none was."""
 
     rules: Rules
     first: int
     tokens: Ints
     block: Tokens
+    drawn_from: Sequence[SparseRow] = ()
 
     def rows(self) -> list[Row]:
         """What each row is the continuation of: the block's earlier tokens count as said."""
@@ -42,14 +49,34 @@ class DrawnRows:
 
 
 def decide(logits: Tensor, requests: Sequence[DrawnRows]) -> tuple[Tensor, Tensor]:
-    """Rows of `logits` [rows, vocabulary] and the token that each yields."""
-    indexes = [
-        index for drawn in requests for index in range(drawn.first, drawn.first + len(drawn.block) + 1)
-    ]
-    rows = [row for drawn in requests for row in drawn.rows()]
-    which = torch.tensor(indexes, dtype=torch.long)
-    drawn = sampling.draw(logits[which.to(logits.device)].float().cpu().numpy(), rows)
-    return which.to(logits.device), torch.from_numpy(drawn).to(logits.device)
+    """Rows of `logits` [rows, vocabulary] and the token that each yields. Rows that no outcome hangs on are left out."""
+    keyed = [request for request in requests if not request.rules.ratio]
+    indexes = [index for drawn in keyed for index in range(drawn.first, drawn.first + len(drawn.block) + 1)]
+    rows = [row for drawn in keyed for row in drawn.rows()]
+    yielded = sampling.draw(_values(logits, indexes), rows).tolist() if keyed else []
+    for request in requests:
+        if request.rules.ratio:
+            said = _judged(logits, request)
+            indexes += range(request.first, request.first + len(said))
+            yielded += said
+    return torch.tensor(indexes, device=logits.device), torch.tensor(yielded, device=logits.device)
+
+
+def _judged(logits: Tensor, request: DrawnRows) -> list[int]:
+    """What a request says in ratio mode: the drafted tokens that hold, and the next one."""
+
+    def row(number: int) -> npt.NDArray[np.float32]:
+        found: npt.NDArray[np.float32]
+        (found,) = _values(logits, [request.first + number])
+        return found
+
+    accepted, next_token = ratio.judge(row, request.rows(), request.block, request.drawn_from)
+    return [*request.block[:accepted], next_token]
+
+
+def _values(logits: Tensor, rows: Sequence[int]) -> npt.NDArray[np.float32]:
+    found: npt.NDArray[np.float32] = logits[torch.tensor(rows, device=logits.device)].float().cpu().numpy()
+    return found
 
 
 class Mark:

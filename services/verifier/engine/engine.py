@@ -42,6 +42,7 @@ from services.verifier.settings import VerifierSettings
 from shared.errors import ContextLengthExceeded, EngineError, InvalidRequest, OutriderError, Overloaded
 from shared.protocol import FinishReason, GenerationParams, Outcome, Policy, TokenLogprobs, Tokens
 from shared.sampling.rules import Rules
+from shared.sampling.sparse import SparseRow
 
 if TYPE_CHECKING:
     from vllm.logprobs import Logprob
@@ -248,7 +249,12 @@ class VllmEngine:
             await self._abort(opened.key)
 
     async def submit(
-        self, session: str, base: int, tokens: Tokens, confidences: Sequence[int] = ()
+        self,
+        session: str,
+        base: int,
+        tokens: Tokens,
+        confidences: Sequence[int] = (),
+        rows: Sequence[SparseRow] = (),
     ) -> BlockStatus:
         """See `Engine.submit`."""
         llm = self._alive()
@@ -257,6 +263,12 @@ class VllmEngine:
                 f"a block of {len(tokens)} tokens is longer than {self._settings.max_block} (OUTRIDER_MAX_BLOCK)"
             )
         self._check_vocabulary(tokens, "the block")
+        if rows and len(rows) != len(tokens):
+            raise InvalidRequest(
+                f"the block holds {len(tokens)} tokens, drawn from {len(rows)} distributions"
+            )
+        for row in rows:
+            self._check_vocabulary(row.tokens, "the distribution of a drafted token")
         opened = self._open.get(session)
         if opened is None:
             return BlockStatus.GONE
@@ -264,7 +276,9 @@ class VllmEngine:
         if own_base < 0:
             return BlockStatus.STALE
         levels = list(confidences) if len(confidences) == len(tokens) else []
-        return BlockStatus(await self._call(llm.submit_block(opened.key, own_base, list(tokens), levels)))
+        drawn_from = [(list(row.tokens), list(row.counts)) for row in rows]
+        call = llm.submit_block(opened.key, own_base, list(tokens), levels, drawn_from)
+        return BlockStatus(await self._call(call))
 
     async def close(self, session: str) -> None:
         """See `Engine.close`."""

@@ -36,6 +36,8 @@ STATS_CALL: Final = "outrider_stats"
 DESCRIBE_CALL: Final = "outrider_describe"
 DRAFT_LEVELS: Final = "outrider_draft_levels"
 """An attribute that a step's `SchedulerOutput` gets: by request, how sure the draft was of each token of its block."""
+DRAFT_ROWS: Final = "outrider_draft_rows"
+"""Another one: what each of these tokens was drawn from, in ratio mode."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,8 +57,15 @@ def _gathering(process_input_queue: Callable[[EngineCoreProc], None]) -> Callabl
     return gathered
 
 
-def _submit(core: EngineCore, key: str, base: int, tokens: list[int], levels: list[int]) -> str:
-    return str(core.scheduler.submit_block(key, base, tokens, levels))
+def _submit(
+    core: EngineCore,
+    key: str,
+    base: int,
+    tokens: list[int],
+    levels: list[int],
+    rows: list[tuple[list[int], list[int]]],
+) -> str:
+    return str(core.scheduler.submit_block(key, base, tokens, levels, rows))
 
 
 def _stats(core: EngineCore) -> dict[str, Any]:

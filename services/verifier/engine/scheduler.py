@@ -33,8 +33,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from services.verifier.engine.grammar import Grammars
-from services.verifier.engine.options import DRAFT_LEVELS, is_eager, schema_of, session_key
+from services.verifier.engine.options import DRAFT_LEVELS, DRAFT_ROWS, is_eager, schema_of, session_key
 from services.verifier.engine.types import BlockStatus
+from shared.sampling.sparse import SparseRow
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -50,12 +51,14 @@ GATHERED_SHARE: Final = 0.15
 
 
 class Block(NamedTuple):
-    """Draft tokens, and how sure the draft was of them (`levels`, or nothing); the base counts the request's own output
+    """Draft tokens, how sure the draft was of them (`levels`, or nothing), and what they were drawn from (`rows`, tokens
+    and counts of each, or nothing; one more if the next token was refused); the base counts the request's own output
     tokens."""
 
     base: int
     tokens: list[int]
     levels: list[int]
+    rows: list[tuple[list[int], list[int]]]
 
 
 @dataclass(slots=True)
@@ -122,7 +125,14 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
 
     # --- blocks -------------------------------------------------------------------------------------------------
 
-    def submit_block(self, key: str, base: int, tokens: list[int], levels: list[int]) -> BlockStatus:
+    def submit_block(
+        self,
+        key: str,
+        base: int,
+        tokens: list[int],
+        levels: list[int],
+        rows: list[tuple[list[int], list[int]]],
+    ) -> BlockStatus:
         """Take a block that continues the session's first `base` output tokens.
 
         A newer block takes the place of one that has not been looked at yet.
@@ -130,7 +140,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         session = self._by_key.get(key)
         if session is None:
             return BlockStatus.GONE
-        block = Block(base, tokens, levels)
+        block = Block(base, tokens, levels, rows)
         if session.parked_at is None and not session.resting:
             session.pending = block
             return BlockStatus.QUEUED
@@ -147,7 +157,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
 
     def _trim(self, session: Session, block: Block) -> list[int] | None:
         """What of a block is still to be verified: all of it but what was generated since. None when it is stale."""
-        base, tokens, _ = block
+        base, tokens = block.base, block.tokens
         request = session.request
         since = request.output_token_ids[base:] if base <= request.num_output_tokens else None
         if since is None or len(tokens) < len(since) or tokens[: len(since)] != list(since):
@@ -156,14 +166,18 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
 
     def _arm(self, session: Session, block: Block) -> bool:
         """Make the next step verify a block; False when it is stale, and the session is left as it was."""
-        drafts = self._trim(session, block)
-        if drafts is None:
+        drafts = trimmed = self._trim(session, block)
+        if drafts is None or trimmed is None:
             self.counters.stale_blocks += 1
             return False
         if drafts and session.request.use_structured_output:
-            drafts = self._grammars.allowed(session.request, drafts)
+            drafts = self._grammars.allowed(session.request, trimmed)
             kept = session.request.num_output_tokens - block.base + len(drafts)
-            block = Block(block.base, block.tokens[:kept], block.levels[:kept])
+            refused = len(drafts) < len(
+                trimmed
+            )  # in ratio mode it is rejected by the rule: its row has to be known
+            rows = block.rows[: kept + refused]
+            block = Block(block.base, block.tokens[:kept], block.levels[:kept], rows)
         session.request.spec_token_ids = drafts
         session.request.next_decode_eligible_step = 0
         session.parked_at = None
@@ -231,7 +245,9 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 return
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        setattr(scheduler_output, DRAFT_LEVELS, self._levels(scheduler_output.scheduled_spec_decode_tokens))
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        setattr(scheduler_output, DRAFT_LEVELS, self._levels(drafts))
+        setattr(scheduler_output, DRAFT_ROWS, self._drawn_from(scheduler_output))
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
             drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
             self._count(self.requests[request_id], scheduled, drafts)
@@ -250,6 +266,23 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             session = self._by_request.get(request_id)
             if session is not None and session.armed is not None:
                 found[request_id] = session.armed.levels[-len(tokens) :]
+        return found
+
+    def _drawn_from(self, output: SchedulerOutput) -> dict[str, list[SparseRow]]:
+        """What the tokens that the step verifies were drawn from, for those that were; one more for a token that a grammar
+        refused."""
+        found = {}
+        for request_id in output.num_scheduled_tokens:
+            session = self._by_request.get(request_id)
+            block = session.armed if session is not None else None
+            if session is None or block is None or not block.rows:
+                continue
+            first = (
+                session.request.num_output_tokens - block.base
+            )  # what was said since was cut from its front
+            count = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
+            rows = block.rows[first : first + count + (len(block.rows) > len(block.tokens))]
+            found[request_id] = [SparseRow(tuple(ids), tuple(counts)) for ids, counts in rows]
         return found
 
     def _count(self, request: Request, scheduled: int, drafts: int) -> None:

@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
 from shared.protocol import FinishReason, GenerationParams, Outcome, TokenLogprobs, Tokens
+from shared.sampling.sparse import SparseRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +144,17 @@ class Engine(Protocol):
         """
 
     async def submit(
-        self, session: str, base: int, tokens: Tokens, confidences: Sequence[int] = ()
+        self,
+        session: str,
+        base: int,
+        tokens: Tokens,
+        confidences: Sequence[int] = (),
+        rows: Sequence[SparseRow] = (),
     ) -> BlockStatus:
         """Have a block verified: `tokens` continue the session's first `base` output tokens; may be empty.
 
-        `confidences` are the draft's, as levels, one a token or none at all; early exits may listen to them.
+        `confidences` are the draft's, as levels, one a token or none at all; early exits may listen to them. `rows` are
+        what each token was drawn from, in ratio mode, or nothing where none was.
 
         What was generated past `base` meanwhile is trimmed from the block's front where it agrees; otherwise the block
         is stale. An armed block is answered by exactly one output, also when the session is preempted over it; so is a

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,17 @@ from services.verifier.engine.channel import Sender
 from services.verifier.engine.draws import DrawnRows, Mark, raw_logprobs
 from services.verifier.engine.exits import Pass, VerifiedRows
 from services.verifier.engine.model import ExitTap
-from services.verifier.engine.options import DRAFT_LEVELS, EngineOptions, is_eager, rules_of, session_key
+from services.verifier.engine.options import (
+    DRAFT_LEVELS,
+    DRAFT_ROWS,
+    EngineOptions,
+    is_eager,
+    rules_of,
+    session_key,
+)
 from services.verifier.engine.process import report_failures, stay_with_parent
 from shared.sampling.rules import Row, Rules
+from shared.sampling.sparse import SparseRow
 from shared.speculation.outcomes import confidence_at
 
 if TYPE_CHECKING:
@@ -72,7 +80,7 @@ class SessionRunner(CPUModelRunner):  # type: ignore[misc]
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         logits_indices, metadata = prepared[0], prepared[1]
         rows = self._rows(scheduler_output, num_scheduled_tokens, metadata.num_draft_tokens)
-        self._drawn = self._draws(rows)
+        self._drawn = self._draws(rows, getattr(scheduler_output, DRAFT_ROWS, {}))
         if self.exit_tap is not None and self.exit_tap.layers:
             levels = getattr(scheduler_output, DRAFT_LEVELS, {})
             self.exit_tap.current = self._session_rows(rows, logits_indices, levels)
@@ -99,7 +107,9 @@ class SessionRunner(CPUModelRunner):  # type: ignore[misc]
 
     # --- what the rows yield --------------------------------------------------------------------------
 
-    def _draws(self, rows: Sequence[_Rows]) -> dict[str, DrawnRows]:
+    def _draws(
+        self, rows: Sequence[_Rows], drawn_from: Mapping[str, Sequence[SparseRow]]
+    ) -> dict[str, DrawnRows]:
         """Rows whose tokens are drawn otherwise than by vLLM's greedy decoding, by request."""
         requests = [own.request for own in rows]
         self._rules = {
@@ -112,6 +122,7 @@ class SessionRunner(CPUModelRunner):  # type: ignore[misc]
                 own.first,
                 self.input_batch.token_ids_cpu[own.index, : own.known].astype(np.int64),
                 own.block,
+                drawn_from.get(own.request, ()),
             )
             for own in rows
             if (rules := self._rules[own.request]) is not None
