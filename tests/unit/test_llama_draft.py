@@ -421,7 +421,7 @@ def test_the_shipped_draft_draws_in_its_own_vocabulary_and_in_the_context_s_word
         perturbed = processed(whole, row) + gumbel(
             address(Place(5, 0, row.position)), np.arange(shape.vocabulary)
         )
-        best = np.argsort(-perturbed, kind="stable")[:4]
+        best = np.argsort(-perturbed, kind="stable")[:CHOICES]
         assert choices.tokens[number].tolist() == best.tolist()
         said_rare += int(best[0]) in rare
     assert said_rare > 0
