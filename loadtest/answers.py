@@ -59,7 +59,7 @@ class Answer:
     def speculation(self) -> dict[str, int]:
         """What `usage.outrider` counts (rounds, drafted, accepted …); empty when the server says nothing of it."""
         counts = self.usage.get("outrider", {})
-        return {name: count for name, count in counts.items() if isinstance(count, int)}
+        return {name: count for name, count in counts.items() if isinstance(count, int) and name != "seed"}
 
     def _chunk(self, chunk: dict[str, Any], now_ms: float) -> None:
         if "error" in chunk:

@@ -156,10 +156,11 @@ def table(figures: Mapping[str, Any]) -> str:
         "",
         f"{counts.get('answers', 0)} answers, {figures['tokens_per_second']} tokens/s over all users",
     ]
-    if rounds := counts.get("rounds"):
+    if passes := counts.get("passes"):
         accepted, drafted = counts.get("accepted", 0), counts.get("drafted", 0)
         rows.append(
-            f"{counts['tokens'] / rounds:.2f} tokens a round, {accepted} of {drafted} draft tokens accepted"
+            f"{counts['tokens'] / passes:.2f} tokens a pass, {accepted} of {drafted} draft tokens accepted, "
+            f"{counts.get('floor_tokens', 0)} tokens said by the target alone"
         )
     rows += [f"{fault['occurrences']} × {fault['name']}: {fault['error']}" for fault in figures["failures"]]
     return "\n".join(rows)

@@ -190,7 +190,12 @@ def _timestamp(record: logging.LogRecord) -> str:
 
 
 def _extras(record: logging.LogRecord) -> dict[str, object]:
-    extras = {key: value for key, value in record.__dict__.items() if key not in _OWN_ATTRIBUTES}
+    extras = {
+        key: value
+        for key, value in record.__dict__.items()
+        if key not in _OWN_ATTRIBUTES
+        and not key.startswith("vllm_")  # vLLM marks every record of its process
+    }
     trace = current_trace.get()
     if trace is not None:
         extras.setdefault("trace_id", trace.trace_id)

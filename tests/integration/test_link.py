@@ -204,7 +204,8 @@ async def test_answers_over_a_link_are_those_without_and_hints_come_in_time_and_
     assert any("linked to ws://" in note and "round trip" in note for note in notes)
     assert "1 linked from the edge" in (await cloud.get("/readyz")).json()["notes"]
     metrics = (await edge.client.get("/metrics")).text
-    assert 'outrider_link_bytes_total{direction="up",end="edge"}' in metrics
+    for part in ("rounds", "rest"):
+        assert f'outrider_link_bytes_total{{direction="up",end="edge",part="{part}"}}' in metrics
     assert 'outrider_link_round_trip_seconds_count{end="edge"}' in metrics
 
 

@@ -245,11 +245,11 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 return
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        drafts = scheduler_output.scheduled_spec_decode_tokens
-        setattr(scheduler_output, DRAFT_LEVELS, self._levels(drafts))
+        verified = scheduler_output.scheduled_spec_decode_tokens
+        setattr(scheduler_output, DRAFT_LEVELS, self._levels(verified))
         setattr(scheduler_output, DRAFT_ROWS, self._drawn_from(scheduler_output))
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
-            drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
+            drafts = len(verified.get(request_id, ()))
             self._count(self.requests[request_id], scheduled, drafts)
         self.counters.steps += bool(scheduler_output.num_scheduled_tokens)
         self.counters.prefix_cache_hit_tokens += _cached_tokens(scheduler_output)
