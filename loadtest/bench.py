@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 
-from loadtest import compare, hop, link, sampling
+from loadtest import compare, drawn, hop, link, sampling
 from shared.errors import OutriderError
 
 
@@ -22,9 +22,16 @@ def main(arguments: list[str] | None = None) -> int:
     sampling.add_arguments(
         benchmarks.add_parser("sampling", help="acceptance and bytes of keyed and of ratio mode")
     )
+    drawn.add_arguments(benchmarks.add_parser("drawn", help="what drawn answers send over the link"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is stopped, as after Ctrl-C
     chosen = parser.parse_args(arguments)
-    run = {"hop": hop.run, "link": link.run, "compare": compare.run, "sampling": sampling.run}[chosen.name]
+    run = {
+        "hop": hop.run,
+        "link": link.run,
+        "compare": compare.run,
+        "sampling": sampling.run,
+        "drawn": drawn.run,
+    }[chosen.name]
     try:
         return run(chosen)
     except OutriderError as error:

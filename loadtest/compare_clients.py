@@ -63,9 +63,16 @@ class GatewayReader:
         self._model = model
         self._client = client
 
-    async def ask(self, prompt: Tokens, max_tokens: int, options: Mapping[str, Any]) -> Answer:
-        """See `Reader`. `options` are the request's `outrider`."""
+    async def ask(
+        self,
+        prompt: Tokens,
+        max_tokens: int,
+        options: Mapping[str, Any],
+        more: Mapping[str, Any] | None = None,
+    ) -> Answer:
+        """See `Reader`. `options` are the request's `outrider`, `more` is what else it says."""
         body = {
+            **(more or {}),
             "model": self._model,
             "prompt": list(prompt),
             "max_tokens": max_tokens,
