@@ -46,6 +46,7 @@ from shared.sampling.rules import GREEDY_BELOW, Rules
 from shared.session import SessionState
 from shared.speculation.edge import EdgeConfig
 from shared.speculation.outcomes import Foresight
+from shared.speculation.pace import Common
 from shared.telemetry import TraceContext
 
 logger = logging.getLogger(__name__)
@@ -125,6 +126,7 @@ class Sessions:
         self._drafter = drafter
         self._tokenizer = tokenizer
         self._foresight = foresight
+        self._common = Common()
         self._live: dict[str, Generation] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
@@ -400,6 +402,7 @@ class Sessions:
             max_lanes=settings.max_lanes,
             forwards_per_token=settings.forwards_per_token,
             foresight=self._foresight,
+            common=self._common,
             round_timeout_ms=settings.round_timeout_s * 1000,
             stall_timeout_ms=settings.stall_timeout_s * 1000,
         )

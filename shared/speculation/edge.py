@@ -39,7 +39,7 @@ from shared.protocol import Fault, FinishReason, Floor, Hint, Policy, Stale, Tok
 from shared.sampling.conformal import resumed
 from shared.sampling.sparse import SparseRow
 from shared.speculation.outcomes import Foresight, Guess, Ranked, guess, level, mix
-from shared.speculation.pace import Clocks, Line, Mean, best_length, lanes_in
+from shared.speculation.pace import Clocks, Common, Mean, best_length, lanes_in
 
 
 class Phase(StrEnum):
@@ -94,6 +94,8 @@ class EdgeConfig:
     foresight: Foresight = field(default_factory=Foresight)
     round_timeout_ms: float = 2_000.0
     stall_timeout_ms: float = 120_000.0
+    common: Common | None = None
+    """What sessions have learned together; None for a session that learns alone."""
 
 
 LANES_KEPT: Final = 24
@@ -425,11 +427,12 @@ class EdgeSession:
         self._acceptance = Mean()
         self._missed = Mean()
         self._threshold: float | None = None  # after the rows of what is committed
-        self._sharers = Mean()
+        common = config.common or Common()
+        self._sharers = common.sharers
         self._floor_yield = Mean()
         self._round_trip = Mean()
-        self._pass = Line()
-        self._step = Line()
+        self._pass = common.pass_ms
+        self._step = common.step_ms
         self.statistics: Final = EdgeStatistics()
 
     @property

@@ -5,7 +5,7 @@ Running figures and arithmetic only. Times are ms, lengths tokens; nothing here 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 MEMORY: Final = 0.95
@@ -69,6 +69,18 @@ class Line:
         if not self.known:
             return 0.0
         return max(0.0, (self.y - self.slope * self.x) / self.weight + self.slope * x)
+
+
+@dataclass(slots=True)
+class Common:
+    """What does not depend on the session: what a pass costs by the rows in it, a draft step by the lanes in it, and how
+    many share a pass. Sessions of a gateway learn it together, so that a new one knows it at once; a crowd that begins
+    at the same time would be over before each had learned it alone.
+    """
+
+    pass_ms: Line = field(default_factory=Line)
+    step_ms: Line = field(default_factory=Line)
+    sharers: Mean = field(default_factory=Mean)
 
 
 def expected_tokens(acceptance: float, length: int) -> float:

@@ -83,6 +83,7 @@ NO_ROUND: Final = -1
 """The round of a pass that no draft asked for."""
 MOST_READY: Final = 0.9
 LONGER: Final = 1.5
+MARGIN: Final = 1.1
 """By how much longer than usual a block is waited for."""
 MEMORY: Final = 0.8
 """How much of a running mean is kept a step."""
@@ -389,8 +390,9 @@ def patience_ms(
 
         (k F / a + N) / (k T' / a + n T)
 
-    tokens a ms. The better of the two is chosen; a block that takes much longer than usual is not waited for. Before the
-    floor has been measured F is 1 and T' is T.
+    tokens a ms. The floor goes on where that is better by more than `MARGIN`, for what it says is cut from the block that
+    then comes; a block that takes much longer than usual is not waited for. Before the floor has been measured F is 1 and
+    T' is T.
     """
     if not pass_ms or not tokens or wait_ms is None or ready is None:
         return 0.0
@@ -401,7 +403,7 @@ def patience_ms(
     agrees = max(((tokens - 1.0) / tokens) ** (missed * alone), 1e-6)
     waiting = said / (wait_ms + passes * pass_ms)
     going_on = (missed * alone / agrees + said) / (missed * alone_ms / agrees + passes * pass_ms)
-    return wait_ms * LONGER if waiting > going_on else 0.0
+    return wait_ms * LONGER if waiting * MARGIN > going_on else 0.0
 
 
 class VerifierSession:
