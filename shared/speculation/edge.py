@@ -565,16 +565,7 @@ class EdgeSession:
         longest = self._config.block_length
         if not self._config.adaptive or not longest:
             return longest
-        clocks = Clocks(
-            acceptance=self._acceptance(0.7),
-            pass_ms=self._pass,
-            sharers=self._sharers(1.0),
-            draft_ms=self._step(1),
-            round_trip_ms=self._round_trip(0.0),
-            missed=self._missed(0.5),
-            floor=self._config.policy is Policy.LATENCY,
-        )
-        best = best_length(clocks, longest)
+        best = best_length(self._clocks(), longest)
         if best or self._config.policy is Policy.COST:
             self._rested, self._resting = False, RESTS[0]
             return max(1, best)
@@ -584,6 +575,22 @@ class EdgeSession:
         self._rested = True
         self._rest, self._resting = self._resting, min(2 * self._resting, RESTS[1])
         return 0
+
+    def _lane_length(self) -> int:
+        """Tokens to draft for a lane: as many as a block has that is worth its rows, at least one."""
+        longest = self._config.block_length
+        return max(1, best_length(self._clocks(), longest)) if self._config.adaptive else max(1, longest)
+
+    def _clocks(self) -> Clocks:
+        return Clocks(
+            acceptance=self._acceptance(0.7),
+            pass_ms=self._pass,
+            sharers=self._sharers(1.0),
+            draft_ms=self._step(1),
+            round_trip_ms=self._round_trip(0.0),
+            missed=self._missed(0.5),
+            floor=self._config.policy is Policy.LATENCY,
+        )
 
     def _ahead(self, length: int) -> int:
         """Tokens that the floor will have said when a block of `length` arrives: drafted as well, to be trimmed."""
@@ -723,7 +730,7 @@ class EdgeSession:
         if self._open is None or self._config.block_length == 0:
             return []
         actions: list[EdgeAction] = []
-        most = self._room_for_lanes()
+        most, most_tokens = self._room_for_lanes(), self._lane_length()
         while (found := self._likeliest()) is not None:
             probability, parent, assumed = found
             drafting = [lane for lane in self._lanes.values() if lane.tokens is None]
@@ -733,7 +740,7 @@ class EdgeSession:
                 if weakest is None or probability <= SURER * weakest.probability:
                     break
                 actions += self._drop([weakest])
-            length = self._room(parent.base + len(assumed), max(1, self._config.block_length))
+            length = self._room(parent.base + len(assumed), most_tokens)
             origin = Origin.EXIT if parent.hint_ms else Origin.GUESS
             accepted = len(assumed) - 1 - len(parent.assumed)
             lane, started = self._start(
