@@ -581,7 +581,7 @@ def test_under_the_cost_policy_a_session_waits() -> None:
 def test_the_floor_waits_for_a_block_that_is_worth_it() -> None:
     """A pass takes 100 ms and yields 3 tokens."""
     assert patience_ms(100.0, 3.0, 40.0, 0.5) == 60.0
-    assert patience_ms(100.0, 3.0, 90.0, 0.5) > 0.0  # the floor would say hardly more, and that is cut from the block
+    assert patience_ms(100.0, 3.0, 90.0, 0.5) > 0.0  # the floor would say hardly more
     assert patience_ms(100.0, 3.0, 60.0, 0.5, 60.0) == 0.0  # it is there before the floor's pass has ended
     assert patience_ms(100.0, 3.0, 110.0, 0.5) == 165.0  # it would be looked at after two of them
     assert patience_ms(100.0, 1.0, 110.0, 0.0) == 0.0  # it is never right
