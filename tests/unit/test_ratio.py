@@ -37,6 +37,7 @@ from shared.sampling.ratio import (
 )
 from shared.sampling.rules import Row, Rules
 from shared.sampling.sparse import Candidate, SparseRow, above, dropped_mass, quantised, top
+from tests.reference import shares
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -72,31 +73,6 @@ REQUESTS = {
 }
 
 
-def written_out(logits: Floats, said: tuple[int, ...], sampling: Sampling) -> Floats:
-    """A row's probabilities: bias and penalties, temperature, then truncation, as vLLM orders them."""
-    row = logits.copy()
-    for token, bias in sampling.logit_bias:
-        row[token] += bias
-    for token in range(V):
-        if token in PROMPT or token in said:
-            penalty = sampling.repetition_penalty
-            row[token] = row[token] / penalty if row[token] > 0 else row[token] * penalty
-        row[token] -= sampling.frequency_penalty * said.count(token)
-        row[token] -= sampling.presence_penalty * (token in said)
-    shares = np.exp(row / sampling.temperature)
-    shares /= shares.sum()
-    shares[shares < sampling.min_p * shares.max()] = 0.0
-    if sampling.top_k:
-        shares[shares < np.sort(shares)[-sampling.top_k]] = 0.0
-    shares /= shares.sum()
-    reached = 0.0
-    for token in np.argsort(-shares):
-        if reached >= sampling.top_p:
-            shares[token] = 0.0
-        reached += shares[token]
-    return shares / shares.sum()
-
-
 def row_after(sampling: Sampling, *said: int) -> Row:
     return Row(Rules(sampling, len(PROMPT)), np.array((*PROMPT, *said)))
 
@@ -112,7 +88,7 @@ def target_rows(sampling: Sampling) -> Floats:
 
 
 def expected_rows(sampling: Sampling) -> Floats:
-    return np.stack([written_out(TARGET[at], said, sampling) for at, said in enumerate(CONTEXTS)])
+    return np.stack([shares(TARGET[at], sampling, PROMPT, said) for at, said in enumerate(CONTEXTS)])
 
 
 def draft_rows(sampling: Sampling, truncation: Truncation, bits: int) -> list[SparseRow]:

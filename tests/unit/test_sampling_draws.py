@@ -20,6 +20,7 @@ from shared.sampling import noise
 from shared.sampling.logits import Vocabulary, best, draw, processed
 from shared.sampling.noise import Place, Stream
 from shared.sampling.rules import Row, Rules
+from tests.reference import shares
 
 Floats = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
@@ -150,30 +151,6 @@ def g_test(counts: Ints, expected: Floats) -> float:
     g = 2 * float((observed[seen] * np.log(observed[seen] / wanted[seen])).sum())
     freedom = len(wanted) - 1
     return float(torch.special.gammaincc(torch.tensor(freedom / 2.0).double(), torch.tensor(g / 2).double()))
-
-
-def shares(logits: Floats, sampling: Sampling, prompt: tuple[int, ...], output: tuple[int, ...]) -> Floats:
-    """The target's distribution, token by token: another hand's reading of vLLM's documentation."""
-    values = logits.astype(np.float64).copy()
-    for token in range(len(values)):
-        if len(output) < sampling.min_tokens and token in (2, 5):
-            values[token] = -np.inf
-        values[token] += dict(sampling.logit_bias).get(token, 0.0)
-        if token in prompt or token in output:
-            factor = sampling.repetition_penalty
-            values[token] = values[token] / factor if values[token] > 0 else values[token] * factor
-        values[token] -= sampling.frequency_penalty * output.count(token)
-        values[token] -= sampling.presence_penalty * (token in output)
-    p = np.exp(values / sampling.temperature)
-    p /= p.sum()
-    p[p < sampling.min_p * p.max()] = 0
-    if sampling.top_k:
-        p[p < np.sort(p)[-sampling.top_k]] = 0
-    p /= p.sum()
-    before = 0.0
-    for token in np.argsort(-p, kind="stable"):
-        p[token], before = (p[token] if before < sampling.top_p else 0.0), before + p[token]
-    return p / p.sum()
 
 
 DISTRIBUTIONS: dict[str, dict[str, Any]] = {
