@@ -83,8 +83,9 @@ NO_ROUND: Final = -1
 """The round of a pass that no draft asked for."""
 MOST_READY: Final = 0.9
 LONGER: Final = 1.5
-MARGIN: Final = 1.1
 """By how much longer than usual a block is waited for."""
+MARGIN: Final = 1.1
+"""By how much better than waiting the floor must be for it to go on."""
 MEMORY: Final = 0.8
 """How much of a running mean is kept a step."""
 
