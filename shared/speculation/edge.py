@@ -730,7 +730,7 @@ class EdgeSession:
         if self._open is None or self._config.block_length == 0:
             return []
         actions: list[EdgeAction] = []
-        most, most_tokens = self._room_for_lanes(), self._lane_length()
+        most = self._room_for_lanes()
         while (found := self._likeliest()) is not None:
             probability, parent, assumed = found
             drafting = [lane for lane in self._lanes.values() if lane.tokens is None]
@@ -740,7 +740,7 @@ class EdgeSession:
                 if weakest is None or probability <= SURER * weakest.probability:
                     break
                 actions += self._drop([weakest])
-            length = self._room(parent.base + len(assumed), most_tokens)
+            length = self._room(parent.base + len(assumed), self._lane_length())
             origin = Origin.EXIT if parent.hint_ms else Origin.GUESS
             accepted = len(assumed) - 1 - len(parent.assumed)
             lane, started = self._start(
