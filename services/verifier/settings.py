@@ -33,6 +33,9 @@ class VerifierSettings(ModelSettings):
     exit_outcomes: Positive = Field(8, description="Outcomes a hint names at most.")
     max_sessions: Positive = Field(16, description="Sessions with live KV at a time; more are refused.")
     kv_cache_mb: Positive = Field(512, description="Memory of the KV cache on CPU, MiB.")
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9, description="Share of a GPU's memory for weights, graphs and KV cache, on CUDA."
+    )
     max_batched_tokens: Positive = Field(
         1024, description="Tokens of one engine step; longer prefills are chunked."
     )

@@ -201,8 +201,17 @@ SYMBOLS: Final[tuple[Symbol, ...]] = (
         ),
     ),
     Symbol("vllm.v1.outputs", "LogprobsTensors.filter", ("self", "mask")),
+    Symbol(_RUNNER, "GPUModelRunner._model_forward", (), ("model",)),
+)
+CPU_SYMBOLS: Final = (
     Symbol("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", ("self",), ("CPUModelRunner",)),
     Symbol("vllm.v1.worker.cpu_worker", "CPUWorker.load_model", ("self", "load_dummy_weights")),
+)
+CUDA_SYMBOLS: Final = (
+    Symbol("vllm.v1.worker.gpu_worker", "Worker._make_model_runner", ("self",)),
+    Symbol("vllm.v1.worker.gpu_worker", "Worker.load_model", ("self", "load_dummy_weights")),
+    Symbol("vllm.forward_context", "get_forward_context", ()),
+    Symbol(_RUNNER, "GPUModelRunner._is_uniform_decode", (), ("uniform_decode_query_len",)),
 )
 
 
@@ -219,14 +228,14 @@ def check_symbols(symbols: Iterable[Symbol] = SYMBOLS) -> None:
         raise EngineError(f"vLLM is not as the engine expects: {'; '.join(faults)}: {MEND}")
 
 
-def check_compatible() -> None:
+def check_compatible(*, cuda: bool = False) -> None:
     """Raises `EngineError` when the vLLM at hand is not the one that the plugin was written for."""
     try:
         version = importlib.import_module("vllm.version").__version__
     except ImportError as error:
         raise EngineError(f"vLLM can't be imported ({error}): {MEND}") from error
     check_version(version)
-    check_symbols()
+    check_symbols((*SYMBOLS, *(CUDA_SYMBOLS if cuda else CPU_SYMBOLS)))
 
 
 def _fault(symbol: Symbol) -> str | None:

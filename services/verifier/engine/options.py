@@ -38,17 +38,21 @@ DRAFT_LEVELS: Final = "outrider_draft_levels"
 """An attribute that a step's `SchedulerOutput` gets: by request, how sure the draft was of each token of its block."""
 DRAFT_ROWS: Final = "outrider_draft_rows"
 """Another one: what each of these tokens was drawn from, in ratio mode."""
+DRAFT_LENGTHS: Final = "outrider_draft_lengths"
+"""Another one: by request, how many tokens of its block are a draft's; padding follows them."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Options of ours, beside vLLM's. `exit_address` is a ZMQ endpoint; `exit_modules` a path or empty."""
+    """Options of ours, beside vLLM's. `exit_address` is a ZMQ endpoint; `exit_modules` a path or empty. `uniform`: every
+    block is padded to the longest, so that a pass of n sessions is always the same CUDA graph."""
 
     exit_address: str
     exit_layers: tuple[int, ...]
     exit_modules: str
     exit_outcomes: int
     threads: int
+    uniform: bool = False
 
     def as_config(self) -> dict[str, Any]:
         """As a value for vLLM's `additional_config`."""

@@ -33,7 +33,15 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from services.verifier.engine.grammar import Grammars
-from services.verifier.engine.options import DRAFT_LEVELS, DRAFT_ROWS, is_eager, schema_of, session_key
+from services.verifier.engine.options import (
+    DRAFT_LENGTHS,
+    DRAFT_LEVELS,
+    DRAFT_ROWS,
+    EngineOptions,
+    is_eager,
+    schema_of,
+    session_key,
+)
 from services.verifier.engine.types import BlockStatus
 from shared.sampling.sparse import SparseRow
 
@@ -48,6 +56,8 @@ STEP_MS_WEIGHT: Final = 0.1
 MOST_GATHERED_S: Final = 0.015
 GATHERED_SHARE: Final = 0.15
 """How long a step waits for sessions to share it: this share of a step, and no longer than that."""
+PADDING: Final = 0
+"""The token that fills up a block where batches are uniform."""
 
 
 class Block(NamedTuple):
@@ -73,6 +83,8 @@ class Session:
     """Preempted while it had nothing to compute: in no queue, without KV."""
     armed: Block | None = None
     """To be verified in the next step."""
+    drafts: int = 0
+    """How many of the tokens to be verified are a draft's; padding follows them."""
     pending: Block | None = None
     """To be looked at when what runs now has ended."""
     eager: bool = False
@@ -114,6 +126,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.num_spec_tokens = 0
         self.max_block: int = self.vllm_config.num_speculative_tokens
+        self.uniform = EngineOptions.of(self.vllm_config).uniform
         self.counters = Counters()
         self._by_key: dict[str, Session] = {}
         self._by_request: dict[str, Session] = {}
@@ -178,12 +191,20 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             )  # in ratio mode it is rejected by the rule: its row has to be known
             rows = block.rows[: kept + refused]
             block = Block(block.base, block.tokens[:kept], block.levels[:kept], rows)
-        session.request.spec_token_ids = drafts
+        session.drafts = len(drafts)
+        session.request.spec_token_ids = self._padded(session.request, drafts)
         session.request.next_decode_eligible_step = 0
         session.parked_at = None
         session.armed = block
         self._awaited.discard(session.key)
         return True
+
+    def _padded(self, request: Request, drafts: list[int]) -> list[int]:
+        """A block as long as all others, where batches are uniform: a batch of n sessions is then a whole CUDA graph. A
+        request with a grammar stays as it is, for a grammar knows no padding."""
+        if not self.uniform or request.use_structured_output:
+            return drafts
+        return drafts + [PADDING] * (self.max_block - len(drafts))
 
     def _park(self, session: Session) -> None:
         session.request.next_decode_eligible_step = NEVER
@@ -246,11 +267,14 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         verified = scheduler_output.scheduled_spec_decode_tokens
-        setattr(scheduler_output, DRAFT_LEVELS, self._levels(verified))
-        setattr(scheduler_output, DRAFT_ROWS, self._drawn_from(scheduler_output))
+        lengths = self._lengths(verified)
+        setattr(scheduler_output, DRAFT_LENGTHS, lengths if self.uniform else {})
+        setattr(scheduler_output, DRAFT_LEVELS, self._levels(lengths))
+        setattr(scheduler_output, DRAFT_ROWS, self._drawn_from(scheduler_output, lengths))
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
-            drafts = len(verified.get(request_id, ()))
-            self._count(self.requests[request_id], scheduled, drafts)
+            drafts = lengths.get(request_id, 0)
+            padding = len(verified.get(request_id, ())) - drafts
+            self._count(self.requests[request_id], scheduled - padding, drafts)
         self.counters.steps += bool(scheduler_output.num_scheduled_tokens)
         self.counters.prefix_cache_hit_tokens += _cached_tokens(scheduler_output)
         super()._update_after_schedule(scheduler_output)
@@ -259,16 +283,24 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             if session is not None and session.request.is_prefill_chunk:
                 self._prepare_resumed(session)
 
-    def _levels(self, drafts: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-        """How sure the drafts were of the tokens that the step verifies, for the exits to hear."""
+    def _lengths(self, blocks: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """How many tokens of each block that the step verifies are a draft's."""
         found = {}
-        for request_id, tokens in drafts.items():
+        for request_id, tokens in blocks.items():
             session = self._by_request.get(request_id)
-            if session is not None and session.armed is not None:
-                found[request_id] = session.armed.levels[-len(tokens) :]
+            found[request_id] = len(tokens) if session is None else min(len(tokens), session.drafts)
         return found
 
-    def _drawn_from(self, output: SchedulerOutput) -> dict[str, list[SparseRow]]:
+    def _levels(self, lengths: Mapping[str, int]) -> dict[str, list[int]]:
+        """How sure the drafts were of the tokens that the step verifies, for the exits to hear."""
+        found = {}
+        for request_id, length in lengths.items():
+            session = self._by_request.get(request_id)
+            if length and session is not None and session.armed is not None:
+                found[request_id] = session.armed.levels[-length:]
+        return found
+
+    def _drawn_from(self, output: SchedulerOutput, lengths: Mapping[str, int]) -> dict[str, list[SparseRow]]:
         """What the tokens that the step verifies were drawn from, for those that were; one more for a token that a grammar
         refused."""
         found = {}
@@ -280,7 +312,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             first = (
                 session.request.num_output_tokens - block.base
             )  # what was said since was cut from its front
-            count = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
+            count = lengths.get(request_id, 0)
             rows = block.rows[first : first + count + (len(block.rows) > len(block.tokens))]
             found[request_id] = [SparseRow(tuple(ids), tuple(counts)) for ids, counts in rows]
         return found

@@ -1,0 +1,101 @@
+"""The CUDA worker: its exits are nodes of the full CUDA graphs that vLLM captures for uniform batches (`graph_exits`)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+
+from services.verifier.engine.channel import Sender
+from services.verifier.engine.exits import VerifiedRows
+from services.verifier.engine.graph_exits import Blocks, GraphExits
+from services.verifier.engine.options import EngineOptions
+from services.verifier.engine.process import report_failures, stay_with_parent
+from services.verifier.engine.runner import RequestRows, SessionRows, log_confidences
+
+
+class CudaSessionRunner(SessionRows, GPUModelRunner):  # type: ignore[misc]
+    """vLLM's runner, which tells the exits in the graph what each pass verifies, and draws what its rows yield."""
+
+    graph_exits: GraphExits | None = None
+
+    def _show_exits(
+        self, rows: Sequence[RequestRows], logits_indices: torch.Tensor, levels: Mapping[str, Sequence[int]]
+    ) -> None:
+        if self.graph_exits is not None and self.graph_exits.layers:
+            self.graph_exits.stage(self._blocks(rows, levels))
+
+    def _blocks(self, rows: Sequence[RequestRows], levels: Mapping[str, Sequence[int]]) -> Blocks | None:
+        """All blocks of the pass, in the batch's order; sessions are those whose gateways wait for hints.
+
+        What is drawn at random is not foreseen here: its noise is not in the graph.
+        """
+        width = self.uniform_decode_query_len
+        awaited = {own.request: (key, base) for own, key, base in self._awaited(rows)}
+        if not awaited:
+            return None
+        places: list[int] = []
+        drafts: list[int] = []
+        sure: list[float] = []
+        lengths: list[int] = []
+        sessions: list[VerifiedRows] = []
+        for own in rows:
+            length = len(own.block)
+            if own.request in awaited and own.request not in self._drawn:
+                key, base = awaited[own.request]
+                sessions.append(VerifiedRows(key, base, len(places), own.block))
+            padding = width - length - 1
+            places.extend(range(own.start, own.start + length + 1))
+            places.extend(itertools.repeat(own.start + length, padding))
+            drafts.extend(own.block)
+            drafts.extend(itertools.repeat(0, padding + 1))
+            sure.extend(log_confidences(levels.get(own.request, ()), length))
+            sure.extend(itertools.repeat(math.nan, padding + 1))
+            lengths.append(length)
+        return Blocks(self.step_clock.began, places, drafts, sure, lengths, tuple(sessions))
+
+    def _device_done(self) -> None:
+        torch.cuda.current_stream().synchronize()
+        if self.graph_exits is not None:
+            self.graph_exits.drain()
+
+
+class CudaSessionWorker(Worker):  # type: ignore[misc]
+    """vLLM's GPU worker with our runner. It lives in the engine process: there is no other worker."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._options = EngineOptions.of(self.vllm_config)
+        self._sender = Sender(self._options.exit_address)
+        stay_with_parent()
+        report_failures(Sender(self._options.exit_address))
+
+    def _make_model_runner(self) -> CudaSessionRunner:
+        return CudaSessionRunner(self.vllm_config, self.device)
+
+    def load_model(self, **kwargs: Any) -> None:
+        """Load the weights, then attach the exits: the forward is compiled and captured with them."""
+        super().load_model(**kwargs)
+        model = self.model_runner.get_model()
+        self.model_runner.graph_exits = model.attach_graph_exits(self.vllm_config, self._sender)
+
+    # --- called by name, from `plugin` ---
+
+    def describe_exits(self) -> dict[str, Any]:
+        """What `EngineInfo` says of the exits."""
+        exits = self.model_runner.graph_exits.exits
+        return {
+            "exit_layers": sorted(exits.modules),
+            "exits": exits.label,
+            "notes": list(exits.notes),
+            "dtype": str(self.model_config.dtype).removeprefix("torch."),
+        }
+
+    def dropped_hints(self) -> int:
+        """Hints that the channel had no room for."""
+        return self._sender.dropped

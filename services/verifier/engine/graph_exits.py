@@ -1,0 +1,306 @@
+"""Early exits as nodes of a CUDA graph: they cost no host time, and speak while the pass still runs.
+
+Replayed, an exit gathers the rows of verified blocks from the residual stream, guesses, judges and ranks on the device
+(`ranking`), and copies outcomes alone to pinned memory: (accepted length, next token, confidence), and after these, as
+a mark that they are there, the pass's number. Nothing in it waits for the host, allocates, or runs Python. One thread
+looks at the marks and turns what has arrived into hints.
+
+    host      stage ─▶ launch ──────────────────────────────────────────────▶ drain ─▶ next pass
+                │ one copy            ▲ mark          ▲ mark          ▲ mark
+    device      ▼   layers … ─ exit ──┘─ layers … ────┘─ layers … ────┘─ layers … ─ sample
+
+In a full graph an exit runs on a stream of its own, beside the layers that follow; the last layer's hook joins it. In the
+pieces of other graphs (batches with prefills), which end at every attention, it stays on the one stream.
+
+With tensor parallelism the residual stream is whole on every rank after a layer's all-reduce, and the head is split by
+tokens: an exit would run on every rank on its part of the vocabulary, and one small all-gather of each part's best, its
+log-sum and the draft token's logit (as vLLM's own sharded argmax does) would stand where `DeviceHead` takes its maximum;
+rank 0 alone would copy outcomes to the host. That is not written: more than one rank is refused.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from services.verifier.engine.channel import ExitMessage, Outlook, Sender
+from services.verifier.engine.exit_files import ExitSet
+from services.verifier.engine.exit_head import ExitHead
+from services.verifier.engine.exit_modules import (
+    ExitModule,
+    Judged,
+    TrainedExit,
+    judge_features,
+    judgement_inputs,
+)
+from services.verifier.engine.exits import VerifiedRows
+from services.verifier.engine.ranking import rank
+
+POLL_S: Final = 30e-6
+"""Time between two looks at the marks."""
+RANK_FIELDS: Final = 3
+"""Of an outcome on its way to the host: accepted length, next token, confidence (its bits)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """What the pass about to begin verifies, for the exits: by row of `rows`, K + 1 of them for each block.
+
+    `rows` are places among the pass's rows, `drafts` token ids and `sure` the draft's log-probabilities of them (NaN where
+    it said nothing), whatever they are past a block's `lengths`. `sessions` say whose the blocks are whose gateways wait
+    for hints; their `start` is a row here.
+    """
+
+    began: float
+    rows: Sequence[int]
+    drafts: Sequence[int]
+    sure: Sequence[float]
+    lengths: Sequence[int]
+    sessions: tuple[VerifiedRows, ...]
+
+
+@dataclass(slots=True)
+class _Awaited:
+    """A pass of which exits have yet to speak."""
+
+    number: int
+    blocks: Blocks
+    missing: set[int] = field(default_factory=set)
+
+
+class GraphExits:
+    """The exits of one model. `run` is called by the model's forward, after layers with an exit and after the last one;
+    `stage` and `drain` by the runner."""
+
+    def __init__(
+        self,
+        exits: ExitSet,
+        norm: Callable[[Tensor], Tensor],
+        head: ExitHead,
+        sender: Sender,
+        *,
+        device: torch.device,
+        most_blocks: int,
+        longest: int,
+        outcomes: int,
+    ) -> None:
+        """`norm` and `head` are the model's last ones; `most_blocks` of `longest` drafts are verified in a pass."""
+        self.exits = exits
+        self._norm, self._head, self._sender = norm, head, sender
+        self._width, self._most, self._outcomes = longest + 1, most_blocks, outcomes
+        self._order = tuple(sorted(exits.modules))
+        self._modules = {layer: module.to(device) for layer, module in exits.modules.items()}
+        self._judgements = _judgements(self._modules, device)
+        rows = self._most * self._width
+        cuda = device.type == "cuda"
+        self._staged = _pinned(1 + 3 * rows + most_blocks, pin=cuda)
+        self._input = torch.zeros(len(self._staged), dtype=torch.int32, device=device)
+        self._number, self._rows, self._drafts, self._sure, self._lengths = torch.split(
+            self._input, [1, rows, rows, rows, most_blocks]
+        )
+        self._found = _pinned(len(self._order), most_blocks, outcomes, RANK_FIELDS, pin=cuda)
+        self._marks = _pinned(len(self._order), pin=cuda)
+        self._side: torch.cuda.Stream | None = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+        self._kept: list[Tensor] = []
+        self._passes = 0
+        self._shown = False
+        self._awaited: _Awaited | None = None
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        threading.Thread(target=self._poll, name="exit-poller", daemon=True).start()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers with an exit, counted from 1."""
+        return self._order
+
+    # --- the host's side ----------------------------------------------------------------------------------------
+
+    def stage(self, blocks: Blocks | None) -> None:
+        """Hand over what the next pass verifies; to be called before its launch, and after the `drain` of the last."""
+        rows = self._most * self._width
+        staged = self._staged.numpy()
+        # what a graph gathers past the last block must be rows that its pass has
+        staged[1 : 1 + rows] = 0
+        if blocks is None:
+            if self._shown:
+                self._input.copy_(self._staged, non_blocking=True)
+            self._shown = False
+            return
+        self._shown = True
+        self._passes = self._passes % 0x7FFFFFFF + 1
+        staged[0] = self._passes
+        count = min(len(blocks.rows), rows)
+        staged[1 : 1 + count] = blocks.rows[:count]
+        staged[1 + rows : 1 + rows + count] = blocks.drafts[:count]
+        staged[1 + 2 * rows : 1 + 2 * rows + count] = np.asarray(blocks.sure[:count], np.float32).view(
+            np.int32
+        )
+        lengths = blocks.lengths[: self._most]
+        staged[1 + 3 * rows : 1 + 3 * rows + len(lengths)] = lengths
+        self._input.copy_(self._staged, non_blocking=True)
+        if blocks.sessions:
+            with self._lock:
+                self._awaited = _Awaited(self._passes, blocks, set(self._order))
+            self._wake.set()
+
+    def drain(self) -> None:
+        """Send what has arrived and is not sent; to be called when the device has finished a pass."""
+        with self._lock:
+            self._take()
+            self._awaited = None
+            self._wake.clear()
+
+    def _poll(self) -> None:
+        while True:
+            self._wake.wait()
+            with self._lock:
+                self._take()
+                if self._awaited is None or not self._awaited.missing:
+                    self._wake.clear()
+            time.sleep(POLL_S)
+
+    def _take(self) -> None:
+        """Turn what the marks say has come into hints. Called with the lock held."""
+        awaited = self._awaited
+        if awaited is None:
+            return
+        marks = self._marks.numpy()
+        for at, layer in enumerate(self._order):
+            if layer in awaited.missing and marks[at] == awaited.number:
+                awaited.missing.remove(layer)
+                elapsed_ms = (time.monotonic() - awaited.blocks.began) * 1000
+                found = self._found[at].numpy()
+                self._sender.send(
+                    ExitMessage(layer, elapsed_ms, _outlooks(found, awaited.blocks.sessions, self._width))
+                )
+
+    # --- the device's side --------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def run(self, layer: int, hidden: Tensor, residual: Tensor) -> None:
+        """The exit after `layer`, on the pass's rows `[rows, hidden size]`; after the last layer the end of all exits."""
+        if layer not in self._modules:
+            self._join()
+            return
+        blocks = min(len(hidden) // self._width, self._most)
+        if not blocks:
+            return
+        index = self._rows[: blocks * self._width]
+        own = hidden.index_select(0, index) + residual.index_select(0, index)
+        if self._side is None or get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.FULL:
+            self._speak(layer, own, blocks)
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            self._speak(layer, own, blocks)
+        # the layers' stream allocates anew what it has freed: this must not be freed before the streams have joined
+        self._kept.append(own)
+
+    def _join(self) -> None:
+        if self._kept and self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
+            self._kept.clear()
+
+    def _speak(self, layer: int, own: Tensor, blocks: int) -> None:
+        at = self._order.index(layer)
+        self._found[at, :blocks].copy_(self.outcomes(layer, own, blocks), non_blocking=True)
+        self._marks[at : at + 1].copy_(self._number, non_blocking=True)
+
+    def outcomes(self, layer: int, own: Tensor, blocks: int) -> Tensor:
+        """What the exit after `layer` foresees `[blocks, outcomes, RANK_FIELDS]`, int32, of the staged blocks' first
+        `blocks`, whose rows of the residual stream are `own`."""
+        module, rows = self._modules[layer], blocks * self._width
+        drafts, sure = self._drafts[:rows].long(), self._sure[:rows].view(torch.float32)
+        normed = self._norm(module(own))
+        scores = self._head(normed, drafts, self._outcomes + 1)
+        judged = Judged(normed, scores.draft_rows, scores.drafted, sure, scores.log_probs[:, :2])
+        accepted = self._acceptance(layer, module, judged)
+        shape = (blocks, self._width)
+        lengths, tokens, shares = rank(
+            scores.drafted.view(shape),
+            accepted.view(shape),
+            drafts.view(shape),
+            self._lengths[:blocks],
+            scores.tokens.view(*shape, -1),
+            scores.log_probs.view(*shape, -1),
+            self._outcomes,
+            module.calibration.outcome,
+        )
+        return torch.stack((lengths.int(), tokens.int(), shares.float().view(torch.int32)), dim=-1)
+
+    def _acceptance(self, layer: int, module: ExitModule, judged: Judged) -> Tensor:
+        """As `exit_modules.judged_acceptance`, with its weights on the device."""
+        if not isinstance(module, TrainedExit):
+            return module.acceptance(judged)
+        figures = judge_features(judged.drafted, judged.sure, judged.best)
+        odds = module.judge(judged, figures)
+        line = odds * module.calibration.accept.slope + module.calibration.accept.offset
+        weights = self._judgements.get(layer)
+        if weights is not None:
+            line = torch.where(figures[..., -1] > 0, judgement_inputs(odds, figures) @ weights, line)
+        return torch.nn.functional.logsigmoid(line)
+
+
+def _judgements(modules: Mapping[int, ExitModule], device: torch.device) -> dict[int, Tensor]:
+    return {
+        layer: torch.tensor(module.calibration.judgement, device=device)
+        for layer, module in modules.items()
+        if module.calibration.judgement
+    }
+
+
+def _pinned(*shape: int, pin: bool) -> Tensor:
+    """int32 zeros on the host, whatever device vLLM has made the default."""
+    return torch.zeros(shape, dtype=torch.int32, device="cpu", pin_memory=pin)
+
+
+def _outlooks(found: npt.NDArray[np.int32], sessions: Sequence[VerifiedRows], width: int) -> list[Outlook]:
+    """What an exit foresees, by session. Outcomes of probability 0 are none: fewer were to be had."""
+    lengths, tokens = found[..., 0].tolist(), found[..., 1].tolist()
+    shares = np.ascontiguousarray(found[..., 2]).view(np.float32).tolist()
+    outlooks = []
+    for rows in sessions:
+        block = rows.start // width
+        ranked = [
+            outcome
+            for outcome in zip(lengths[block], tokens[block], shares[block], strict=True)
+            if outcome[2] > 0.0
+        ]
+        outlooks.append(Outlook(rows.key, rows.base, ranked))
+    return outlooks
+
+
+# --- the operator -------------------------------------------------------------------------------------------------
+
+_RUNNING: Final[list[GraphExits]] = []
+
+
+def register(exits: GraphExits) -> int:
+    """The number under which the operator in a model's graph finds its exits; in order, so that compiled graphs can be
+    used again."""
+    _RUNNING.append(exits)
+    return len(_RUNNING) - 1
+
+
+def _exit(hidden: Tensor, residual: Tensor, order: Tensor, layer: int, number: int) -> None:
+    _RUNNING[number].run(layer, hidden, residual)
+
+
+def _exit_shapes(hidden: Tensor, residual: Tensor, order: Tensor, layer: int, number: int) -> None:
+    """It returns nothing."""
+
+
+# It "changes" `order`, so that compilers neither drop nor reorder it.
+direct_register_custom_op("outrider_exit", _exit, mutates_args=["order"], fake_impl=_exit_shapes)
