@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,18 +45,20 @@ def random_exit(seed: int) -> TrainedExit:
 def blocks_of(seed: int, lengths: tuple[int, ...] = LENGTHS, *, began: float = 0.0) -> Blocks:
     """Blocks of these lengths, with a stranger's row between any two."""
     generator = torch.Generator().manual_seed(seed)
-    places: list[int] = []
-    drafts: list[int] = []
-    sure: list[float] = []
+    starts = np.arange(len(lengths)) * (WIDTH + 1)
+    places = starts[:, None] + np.minimum(np.arange(WIDTH), np.array(lengths)[:, None])
+    drafts = np.zeros((len(lengths), WIDTH), dtype=np.int32)
+    sure = np.full((len(lengths), WIDTH), np.nan, dtype=np.float32)
     sessions = []
     for number, length in enumerate(lengths):
-        start = number * (WIDTH + 1)
         block = torch.randint(VOCABULARY, (length,), generator=generator).tolist()
-        sessions.append(VerifiedRows(f"s{number}", 10 * number, len(places), tuple(block)))
-        places += [start + min(row, length) for row in range(WIDTH)]
-        drafts += [*block, *[0] * (WIDTH - length)]
-        sure += [*([-0.3] * length if number % 2 else [math.nan] * length), *[math.nan] * (WIDTH - length)]
-    return Blocks(began, places, drafts, sure, lengths, tuple(sessions))
+        drafts[number, :length] = block
+        if number % 2:
+            sure[number, :length] = -0.3
+        sessions.append(VerifiedRows(f"s{number}", 10 * number, number * WIDTH, tuple(block)))
+    return Blocks(
+        began, places.astype(np.int32), drafts, sure, np.array(lengths, dtype=np.int32), tuple(sessions)
+    )
 
 
 def eager_messages(
@@ -72,9 +74,10 @@ def eager_messages(
     for own in blocks.sessions:
         count = len(own.drafts) + 1
         sessions.append(VerifiedRows(own.key, own.base, len(rows), own.drafts))
-        rows += blocks.rows[own.start : own.start + count]
-        drafts += blocks.drafts[own.start : own.start + count]
-        sure += blocks.sure[own.start : own.start + count]
+        block = own.start // WIDTH
+        rows += blocks.places[block, :count].tolist()
+        drafts += blocks.drafts[block, :count].tolist()
+        sure += blocks.sure[block, :count].tolist()
     seen = Pass(0.0, torch.tensor(rows), tuple(sessions), torch.tensor(drafts), torch.tensor(sure))
     return {layer: reader.read(layer, stream[seen.rows], seen, lambda: 0.0) for layer in exits.modules}
 

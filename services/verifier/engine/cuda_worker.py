@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 import torch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
@@ -16,7 +16,11 @@ from services.verifier.engine.exits import VerifiedRows
 from services.verifier.engine.graph_exits import Blocks, GraphExits
 from services.verifier.engine.options import EngineOptions
 from services.verifier.engine.process import report_failures, stay_with_parent
-from services.verifier.engine.runner import RequestRows, SessionRows, log_confidences
+from services.verifier.engine.runner import RequestRows, SessionRows
+from shared.speculation.outcomes import LEVELS, confidence_at
+
+LOG_CONFIDENCES: Final = np.array([math.log(confidence_at(level)) for level in range(LEVELS)], np.float32)
+"""A level's log-probability in the draft."""
 
 
 class CudaSessionRunner(SessionRows, GPUModelRunner):  # type: ignore[misc]
@@ -35,28 +39,25 @@ class CudaSessionRunner(SessionRows, GPUModelRunner):  # type: ignore[misc]
 
         What is drawn at random is not foreseen here: its noise is not in the graph.
         """
-        width = self.uniform_decode_query_len
         awaited = {own.request: (key, base) for own, key, base in self._awaited(rows)}
         if not awaited:
             return None
-        places: list[int] = []
-        drafts: list[int] = []
-        sure: list[float] = []
-        lengths: list[int] = []
+        width = self.uniform_decode_query_len
+        starts = np.array([own.start for own in rows], dtype=np.int32)
+        lengths = np.array([len(own.block) for own in rows], dtype=np.int32)
+        places = starts[:, None] + np.minimum(np.arange(width, dtype=np.int32), lengths[:, None])
+        drafts = np.zeros((len(rows), width), dtype=np.int32)
+        sure = np.full((len(rows), width), np.nan, dtype=np.float32)
         sessions: list[VerifiedRows] = []
-        for own in rows:
+        for at, own in enumerate(rows):
             length = len(own.block)
+            drafts[at, :length] = own.block
+            told = levels.get(own.request, ())
+            if length and len(told) == length:
+                sure[at, :length] = LOG_CONFIDENCES[list(told)]
             if own.request in awaited and own.request not in self._drawn:
                 key, base = awaited[own.request]
-                sessions.append(VerifiedRows(key, base, len(places), own.block))
-            padding = width - length - 1
-            places.extend(range(own.start, own.start + length + 1))
-            places.extend(itertools.repeat(own.start + length, padding))
-            drafts.extend(own.block)
-            drafts.extend(itertools.repeat(0, padding + 1))
-            sure.extend(log_confidences(levels.get(own.request, ()), length))
-            sure.extend(itertools.repeat(math.nan, padding + 1))
-            lengths.append(length)
+                sessions.append(VerifiedRows(key, base, at * width, own.block))
         return Blocks(self.step_clock.began, places, drafts, sure, lengths, tuple(sessions))
 
     def _device_done(self) -> None:

@@ -26,28 +26,28 @@ class DeviceHead:
     def __init__(self, weight: Tensor, naming: Naming = Naming()) -> None:
         """`weight` `[vocabulary, hidden size]` is the model's own."""
         device, dtype = weight.device, weight.dtype
-        self._weight = weight
-        self._ids = None if naming.vocabulary is None else naming.vocabulary.to(device)
-        self._tail = naming.tail if naming.reduce is not None else 0.0
-        named = weight if self._ids is None else weight[self._ids]
-        self._reduce: Tensor | None = None
+        self.weight = weight
+        self.ids = None if naming.vocabulary is None else naming.vocabulary.to(device)
+        self.tail = naming.tail if naming.reduce is not None else 0.0
+        named = weight if self.ids is None else weight[self.ids]
+        self.reduce: Tensor | None = None
         if naming.reduce is not None and naming.restore is not None:
-            self._reduce = naming.reduce.to(device, dtype)
+            self.reduce = naming.reduce.to(device, dtype)
             named = (named.float() @ naming.restore.to(device).float()).to(dtype)
-        self._rough = named
+        self.rough = named
 
     def __call__(self, hidden: Tensor, drafts: Tensor, k: int, draws: Sequence[Row | None] = ()) -> Scores:
         """See `ExitHead`; rows are scored as in greedy decoding, whatever `draws` say."""
-        rough = product(hidden if self._reduce is None else hidden @ self._reduce.T, self._rough)
+        rough = product(hidden if self.reduce is None else hidden @ self.reduce.T, self.rough)
         total = rough.logsumexp(dim=-1, keepdim=True)
-        best, columns = largest(rough, max(SHORTLIST, 2 * k) if self._reduce is not None else k)
-        tokens = columns if self._ids is None else self._ids[columns]
-        if self._reduce is None and self._ids is None:
-            own = functional.embedding(drafts, self._weight)
+        best, columns = largest(rough, k if self.reduce is None else max(SHORTLIST, k))
+        tokens = columns if self.ids is None else self.ids[columns]
+        if self.reduce is None and self.ids is None:
+            own = functional.embedding(drafts, self.weight)
             return Scores(tokens, best - total, rough.gather(1, drafts[:, None])[:, 0] - total[:, 0], own)
         on_list = (best - total).logsumexp(dim=-1, keepdim=True).clamp(max=-1e-6)
-        tail = total + torch.log(-torch.expm1(on_list)) + self._tail
-        rows = functional.embedding(torch.cat((tokens, drafts[:, None]), dim=1), self._weight)
+        tail = total + torch.log(-torch.expm1(on_list)) + self.tail
+        rows = functional.embedding(torch.cat((tokens, drafts[:, None]), dim=1), self.weight)
         exact, drafted = torch.split(_products(rows, hidden), [tokens.shape[1], 1], dim=1)
         total = torch.logaddexp(exact.logsumexp(dim=-1, keepdim=True), tail)
         best, order = exact.topk(k, dim=-1)

@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,9 @@ from services.verifier.engine.exit_modules import (
 from services.verifier.engine.exits import VerifiedRows
 from services.verifier.engine.ranking import rank
 
+if TYPE_CHECKING:
+    from services.verifier.engine.fused_exits import FusedExit
+
 POLL_S: Final = 30e-6
 """Time between two looks at the marks."""
 RANK_FIELDS: Final = 3
@@ -55,18 +58,19 @@ RANK_FIELDS: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """What the pass about to begin verifies, for the exits: by row of `rows`, K + 1 of them for each block.
+    """What the pass about to begin verifies, for the exits.
 
-    `rows` are places among the pass's rows, `drafts` token ids and `sure` the draft's log-probabilities of them (NaN where
-    it said nothing), whatever they are past a block's `lengths`. `sessions` say whose the blocks are whose gateways wait
-    for hints; their `start` is a row here.
+    `places` [blocks, K + 1] are the blocks' rows among the pass's, the last one repeated where a block is short; `drafts`
+    are token ids and `sure` the draft's log-probabilities of them (NaN where it said nothing), whatever they are past a
+    block's `lengths` [blocks]. `sessions` say whose the blocks are whose gateways wait for hints; their `start` is a
+    block's first row here.
     """
 
     began: float
-    rows: Sequence[int]
-    drafts: Sequence[int]
-    sure: Sequence[float]
-    lengths: Sequence[int]
+    places: npt.NDArray[np.int32]
+    drafts: npt.NDArray[np.int32]
+    sure: npt.NDArray[np.float32]
+    lengths: npt.NDArray[np.int32]
     sessions: tuple[VerifiedRows, ...]
 
 
@@ -94,8 +98,10 @@ class GraphExits:
         most_blocks: int,
         longest: int,
         outcomes: int,
+        fused: Mapping[int, FusedExit] | None = None,
     ) -> None:
-        """`norm` and `head` are the model's last ones; `most_blocks` of `longest` drafts are verified in a pass."""
+        """`norm` and `head` are the model's last ones; `most_blocks` of `longest` drafts are verified in a pass. `fused`
+        say the same as `outcomes`, by layer, where there is a device for them."""
         self.exits = exits
         self._norm, self._head, self._sender = norm, head, sender
         self._width, self._most, self._outcomes = longest + 1, most_blocks, outcomes
@@ -111,7 +117,11 @@ class GraphExits:
         )
         self._found = _pinned(len(self._order), most_blocks, outcomes, RANK_FIELDS, pin=cuda)
         self._marks = _pinned(len(self._order), pin=cuda)
+        self._staging, self._found_values, self._mark_values = (
+            buffer.numpy() for buffer in (self._staged, self._found, self._marks)
+        )
         self._side: torch.cuda.Stream | None = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+        self._fused = fused or {}
         self._kept: list[Tensor] = []
         self._passes = 0
         self._shown = False
@@ -129,26 +139,23 @@ class GraphExits:
 
     def stage(self, blocks: Blocks | None) -> None:
         """Hand over what the next pass verifies; to be called before its launch, and after the `drain` of the last."""
-        rows = self._most * self._width
-        staged = self._staged.numpy()
-        # what a graph gathers past the last block must be rows that its pass has
-        staged[1 : 1 + rows] = 0
+        rows, staged = self._most * self._width, self._staging
         if blocks is None:
             if self._shown:
+                staged[1 : 1 + rows] = 0
                 self._input.copy_(self._staged, non_blocking=True)
             self._shown = False
             return
         self._shown = True
         self._passes = self._passes % 0x7FFFFFFF + 1
+        count = blocks.places.size
         staged[0] = self._passes
-        count = min(len(blocks.rows), rows)
-        staged[1 : 1 + count] = blocks.rows[:count]
-        staged[1 + rows : 1 + rows + count] = blocks.drafts[:count]
-        staged[1 + 2 * rows : 1 + 2 * rows + count] = np.asarray(blocks.sure[:count], np.float32).view(
-            np.int32
-        )
-        lengths = blocks.lengths[: self._most]
-        staged[1 + 3 * rows : 1 + 3 * rows + len(lengths)] = lengths
+        staged[1 : 1 + count] = blocks.places.ravel()
+        # what a graph gathers past the last block must be rows that its pass has
+        staged[1 + count : 1 + rows] = 0
+        staged[1 + rows : 1 + rows + count] = blocks.drafts.ravel()
+        staged[1 + 2 * rows : 1 + 2 * rows + count] = blocks.sure.view(np.int32).ravel()
+        staged[1 + 3 * rows : 1 + 3 * rows + len(blocks.lengths)] = blocks.lengths
         self._input.copy_(self._staged, non_blocking=True)
         if blocks.sessions:
             with self._lock:
@@ -165,10 +172,16 @@ class GraphExits:
     def _poll(self) -> None:
         while True:
             self._wake.wait()
-            with self._lock:
-                self._take()
-                if self._awaited is None or not self._awaited.missing:
-                    self._wake.clear()
+            awaited = self._awaited
+            if awaited is not None and any(
+                self._mark_values[at] == awaited.number
+                for at, layer in enumerate(self._order)
+                if layer in awaited.missing
+            ):
+                with self._lock:
+                    self._take()
+                    if self._awaited is None or not self._awaited.missing:
+                        self._wake.clear()
             time.sleep(POLL_S)
 
     def _take(self) -> None:
@@ -176,15 +189,12 @@ class GraphExits:
         awaited = self._awaited
         if awaited is None:
             return
-        marks = self._marks.numpy()
         for at, layer in enumerate(self._order):
-            if layer in awaited.missing and marks[at] == awaited.number:
+            if layer in awaited.missing and self._mark_values[at] == awaited.number:
                 awaited.missing.remove(layer)
                 elapsed_ms = (time.monotonic() - awaited.blocks.began) * 1000
-                found = self._found[at].numpy()
-                self._sender.send(
-                    ExitMessage(layer, elapsed_ms, _outlooks(found, awaited.blocks.sessions, self._width))
-                )
+                outlooks = _outlooks(self._found_values[at], awaited.blocks.sessions, self._width)
+                self._sender.send(ExitMessage(layer, elapsed_ms, outlooks))
 
     # --- the device's side --------------------------------------------------------------------------------------
 
@@ -197,8 +207,12 @@ class GraphExits:
         blocks = min(len(hidden) // self._width, self._most)
         if not blocks:
             return
-        index = self._rows[: blocks * self._width]
-        own = hidden.index_select(0, index) + residual.index_select(0, index)
+        fused, index = self._fused.get(layer), self._rows[: blocks * self._width]
+        own = (
+            fused.gather(hidden, residual, index)
+            if fused is not None
+            else (hidden.index_select(0, index) + residual.index_select(0, index),)
+        )
         if self._side is None or get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.FULL:
             self._speak(layer, own, blocks)
             return
@@ -206,16 +220,23 @@ class GraphExits:
         with torch.cuda.stream(self._side):
             self._speak(layer, own, blocks)
         # the layers' stream allocates anew what it has freed: this must not be freed before the streams have joined
-        self._kept.append(own)
+        self._kept.extend(own)
 
     def _join(self) -> None:
         if self._kept and self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
             self._kept.clear()
 
-    def _speak(self, layer: int, own: Tensor, blocks: int) -> None:
-        at = self._order.index(layer)
-        self._found[at, :blocks].copy_(self.outcomes(layer, own, blocks), non_blocking=True)
+    def _speak(self, layer: int, own: tuple[Tensor, ...], blocks: int) -> None:
+        at, fused, rows = self._order.index(layer), self._fused.get(layer), blocks * self._width
+        if fused is None:
+            found = self.outcomes(layer, own[0], blocks)
+        else:
+            sure = self._sure[:rows].view(torch.float32)
+            found = fused.outcomes(
+                own[0], own[1], self._drafts[:rows], sure, self._lengths[:blocks], self._width
+            )
+        self._found[at, :blocks].copy_(found, non_blocking=True)
         self._marks[at : at + 1].copy_(self._number, non_blocking=True)
 
     def outcomes(self, layer: int, own: Tensor, blocks: int) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from services.verifier.engine.exit_modules import TrainedExit, quickest
 from services.verifier.engine.exits import ExitReader, Pass
 from services.verifier.engine.options import EngineOptions
 from shared.errors import EngineError
+
+if TYPE_CHECKING:
+    from services.verifier.engine.fused_exits import FusedExit
 
 
 class ExitTap:
@@ -116,11 +119,16 @@ class _WithExits:
             raise EngineError("early exits run on one GPU: start the verifier without tensor parallelism")
         options, exits = EngineOptions.of(vllm_config), self._exits(vllm_config)
         weight, plain = self._head_weight()
+        exits = replace(
+            exits, modules={layer: module.to(weight.device) for layer, module in exits.modules.items()}
+        )
+        head = self._graph_head(weight, exits.naming, plain=plain)
         attached = graph_exits.GraphExits(
             exits,
             self.model.norm,
-            self._graph_head(weight, exits.naming, plain=plain),
+            head,
             sender,
+            fused=self._fused(exits, head, options.exit_outcomes),
             device=weight.device,
             most_blocks=vllm_config.scheduler_config.max_num_seqs,
             longest=vllm_config.num_speculative_tokens,
@@ -131,6 +139,20 @@ class _WithExits:
             self.model.hooked_layers = (*attached.layers, self.config.num_hidden_layers)
             self.model.exits_in_graph = graph_exits.register(attached)
         return attached
+
+    def _fused(self, exits: ExitSet, head: ExitHead, outcomes: int) -> dict[int, FusedExit]:
+        """The exits in few kernels, where kernels can be had and serve."""
+        if not (isinstance(head, DeviceHead) and head.weight.is_cuda):
+            return {}
+        from services.verifier.engine.fused_exits import FusedExit
+
+        if not FusedExit.serves(head, outcomes):
+            return {}
+        norm = self.model.norm
+        return {
+            layer: FusedExit(module, head, norm.weight.detach(), norm.variance_epsilon, outcomes)
+            for layer, module in exits.modules.items()
+        }
 
     def _exits(self, vllm_config: VllmConfig) -> ExitSet:
         options = EngineOptions.of(vllm_config)

@@ -1,0 +1,296 @@
+# mypy: ignore-errors
+"""The kernels of `fused_exits`, in Triton's language: it looks like Python and is not, so types are not checked here.
+
+One program a row of a verified block (`rank`: a block). The formulas are those of `exit_head`, `exit_modules` and `ranking`,
+where they are explained.
+"""
+
+import triton
+import triton.language as tl
+
+from shared.speculation.outcomes import LEAST, SUREST_LOGIT
+
+_LEAST = tl.constexpr(LEAST)
+_SUREST = tl.constexpr(SUREST_LOGIT)
+
+
+@triton.jit
+def _not(log_prob):
+    """1 - exp(log_prob) without the loss of small values."""
+    small = -log_prob * (1.0 + log_prob * (0.5 + log_prob * 0.16666667))
+    return tl.where(log_prob > -0.01, small, 1.0 - tl.exp(log_prob))
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _log_sigmoid(x):
+    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def gather(
+    hidden, residual, places, weight, own, normed, size: tl.constexpr, eps: tl.constexpr, block: tl.constexpr
+):
+    row = tl.program_id(0)
+    at = tl.arange(0, block)
+    inside = at < size
+    place = tl.load(places + row).to(tl.int64)
+    left = tl.load(hidden + place * size + at, mask=inside, other=0.0).to(tl.float32)
+    right = tl.load(residual + place * size + at, mask=inside, other=0.0).to(tl.float32)
+    total = (left + right).to(own.dtype.element_ty)
+    tl.store(own + row * size + at, total, mask=inside)
+    values = total.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(values * values, axis=0) / size + eps)
+    weights = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + row * size + at, (values * scale * weights).to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated(both, out, width: tl.constexpr, block: tl.constexpr):
+    row = tl.program_id(0)
+    at = tl.program_id(1) * block + tl.arange(0, block)
+    inside = at < width
+    gate = tl.load(both + row * 2 * width + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(both + row * 2 * width + width + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + at, (gate * _sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm(values_of, weight, out, size: tl.constexpr, eps: tl.constexpr, block: tl.constexpr):
+    row = tl.program_id(0)
+    at = tl.arange(0, block)
+    inside = at < size
+    values = tl.load(values_of + row * size + at, mask=inside, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(values * values, axis=0) / size + eps)
+    weights = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * size + at, (values * scale * weights).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def chunks(
+    rough, best, total, columns: tl.constexpr, chunks: tl.constexpr, chunk: tl.constexpr, many: tl.constexpr
+):
+    row = tl.program_id(0)
+    number = tl.program_id(1) * many + tl.arange(0, many)
+    at = number[:, None] * chunk + tl.arange(0, chunk)[None, :]
+    values = tl.load(rough + row.to(tl.int64) * columns + at, mask=at < columns, other=float("-inf"))
+    highest = tl.max(values, axis=1)
+    known = tl.where(highest == float("-inf"), 0.0, highest)
+    inside = number < chunks
+    tl.store(best + row * chunks + number, highest, mask=inside)
+    tl.store(total + row * chunks + number, tl.sum(tl.exp(values - known[:, None]), axis=1), mask=inside)
+
+
+@triton.jit
+def score(
+    rough,
+    best_of,
+    total_of,
+    normed,
+    small,
+    drafts,
+    sure_of,
+    ids,
+    head,
+    taken,
+    first,
+    first_bias,
+    last,
+    last_bias,
+    judgement,
+    tokens_out,
+    log_probs_out,
+    drafted_out,
+    accepted_out,
+    columns: tl.constexpr,
+    chunks: tl.constexpr,
+    chunk: tl.constexpr,
+    chunks_block: tl.constexpr,
+    shortlist: tl.constexpr,
+    named: tl.constexpr,
+    size: tl.constexpr,
+    step: tl.constexpr,
+    small_width: tl.constexpr,
+    state_at: tl.constexpr,
+    rank: tl.constexpr,
+    rank_block: tl.constexpr,
+    width: tl.constexpr,
+    width_block: tl.constexpr,
+    features: tl.constexpr,
+    tail: tl.constexpr,
+    slope: tl.constexpr,
+    offset: tl.constexpr,
+    has_ids: tl.constexpr,
+    has_judge: tl.constexpr,
+    has_judgement: tl.constexpr,
+):
+    row = tl.program_id(0)
+    # the normalising sum of all rough logits, and the chunks with the largest maxima
+    number = tl.arange(0, chunks_block)
+    maxima = tl.load(best_of + row * chunks + number, mask=number < chunks, other=float("-inf"))
+    sums = tl.load(total_of + row * chunks + number, mask=number < chunks, other=0.0)
+    highest = tl.max(maxima, axis=0)
+    total = highest + tl.log(tl.sum(sums * tl.exp(maxima - highest), axis=0))
+    listed = tl.arange(0, shortlist)
+    where = tl.zeros([shortlist], dtype=tl.int32)
+    for turn in tl.static_range(shortlist):
+        found = tl.argmax(maxima, axis=0)
+        where = tl.where(listed == turn, found.to(tl.int32), where)
+        maxima = tl.where(number == found, float("-inf"), maxima)
+    # the largest of these chunks' logits
+    at = where[:, None] * chunk + tl.arange(0, chunk)[None, :]
+    values = tl.load(rough + row.to(tl.int64) * columns + at, mask=at < columns, other=float("-inf"))
+    column = tl.zeros([shortlist], dtype=tl.int32)
+    roughly = tl.zeros([shortlist], dtype=tl.float32)
+    for turn in tl.static_range(shortlist):
+        largest = tl.max(tl.max(values, axis=1), axis=0)
+        place = tl.min(tl.min(tl.where(values == largest, at, columns), axis=1), axis=0)
+        column = tl.where(listed == turn, tl.minimum(place, columns - 1), column)
+        roughly = tl.where(listed == turn, largest, roughly)
+        values = tl.where(at == place, float("-inf"), values)
+    tokens = column
+    if has_ids:
+        tokens = tl.load(ids + column).to(tl.int32)
+    # their exact logits, and the draft's
+    draft = tl.load(drafts + row).to(tl.int64)
+    exact = tl.zeros([shortlist], dtype=tl.float32)
+    own = tl.full((), 0.0, tl.float32)
+    rows = tokens.to(tl.int64)[:, None] * size
+    for start in range(0, size, step):
+        along = start + tl.arange(0, step)
+        inside = along < size
+        state = tl.load(normed + row * size + along, mask=inside, other=0.0).to(tl.float32)
+        weights = tl.load(head + rows + along[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+        exact += tl.sum(weights * state[None, :], axis=1)
+        drafts_own = tl.load(head + draft * size + along, mask=inside, other=0.0).to(tl.float32)
+        own += tl.sum(drafts_own * state, axis=0)
+    on_list = tl.log(tl.sum(tl.exp(roughly - total), axis=0))
+    rest = total + tl.log(_not(tl.minimum(on_list, -1e-6))) + tail
+    top = tl.max(exact, axis=0)
+    known = top + tl.log(tl.sum(tl.exp(exact - top), axis=0))
+    higher = tl.maximum(known, rest)
+    total = higher + tl.log(tl.exp(known - higher) + tl.exp(rest - higher))
+    drafted = own - total
+    # best first
+    first_best = 0.0
+    second_best = 0.0
+    left = exact
+    for turn in tl.static_range(named):
+        largest = tl.max(left, axis=0)
+        place = tl.min(tl.where(left == largest, listed, shortlist - 1), axis=0)
+        tl.store(tokens_out + row * named + turn, tl.sum(tl.where(listed == place, tokens, 0), axis=0))
+        tl.store(log_probs_out + row * named + turn, largest - total)
+        if turn == 0:
+            first_best = largest - total
+        if turn == 1:
+            second_best = largest - total
+        left = tl.where(listed == place, float("-inf"), left)
+    accepted = drafted
+    if has_judge:
+        sure = tl.load(sure_of + row)
+        told = sure < 1.0  # not so where it is NaN
+        sure = tl.minimum(tl.maximum(tl.where(told, sure, -1.0), -12.0), -1e-4)
+        is_told = tl.where(told, 1.0, 0.0)
+        inside_drafted = tl.minimum(tl.maximum(drafted, -25.0), 0.0)
+        figure = tl.arange(0, features)
+        figures = tl.where(figure == 0, inside_drafted / 5, 0.0)
+        figures = tl.where(figure == 1, tl.exp(inside_drafted), figures)
+        behind = tl.minimum(tl.maximum(inside_drafted - first_best, -20.0), 5.0) / 5
+        figures = tl.where(figure == 2, behind, figures)
+        figures = tl.where(figure == 3, tl.exp(first_best), figures)
+        lead = tl.minimum(tl.maximum(first_best - second_best, 0.0), 20.0) / 5
+        figures = tl.where(figure == 4, lead, figures)
+        figures = tl.where(figure == 5, tl.exp(sure) * is_told, figures)
+        figures = tl.where(figure == 6, (sure - tl.log(_not(sure))) / 5 * is_told, figures)
+        figures = tl.where(figure == 7, is_told, figures)
+        inner = tl.arange(0, rank_block)
+        state = tl.load(small + row * small_width + state_at + inner, mask=inner < rank, other=0.0).to(
+            tl.float32
+        )
+        token = tl.load(taken + draft * rank + inner, mask=inner < rank, other=0.0).to(tl.float32)
+        unit = tl.arange(0, width_block)
+        length = 3 * rank + features
+        line = first + unit[:, None] * length
+        grid = (unit[:, None] < width) & (inner[None, :] < rank)
+        raised = tl.load(first_bias + unit, mask=unit < width, other=0.0).to(tl.float32)
+        part = tl.load(line + inner[None, :], mask=grid, other=0.0).to(tl.float32)
+        raised += tl.sum(part * state[None, :], axis=1)
+        part = tl.load(line + rank + inner[None, :], mask=grid, other=0.0).to(tl.float32)
+        raised += tl.sum(part * token[None, :], axis=1)
+        part = tl.load(line + 2 * rank + inner[None, :], mask=grid, other=0.0).to(tl.float32)
+        raised += tl.sum(part * (state * token)[None, :], axis=1)
+        part = tl.load(line + 3 * rank + figure[None, :], mask=unit[:, None] < width, other=0.0)
+        raised += tl.sum(part.to(tl.float32) * figures[None, :], axis=1)
+        outward = tl.load(last + unit, mask=unit < width, other=0.0).to(tl.float32)
+        odds = tl.sum(raised * _sigmoid(raised) * outward, axis=0) + tl.load(last_bias).to(tl.float32)
+        calibrated = odds * slope + offset
+        if has_judgement:
+            weights = tl.load(judgement + 2 + figure, mask=figure < features - 1, other=0.0)
+            judged = (
+                tl.load(judgement) + tl.load(judgement + 1) * odds / 5 + tl.sum(weights * figures, axis=0)
+            )
+            calibrated = tl.where(told, judged, calibrated)
+        accepted = _log_sigmoid(calibrated)
+    tl.store(drafted_out + row, drafted)
+    tl.store(accepted_out + row, accepted)
+
+
+@triton.jit
+def rank(
+    drafted_of,
+    accepted_of,
+    drafts_of,
+    lengths,
+    tokens_of,
+    log_probs_of,
+    out,
+    places: tl.constexpr,
+    places_block: tl.constexpr,
+    named: tl.constexpr,
+    named_block: tl.constexpr,
+    limit: tl.constexpr,
+    slope: tl.constexpr,
+    offset: tl.constexpr,
+    corrected: tl.constexpr,
+):
+    block = tl.program_id(0)
+    length = tl.load(lengths + block)
+    place = tl.arange(0, places_block)
+    inside = place < places
+    judged = place < length
+    drafted = tl.load(drafted_of + block * places + place, mask=inside, other=0.0)
+    accepted = tl.load(accepted_of + block * places + place, mask=inside, other=0.0)
+    drafts = tl.load(drafts_of + block * places + place, mask=inside, other=-1)
+    held = tl.where(judged, accepted, 0.0)
+    share = tl.cumsum(held, axis=0) - held
+    share += tl.where(judged, tl.log(tl.maximum(_not(accepted), _LEAST)), 0.0)
+    name = tl.arange(0, named_block)
+    at = place[:, None] * named + name[None, :]
+    known = inside[:, None] & (name[None, :] < named) & (place[:, None] <= length)
+    tokens = tl.load(tokens_of + block * places * named + at, mask=known, other=-1)
+    scores = tl.load(log_probs_of + block * places * named + at, mask=known, other=float("-inf"))
+    scores = tl.where(judged[:, None] & (tokens == drafts[:, None]), float("-inf"), scores)
+    others = tl.sum(tl.exp(scores), axis=1)
+    rest = tl.log(tl.maximum(tl.maximum(_not(drafted), others), _LEAST))
+    scores += (share - tl.where(judged, rest, 0.0))[:, None]
+    flat = place[:, None] * named_block + name[None, :]
+    for turn in tl.static_range(limit):
+        largest = tl.max(tl.max(scores, axis=1), axis=0)
+        chosen = tl.min(
+            tl.min(tl.where(scores == largest, flat, places_block * named_block - 1), axis=1), axis=0
+        )
+        probability = tl.minimum(tl.exp(largest), 1.0)
+        if corrected:
+            odds = tl.log(tl.maximum(probability, _LEAST)) - tl.log(tl.maximum(1.0 - probability, _LEAST))
+            odds = tl.minimum(tl.maximum(odds, -_SUREST), _SUREST)
+            probability = tl.where(largest == float("-inf"), 0.0, _sigmoid(slope * odds + offset))
+        token = tl.max(tl.max(tl.where(flat == chosen, tokens, -1), axis=1), axis=0)
+        to = out + (block * limit + turn) * 3
+        tl.store(to, (chosen // named_block).to(tl.int32))
+        tl.store(to + 1, token)
+        tl.store(to + 2, probability.to(tl.float32).to(tl.int32, bitcast=True))
+        scores = tl.where(flat == chosen, float("-inf"), scores)
