@@ -17,10 +17,12 @@ import argparse
 import importlib
 import json
 import math
+import os
 import platform
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -232,6 +234,7 @@ def measure(options: Options, folder: Path, tell: Callable[[str], None]) -> tupl
     from loadtest.engine_steps import Ear
 
     torch.set_num_threads(options.threads)
+    os.environ["NUMBA_NUM_THREADS"] = str(options.threads)  # n-gram speculation's; a second one would spin beside all modes
     device = device_of(options.device)
     target = find_target(options.shapes, folder)
     passes = Passes.of(options.steps, options.k)
@@ -395,7 +398,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
     options = read_options(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    with engine_environment(options.threads), tempfile.TemporaryDirectory(prefix="outrider-bench-") as folder:
+    with (
+        engine_environment(options.threads),
+        warnings.catch_warnings(action="ignore", category=FutureWarning),
+        tempfile.TemporaryDirectory(prefix="outrider-bench-") as folder,
+    ):
         setting, measured = measure(options, Path(folder), lambda said: print(said, flush=True))
     held = report(setting, measured)
     (options.out / "engine.json").write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
