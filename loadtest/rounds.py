@@ -19,18 +19,15 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any, Final
 
+from training.charts import Span, span_chart
+
 STRETCHES: Final = ("up", "pass", "commit", "down", "draft", "gap")
 KINDS: Final = ("forward", "block", "floor")
-SCALE: Final = 3.0
-ROW: Final = 22
-LEFT, TOP = 110, 46
 
 Line = Mapping[str, Any]
-Span = tuple[float, float]
 
 
 @dataclass(slots=True)
@@ -180,52 +177,31 @@ def draw(path: Path, title: str, shown: Round, lines: Sequence[Line]) -> None:
     assert shown.sent is not None and shown.next_began is not None and shown.arrived is not None
     first = shown.sent - 5.0
     last = max(shown.next_began, shown.arrived, shown.answered or 0.0) + 15.0
-    bars: list[tuple[str, Span, str, str]] = []
-    for number, (span, kept) in enumerate(_lanes(lines, first, last)):
-        bars.append((f"lane {number + 1}", span, "#2da44e" if kept else "#d0d7de", ""))
+    spans: list[Span] = []
+
+    def add(name: str, start: float, end: float, colour: str, note: str = "") -> None:
+        spans.append(Span(name, max(start, first) - first, min(end, last) - first, colour, note))
+
+    for number, ((start, end), kept) in enumerate(_lanes(lines, first, last)):
+        add(f"lane {number + 1}", start, end, "#2da44e" if kept else "#d0d7de")
     if shown.received is not None:
-        bars.append(("link up", (shown.sent, shown.received), "#8250df", ""))
+        add("link up", shown.sent, shown.received, "#8250df")
     if shown.ended is not None:
-        bars.append(("pass", (shown.began, shown.ended), "#1f6feb", f"{shown.rows} rows"))
+        add("pass", shown.began, shown.ended, "#1f6feb", f"{shown.rows} rows")
     for layer, seen in sorted(shown.exits.items()):
-        bars.append((f"hint of {layer}", (seen, shown.hints.get(layer, seen)), "#d29922", ""))
+        add(f"hint of {layer}", seen, shown.hints.get(layer, seen), "#d29922")
     if shown.committed is not None and shown.ended is not None:
-        bars.append(("commit", (shown.ended, shown.committed), "#57606a", ""))
-        bars.append(("link down", (shown.committed, shown.arrived), "#8250df", ""))
+        add("commit", shown.ended, shown.committed, "#57606a")
+        add("link down", shown.committed, shown.arrived, "#8250df")
     if shown.ended is not None:
-        bars.append(
-            ("gap", (shown.ended, shown.next_began), "#cf222e", f"{shown.next_began - shown.ended:.0f} ms")
-        )
-    width, height = LEFT + (last - first) * SCALE + 60, TOP + ROW * len(bars) + 34
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height}" font-family="sans-serif" '
-        f'font-size="12"><rect width="100%" height="100%" fill="white"/><text x="10" y="22" font-size="14">{escape(title)}'
-        "</text>"
-    ]
-    for tick in range(0, int(last - first) + 1, 20):
-        x = LEFT + tick * SCALE
-        parts.append(
-            f'<line x1="{x}" x2="{x}" y1="{TOP - 6}" y2="{height - 22}" stroke="#eaeef2"/>'
-            f'<text x="{x}" y="{height - 8}" text-anchor="middle">{tick}</text>'
-        )
-    for place, (name, (start, end), colour, note) in enumerate(bars):
-        y = TOP + ROW * place
-        x, long = (
-            LEFT + (max(start, first) - first) * SCALE,
-            max(2.0, (min(end, last) - max(start, first)) * SCALE),
-        )
-        parts.append(
-            f'<text x="{LEFT - 8}" y="{y + 13}" text-anchor="end">{escape(name)}</text>'
-            f'<rect x="{x:.1f}" y="{y}" width="{long:.1f}" height="{ROW - 6}" fill="{colour}"/>'
-            f'<text x="{x + long + 4:.1f}" y="{y + 13}" fill="#57606a">{escape(note)}</text>'
-        )
-    path.write_text("\n".join([*parts, "</svg>\n"]), encoding="utf-8")
+        add("gap", shown.ended, shown.next_began, "#cf222e", f"{shown.next_began - shown.ended:.0f} ms")
+    span_chart(path, title, spans, last=last - first)
 
 
-def _lanes(lines: Sequence[Line], first: float, last: float) -> list[tuple[Span, bool]]:
+def _lanes(lines: Sequence[Line], first: float, last: float) -> list[tuple[tuple[float, float], bool]]:
     """The drafts between `first` and `last`, and whether each was finished; of many, the longest."""
     began: dict[int, float] = {}
-    found: list[tuple[Span, bool]] = []
+    found: list[tuple[tuple[float, float], bool]] = []
     for line in lines:
         if line["side"] != "edge":
             continue

@@ -1,0 +1,298 @@
+"""The engines that are measured: vLLM as it comes and ours, side by side in this process, with one set of weights.
+
+vLLM as it comes keeps its scheduler, its worker and, on CUDA, all of its defaults (its own choice of a runner, compiled,
+full CUDA graphs). `async_scheduling` is off in all modes, since ours can't have it, but for one: `stock_ar_async` is what
+a user of vLLM gets who chooses nothing. On a CPU all run eagerly, as the verifier's engine does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Final
+
+from loadtest.engine_shapes import AUTO, Target
+from services.verifier.engine import launch
+from services.verifier.engine.compat import Symbol, check_symbols
+from services.verifier.engine.exit_choice import choose_exits
+from services.verifier.engine.options import EngineOptions
+from services.verifier.settings import VerifierSettings
+from shared.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.engine.core_client import InprocClient
+
+    from loadtest.engine_worker import WatchedWorker, Weights
+
+NGRAM_MATCH: Final = (2, 5)
+"""Shortest and longest suffix that vLLM's prompt lookup looks for, as in `scripts/bench compare`."""
+KV_BLOCK: Final = {"cpu": 128, "cuda": 16}
+"""Tokens of a block of the KV cache, by device: vLLM's defaults."""
+ELEMENT_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
+BATCHED_TOKENS: Final = 2048
+LEAST_MEMORY_SHARE: Final = 0.01
+"""vLLM checks at the start that so much of the device is free, and would take the rest of it for the KV cache if that had
+no size: there are other engines here."""
+
+SYMBOLS: Final = (
+    Symbol("vllm.v1.engine.core_client", "InprocClient.get_output", ("self",), ("step_fn", "post_step")),
+    Symbol("vllm.v1.engine.core_client", "InprocClient.abort_requests", ("self", "request_ids")),
+    Symbol("vllm.v1.engine.core", "EngineCore.step", ("self",), ("execute_model", "sample_tokens")),
+    Symbol("vllm.v1.worker.gpu_worker", "Worker.sample_tokens", ("self", "grammar_output")),
+    Symbol("vllm.v1.worker.gpu_worker", "Worker.execute_model", ("self", "scheduler_output")),
+)
+"""What of vLLM's the benchmark relies on beside the verifier."""
+
+
+RUNNER_CHOICE: Final = "VLLM_USE_V2_MODEL_RUNNER"
+
+
+class Kind(StrEnum):
+    """Whose engine, and what its sessions do in a step."""
+
+    STOCK = "stock"
+    VERIFY = "verify"
+    FLOOR = "floor"
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """One engine. `asynchronous`: vLLM's own default scheduling."""
+
+    name: str
+    meaning: str
+    kind: Kind
+    ngram: bool = False
+    exits: bool = False
+    asynchronous: bool = False
+
+    @property
+    def own(self) -> bool:
+        """The verifier's engine."""
+        return self.kind is not Kind.STOCK
+
+
+STOCK_AR: Final = "stock_ar"
+MODES: Final[Mapping[str, Mode]] = {
+    mode.name: mode
+    for mode in (
+        Mode(STOCK_AR, "vLLM as it comes, one token a step", Kind.STOCK),
+        Mode("stock_ar_async", "the same with vLLM's default scheduling", Kind.STOCK, asynchronous=True),
+        Mode("stock_ngram", "vLLM with its own n-gram speculation", Kind.STOCK, ngram=True),
+        Mode("verify", "our engine without exits, K tokens a block", Kind.VERIFY),
+        Mode("verify_exits", "our engine with exits, K tokens a block", Kind.VERIFY, exits=True),
+        Mode("floor", "our engine with exits, empty blocks: one token a step", Kind.FLOOR, exits=True),
+    )
+}
+
+
+def chosen_modes(text: str) -> tuple[Mode, ...]:
+    """The modes of a list with commas, `stock_ar` always among them: it says what the target's tokens are.
+
+    InvalidRequest names one that there isn't.
+    """
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in MODES:
+            raise InvalidRequest(f"--modes: there is no mode {name!r}; there are {', '.join(MODES)}")
+    return tuple(mode for name, mode in MODES.items() if name in names or name == STOCK_AR)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What engines are built for: sessions at a time, tokens that a session may have, prompt and all, and K."""
+
+    sessions: int
+    tokens: int
+    k: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What all engines of a run have in common. `exits` is a file of exits, or what the verifier's settings may say."""
+
+    target: Target
+    device: str
+    dtype: str
+    threads: int
+    sizes: Sizes
+    layers: str
+    exits: str
+    address: str
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of one engine's KV cache: all sessions at their longest, and a block for each that is under way."""
+        block = KV_BLOCK[self.device]
+        blocks = self.sizes.sessions * (-(-self.sizes.tokens // block) + 1) + 2
+        return blocks * block * self.target.kv_elements * ELEMENT_BYTES[self.dtype]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the target's parameters."""
+        return self.target.parameters * ELEMENT_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine in this process."""
+
+    mode: Mode
+    client: InprocClient
+    worker: WatchedWorker
+
+
+def device_of(asked: str) -> str:
+    """`cpu` or `cuda`: what the installed vLLM is for. `InvalidRequest` when that is not what was asked for."""
+    from vllm.platforms import current_platform
+
+    found = "cuda" if current_platform.is_cuda() else "cpu" if current_platform.is_cpu() else ""
+    if not found or asked not in (AUTO, found):
+        raise InvalidRequest(
+            f"--device {asked}: the vLLM that is installed is built for {current_platform.device_name or 'nothing here'}"
+        )
+    return found
+
+
+def check_memory(plan: Plan, engines: int) -> None:
+    """`InvalidRequest` when the device has no room for so many engines: weights twice while one is built, KV for each."""
+    if plan.device != "cuda":
+        return
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    needed = 2 * plan.weight_bytes + engines * plan.kv_bytes
+    if needed > free:
+        raise InvalidRequest(
+            f"{engines} engines need {needed / 2**30:.0f} GiB ({2 * plan.weight_bytes / 2**30:.0f} for weights, "
+            f"{plan.kv_bytes / 2**30:.1f} for the KV cache of each), {free / 2**30:.0f} are free: ask for fewer --sessions "
+            "or --modes"
+        )
+
+
+def build(plan: Plan, mode: Mode, weights: Weights) -> Engine | None:
+    """An engine, loaded; None where vLLM's default scheduling is no other than that of the other modes."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.core_client import InprocClient
+    from vllm.v1.executor import Executor
+
+    from loadtest.engine_worker import sharing
+
+    check_symbols(SYMBOLS)
+    _register_models()
+    with _environment(mode), sharing(weights):
+        config: VllmConfig = EngineArgs(**_arguments(plan, mode)).create_engine_config()
+        if mode.asynchronous and not config.scheduler_config.async_scheduling:
+            return None
+        client = InprocClient(config, Executor.get_class(config), log_stats=False)
+    worker = client.engine_core.model_executor.driver_worker.worker
+    return Engine(mode, client, worker)
+
+
+def _arguments(plan: Plan, mode: Mode) -> dict[str, Any]:
+    module = f"loadtest.engine_{plan.device}"
+    found = _verifiers_arguments(plan, mode) if mode.own else _stock_arguments(plan, mode)
+    found |= {
+        "worker_cls": f"{module}.{'OwnWorker' if mode.own else 'StockWorker'}",
+        "kv_cache_memory_bytes": plan.kv_bytes,
+        "dtype": plan.dtype,
+    }
+    if plan.target.dummy:
+        found["load_format"] = "dummy"
+    if plan.device == "cuda":
+        found["gpu_memory_utilization"] = LEAST_MEMORY_SHARE
+    return found
+
+
+def _stock_arguments(plan: Plan, mode: Mode) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "model": str(plan.target.directory),
+        "max_model_len": plan.sizes.tokens,
+        "max_num_seqs": plan.sizes.sessions,
+        "max_num_batched_tokens": BATCHED_TOKENS,
+        "skip_tokenizer_init": True,
+        "use_tqdm_on_load": False,
+        "generation_config": "vllm",
+        "distributed_executor_backend": "uni",
+    }
+    if plan.device == "cpu":
+        found["enforce_eager"] = True
+    if not mode.asynchronous:
+        found["async_scheduling"] = False
+    if mode.ngram:
+        shortest, longest = NGRAM_MATCH
+        found["speculative_config"] = {
+            "method": "ngram",
+            "num_speculative_tokens": plan.sizes.k,
+            "prompt_lookup_min": shortest,
+            "prompt_lookup_max": longest,
+        }
+    return found
+
+
+def _verifiers_arguments(plan: Plan, mode: Mode) -> dict[str, Any]:
+    settings = VerifierSettings.model_validate(
+        {
+            "model": str(plan.target.directory),
+            "dtype": plan.dtype,
+            "max_model_len": plan.sizes.tokens,
+            "max_block": plan.sizes.k,
+            "max_sessions": plan.sizes.sessions,
+            "max_batched_tokens": BATCHED_TOKENS,
+            "kv_cache_mb": -(-plan.kv_bytes >> 20) or 1,
+            "engine_threads": plan.threads,
+            "exit_layers": plan.layers if mode.exits else "none",
+            "exit_modules": plan.exits,
+        }
+    )
+    checkpoint = plan.target.checkpoint
+    exits = choose_exits(settings, checkpoint)
+    options = EngineOptions(
+        exit_address=plan.address,
+        exit_layers=exits.layers,
+        exit_modules=str(exits.file or ""),
+        exit_outcomes=settings.exit_outcomes,
+        threads=plan.threads,
+    )
+    if hasattr(launch, "arguments"):
+        return dict(launch.arguments(settings, checkpoint, options, cuda=plan.device == "cuda"))
+    return launch._arguments(settings, checkpoint, options)
+
+
+def layers_of(engine: Engine) -> tuple[int, ...]:
+    """The layers after which an engine of ours has exits."""
+    (described,) = engine.client.collective_rpc("describe_exits")
+    return tuple(described["exit_layers"])
+
+
+def notes_of(engine: Engine) -> tuple[str, ...]:
+    """What an engine of ours says about its exits."""
+    (described,) = engine.client.collective_rpc("describe_exits")
+    return tuple(described["notes"])
+
+
+def _register_models() -> None:
+    (launch.register_models if hasattr(launch, "register_models") else launch._register_models)()
+
+
+@contextmanager
+def _environment(mode: Mode) -> Iterator[None]:
+    """The verifier's environment names the runner that it needs; vLLM as it comes chooses by itself.
+
+    vLLM keeps what it has read of the environment for the engine before, so it is told to read it again.
+    """
+    from vllm import envs
+
+    named = os.environ.pop(RUNNER_CHOICE, None) if not mode.own else None
+    envs.disable_envs_cache()
+    try:
+        yield
+    finally:
+        if named is not None:
+            os.environ[RUNNER_CHOICE] = named
+        envs.disable_envs_cache()
+        envs.enable_envs_cache()
