@@ -24,7 +24,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
@@ -234,7 +234,9 @@ def measure(options: Options, folder: Path, tell: Callable[[str], None]) -> tupl
     from loadtest.engine_steps import Ear
 
     torch.set_num_threads(options.threads)
-    os.environ["NUMBA_NUM_THREADS"] = str(options.threads)  # n-gram speculation's; a second one would spin beside all modes
+    os.environ["NUMBA_NUM_THREADS"] = str(
+        options.threads
+    )  # n-gram speculation's; a second one would spin beside all modes
     device = device_of(options.device)
     target = find_target(options.shapes, folder)
     passes = Passes.of(options.steps, options.k)
@@ -250,12 +252,12 @@ def measure(options: Options, folder: Path, tell: Callable[[str], None]) -> tupl
         device=device,
         dtype=_dtype(options, target, device),
         threads=options.threads,
-        sizes=Sizes(options.sessions[-1], tokens, options.k),
+        sizes=Sizes(tuple(options.sessions), tokens, options.k),
         layers=layers,
         exits=exits,
         address=f"ipc://{folder / 'exits'}",
     )
-    check_memory(plan, len(options.modes))
+    check_memory(plan, options.modes)
     ear = Ear(plan.address)
     try:
         engines, notes = _engines(plan, options.modes, tell)
@@ -304,6 +306,12 @@ def _engines(
     # n-gram speculation comes last: it imports numba, over which vLLM stumbles when it makes a CPU worker
     for mode in sorted(modes, key=lambda mode: mode.ngram):
         began = time.monotonic()
+        twin = next(
+            (engine for engine in engines if mode.own and (True, mode.exits) == engine.mode.built), None
+        )
+        if twin is not None:
+            engines.append(replace(twin, mode=mode))
+            continue
         weights = weights_of(engines[0].worker.model_runner.get_model()) if engines else {}
         engine = build(plan, mode, weights)
         if engine is None:

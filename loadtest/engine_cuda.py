@@ -44,5 +44,5 @@ class StockWorker(WatchedWorker, Worker):  # type: ignore[misc]
         return float(began.elapsed_time(ended)) / 1000
 
 
-class OwnWorker(CudaSessionWorker, StockWorker):  # type: ignore[misc]
+class OwnWorker(CudaSessionWorker, StockWorker):
     """The verifier's GPU worker: its graphs are captured over the weights that are shared."""

@@ -8,7 +8,7 @@ a user of vLLM gets who chooses nothing. On a CPU all run eagerly, as the verifi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -75,6 +75,11 @@ class Mode:
         """The verifier's engine."""
         return self.kind is not Kind.STOCK
 
+    @property
+    def built(self) -> tuple[bool, bool]:
+        """What modes have in common that one engine of ours serves."""
+        return self.own, self.exits
+
 
 STOCK_AR: Final = "stock_ar"
 MODES: Final[Mapping[str, Mode]] = {
@@ -104,11 +109,17 @@ def chosen_modes(text: str) -> tuple[Mode, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What engines are built for: sessions at a time, tokens that a session may have, prompt and all, and K."""
+    """What engines are built for: the counts of sessions that are measured, rising; tokens that a session may have, prompt
+    and all; and K."""
 
-    sessions: int
+    counts: tuple[int, ...]
     tokens: int
     k: int
+
+    @property
+    def sessions(self) -> int:
+        """The most sessions at a time."""
+        return self.counts[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +135,15 @@ class Plan:
     exits: str
     address: str
 
-    @property
-    def kv_bytes(self) -> int:
+    def kv_bytes(self, mode: Mode) -> int:
         """Of one engine's KV cache: all sessions at their longest, and a block for each that is under way."""
         block = KV_BLOCK[self.device]
-        blocks = self.sizes.sessions * (-(-self.sizes.tokens // block) + 1) + 2
+        blocks = self.open_at_most(mode) * (-(-self.sizes.tokens // block) + 1) + 2
         return blocks * block * self.target.kv_elements * ELEMENT_BYTES[self.dtype]
+
+    def open_at_most(self, mode: Mode) -> int:
+        """Sessions in a mode's engine: those of another mode as well, where two share one."""
+        return self.sizes.sessions * (2 if mode.own and mode.exits else 1)
 
     @property
     def weight_bytes(self) -> int:
@@ -158,19 +172,19 @@ def device_of(asked: str) -> str:
     return found
 
 
-def check_memory(plan: Plan, engines: int) -> None:
+def check_memory(plan: Plan, modes: Sequence[Mode]) -> None:
     """`InvalidRequest` when the device has no room for so many engines: weights twice while one is built, KV for each."""
     if plan.device != "cuda":
         return
     import torch
 
     free, _ = torch.cuda.mem_get_info()
-    needed = 2 * plan.weight_bytes + engines * plan.kv_bytes
+    kv_bytes = sum(plan.kv_bytes(mode) for mode in modes if mode.kind is not Kind.FLOOR)
+    needed = 2 * plan.weight_bytes + kv_bytes
     if needed > free:
         raise InvalidRequest(
-            f"{engines} engines need {needed / 2**30:.0f} GiB ({2 * plan.weight_bytes / 2**30:.0f} for weights, "
-            f"{plan.kv_bytes / 2**30:.1f} for the KV cache of each), {free / 2**30:.0f} are free: ask for fewer --sessions "
-            "or --modes"
+            f"the engines need {needed / 2**30:.0f} GiB ({2 * plan.weight_bytes / 2**30:.0f} for weights, "
+            f"{kv_bytes / 2**30:.1f} for KV caches), {free / 2**30:.0f} are free: ask for fewer --sessions or --modes"
         )
 
 
@@ -183,7 +197,7 @@ def build(plan: Plan, mode: Mode, weights: Weights) -> Engine | None:
     from loadtest.engine_worker import sharing
 
     check_symbols(SYMBOLS)
-    _register_models()
+    launch.register_models()
     with _environment(mode), sharing(weights):
         config: VllmConfig = EngineArgs(**_arguments(plan, mode)).create_engine_config()
         if mode.asynchronous and not config.scheduler_config.async_scheduling:
@@ -198,13 +212,19 @@ def _arguments(plan: Plan, mode: Mode) -> dict[str, Any]:
     found = _verifiers_arguments(plan, mode) if mode.own else _stock_arguments(plan, mode)
     found |= {
         "worker_cls": f"{module}.{'OwnWorker' if mode.own else 'StockWorker'}",
-        "kv_cache_memory_bytes": plan.kv_bytes,
+        "kv_cache_memory_bytes": plan.kv_bytes(mode),
         "dtype": plan.dtype,
     }
     if plan.target.dummy:
         found["load_format"] = "dummy"
     if plan.device == "cuda":
         found["gpu_memory_utilization"] = LEAST_MEMORY_SHARE
+        # graphs of no other sizes would be replayed here, and capturing each takes its time
+        rows = plan.sizes.k + 1 if mode.own or mode.ngram else 1
+        found["compilation_config"] = {
+            **found.get("compilation_config", {}),
+            "cudagraph_capture_sizes": [rows * sessions for sessions in plan.sizes.counts],
+        }
     return found
 
 
@@ -241,9 +261,9 @@ def _verifiers_arguments(plan: Plan, mode: Mode) -> dict[str, Any]:
             "dtype": plan.dtype,
             "max_model_len": plan.sizes.tokens,
             "max_block": plan.sizes.k,
-            "max_sessions": plan.sizes.sessions,
+            "max_sessions": plan.open_at_most(mode),
             "max_batched_tokens": BATCHED_TOKENS,
-            "kv_cache_mb": -(-plan.kv_bytes >> 20) or 1,
+            "kv_cache_mb": -(-plan.kv_bytes(mode) >> 20) or 1,
             "engine_threads": plan.threads,
             "exit_layers": plan.layers if mode.exits else "none",
             "exit_modules": plan.exits,
@@ -258,9 +278,7 @@ def _verifiers_arguments(plan: Plan, mode: Mode) -> dict[str, Any]:
         exit_outcomes=settings.exit_outcomes,
         threads=plan.threads,
     )
-    if hasattr(launch, "arguments"):
-        return dict(launch.arguments(settings, checkpoint, options, cuda=plan.device == "cuda"))
-    return launch._arguments(settings, checkpoint, options)
+    return launch.arguments(settings, checkpoint, options, cuda=plan.device == "cuda")
 
 
 def layers_of(engine: Engine) -> tuple[int, ...]:
@@ -273,10 +291,6 @@ def notes_of(engine: Engine) -> tuple[str, ...]:
     """What an engine of ours says about its exits."""
     (described,) = engine.client.collective_rpc("describe_exits")
     return tuple(described["notes"])
-
-
-def _register_models() -> None:
-    (launch.register_models if hasattr(launch, "register_models") else launch._register_models)()
 
 
 @contextmanager
