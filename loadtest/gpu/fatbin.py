@@ -15,7 +15,7 @@ MAGIC: Final = struct.pack("<I", 0xBA55ED50)
 REGION: Final = struct.Struct("<IHHQ")
 """Magic, version, bytes of this header, bytes of the entries that follow."""
 ENTRY: Final = struct.Struct("<HHIQIIHHI")
-"""Kind, version, bytes of this header, bytes of the payload, (of it compressed), (options), PTX minor, major, architecture."""
+"""Kind, version, bytes of this header, bytes of the payload, (compressed), (options), PTX minor, major, architecture."""
 VERSION: Final = 1
 PTX: Final = 1
 CUBIN: Final = 2

