@@ -8,7 +8,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "requirements"
 FILES = sorted(path.name for path in FOLDER.glob("*.txt") if path.name != "constraints.txt")
-UNCONSTRAINED = {"verifier-cuda.txt"}
+UNCONSTRAINED = {"verifier-cuda.txt", "cuda.txt"}
 
 
 def pins(name: str) -> dict[str, str]:
