@@ -313,7 +313,14 @@ def _engines(
             engines.append(replace(twin, mode=mode))
             continue
         weights = weights_of(engines[0].worker.model_runner.get_model()) if engines else {}
-        engine = build(plan, mode, weights)
+        try:
+            engine = build(plan, mode, weights)
+        except RuntimeError as error:
+            if mode.own or not engines:
+                raise
+            notes.append(f"{mode.name}: vLLM can't run it here ({error})")
+            tell(notes[-1])
+            continue
         if engine is None:
             notes.append(f"{mode.name}: vLLM does not schedule asynchronously here")
             tell(notes[-1])

@@ -190,6 +190,7 @@ def check_memory(plan: Plan, modes: Sequence[Mode]) -> None:
 
 def build(plan: Plan, mode: Mode, weights: Weights) -> Engine | None:
     """An engine, loaded; None where vLLM's default scheduling is no other than that of the other modes."""
+    from vllm.compilation.monitor import set_cudagraph_capturing_enabled
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.core_client import InprocClient
     from vllm.v1.executor import Executor
@@ -202,6 +203,7 @@ def build(plan: Plan, mode: Mode, weights: Weights) -> Engine | None:
         config: VllmConfig = EngineArgs(**_arguments(plan, mode)).create_engine_config()
         if mode.asynchronous and not config.scheduler_config.async_scheduling:
             return None
+        set_cudagraph_capturing_enabled(True)  # the engine before has ended its own capture
         client = InprocClient(config, Executor.get_class(config), log_stats=False)
     worker = client.engine_core.model_executor.driver_worker.worker
     return Engine(mode, client, worker)
