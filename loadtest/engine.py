@@ -76,6 +76,7 @@ class Options:
     device: str
     dtype: str
     threads: int
+    stock_runner: str
     out: Path
 
 
@@ -98,6 +99,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=DEVICES, default=AUTO, help="default: what vLLM is built for")
     parser.add_argument("--dtype", choices=(AUTO, *ELEMENT_BYTES), default=AUTO)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the engine")
+    parser.add_argument(
+        "--stock-runner",
+        choices=(AUTO, "v1"),
+        default=AUTO,
+        help="model runner of vLLM as it comes: its own choice, or the one that our engine builds on",
+    )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for engine.json, engine.md, timeline.svg"
     )
@@ -129,6 +136,7 @@ def read_options(arguments: argparse.Namespace) -> Options:
         device=arguments.device,
         dtype=arguments.dtype,
         threads=arguments.threads,
+        stock_runner=arguments.stock_runner,
         out=arguments.out,
     )
 
@@ -256,6 +264,7 @@ def measure(options: Options, folder: Path, tell: Callable[[str], None]) -> tupl
         layers=layers,
         exits=exits,
         address=f"ipc://{folder / 'exits'}",
+        stock_runner=options.stock_runner,
     )
     check_memory(plan, options.modes)
     ear = Ear(plan.address)

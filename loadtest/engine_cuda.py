@@ -9,7 +9,7 @@ import torch
 from vllm.v1.worker.gpu_worker import Worker
 
 from loadtest.engine_worker import WatchedWorker, Weights
-from services.verifier.engine.cuda_worker import CudaSessionWorker  # type: ignore[import-untyped]
+from services.verifier.engine.cuda_worker import CudaSessionWorker
 
 
 class StockWorker(WatchedWorker, Worker):  # type: ignore[misc]
