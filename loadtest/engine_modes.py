@@ -34,6 +34,8 @@ KV_BLOCK: Final = {"cpu": 128, "cuda": 16}
 """Tokens of a block of the KV cache, by device: vLLM's defaults."""
 ELEMENT_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 BATCHED_TOKENS: Final = 2048
+GRAPH_BYTES: Final = 1 << 30
+"""Of an engine's CUDA graphs, activations and exits, about."""
 LEAST_MEMORY_SHARE: Final = 0.01
 """Of the device's memory: vLLM refuses to start where less than this is free, and there are other engines here."""
 
@@ -74,10 +76,9 @@ class Mode:
         """The verifier's engine."""
         return self.kind is not Kind.STOCK
 
-    @property
-    def built(self) -> tuple[bool, bool]:
-        """What modes have in common that one engine of ours serves."""
-        return self.own, self.exits
+    def shares(self, other: Mode) -> bool:
+        """Whether one engine serves both."""
+        return self.own and other.own and self.exits == other.exits
 
 
 STOCK_AR: Final = "stock_ar"
@@ -174,18 +175,21 @@ def device_of(asked: str) -> str:
 
 
 def check_memory(plan: Plan, modes: Sequence[Mode]) -> None:
-    """`InvalidRequest` when the device has no room for so many engines: weights twice while one is built, KV for each."""
+    """`InvalidRequest` when the device has no room for the modes' engines: KV and graphs for each, weights once, and twice
+    while one is built."""
     if plan.device != "cuda":
         return
     import torch
 
     free, _ = torch.cuda.mem_get_info()
-    kv_bytes = sum(plan.kv_bytes(mode) for mode in modes if mode.kind is not Kind.FLOOR)
-    needed = 2 * plan.weight_bytes + kv_bytes
+    built = [mode for at, mode in enumerate(modes) if not any(mode.shares(other) for other in modes[:at])]
+    each = [plan.kv_bytes(mode) + GRAPH_BYTES for mode in built]
+    needed = plan.weight_bytes + max(sum(each), plan.weight_bytes + sum(each[:-1]))
     if needed > free:
         raise InvalidRequest(
-            f"the engines need {needed / 2**30:.0f} GiB ({2 * plan.weight_bytes / 2**30:.0f} for weights, "
-            f"{kv_bytes / 2**30:.1f} for KV caches), {free / 2**30:.0f} are free: ask for fewer --sessions or --modes"
+            f"{len(built)} engines need {needed / 2**30:.0f} GiB, {plan.weight_bytes / 2**30:.0f} of them for weights (twice, "
+            f"while one is built) and {sum(each) / 2**30:.0f} for KV caches and graphs; {free / 2**30:.0f} are free: ask for "
+            "fewer --sessions or --modes"
         )
 
 

@@ -174,9 +174,20 @@ def test_random_exits_are_read_as_trained_ones_are(tmp_path: Path) -> None:
 
 def test_the_kv_cache_holds_all_sessions_at_their_longest(tmp_path: Path) -> None:
     target = find_target("llama-2-7b", tmp_path)
-    plan = Plan(target, "cuda", "bfloat16", 1, Sizes(64, 200, 5), "8", "none", "ipc://nowhere")
-    a_token = 2 * target.kv_elements
-    assert 64 * 200 * a_token <= plan.kv_bytes <= 64 * (200 + 3 * 16) * a_token
+    plan = Plan(target, "cuda", "bfloat16", 1, Sizes((1, 64), 200, 5), "8", "none", "ipc://nowhere")
+    a_session = 200 * 2 * target.kv_elements
+    for mode, sessions in (("stock_ar", 64), ("verify", 64), ("verify_exits", 128), ("floor", 128)):
+        assert sessions * a_session <= plan.kv_bytes(MODES[mode]) <= 1.2 * sessions * a_session
+
+
+def test_only_modes_with_the_same_exits_share_an_engine_of_ours() -> None:
+    pairs = {
+        (one.name, other.name) for one in MODES.values() for other in MODES.values() if one.shares(other)
+    }
+    assert {pair for pair in pairs if len(set(pair)) > 1} == {
+        ("floor", "verify_exits"),
+        ("verify_exits", "floor"),
+    }
 
 
 # --- how much is said ---------------------------------------------------------------------------------------------
