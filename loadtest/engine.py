@@ -2,9 +2,10 @@
 
 One process holds an engine for each mode (see `engine_modes`; the two of ours with exits share one), over one set of
 weights, and drives them by hand, in turns: some steps of one mode, then of the next, so that whatever disturbs the machine
-disturbs all. Sessions of random prompts are prefilled first. In a turn, a mode that verifies gets blocks of which half are right and half have one wrong token, at
-a random place; modes that say one token a step get as many steps as it takes to say as much. So all modes walk over the
-same text, with the same context. What vLLM as it comes says is taken down before; every stream is compared with it.
+disturbs all. Sessions of random prompts are prefilled first. In a turn, a mode that verifies gets blocks of which half are
+right and half have one wrong token, at a random place; modes that say one token a step get as many steps as it takes to
+say as much. So all modes walk over the same text, with the same context. What vLLM as it comes says is taken down before;
+every stream is compared with it.
 
 `engine.json` holds `{"device", "shapes", "k", "exits", "rows": [{"mode", "sessions", "step_ms": {"median", "p90", "spread"},
 "exit_on_host_ms": {layer: ms}, ...}], "ratios": [...]}` and what else `engine_report` says; `engine.md` is the same to read,

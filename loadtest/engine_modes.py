@@ -187,9 +187,9 @@ def check_memory(plan: Plan, modes: Sequence[Mode]) -> None:
     needed = plan.weight_bytes + max(sum(each), plan.weight_bytes + sum(each[:-1]))
     if needed > free:
         raise InvalidRequest(
-            f"{len(built)} engines need {needed / 2**30:.0f} GiB, {plan.weight_bytes / 2**30:.0f} of them for weights (twice, "
-            f"while one is built) and {sum(each) / 2**30:.0f} for KV caches and graphs; {free / 2**30:.0f} are free: ask for "
-            "fewer --sessions or --modes"
+            f"{len(built)} engines need {needed / 2**30:.0f} GiB, {plan.weight_bytes / 2**30:.0f} of them for weights (and "
+            f"again while one is built), {sum(each) / 2**30:.0f} for KV caches and graphs; {free / 2**30:.0f} are free: ask "
+            "for fewer --sessions or --modes"
         )
 
 
