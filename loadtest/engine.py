@@ -249,8 +249,8 @@ def measure(
     os.environ["NUMBA_NUM_THREADS"] = str(
         options.threads
     )  # n-gram speculation's; a second one would spin beside all modes
-    device = device_of(options.device)
     target = find_target(options.shapes, folder)
+    device = device_of(options.device)
     passes = Passes.of(options.steps, options.k)
     layers, exits = _exits(options, target, folder)
     tokens = PROMPT + passes.room + 2 * (options.k + 1)
