@@ -1,10 +1,11 @@
 """The engine's steps beside those of vLLM as it comes: `scripts/bench engine`, on CPU or CUDA.
 
-One process holds an engine for each mode (see `engine_modes`), over one set of weights, and drives them by hand, in turns:
-some steps of one mode, then of the next, so that whatever disturbs the machine disturbs all. Sessions of random prompts
-are prefilled first. In a turn, a mode that verifies gets blocks of which half are right and half have one wrong token, at
-a random place; modes that say one token a step get as many steps as it takes to say as much. So all modes walk over the
-same text, with the same context. What vLLM as it comes says is taken down before; every stream is compared with it.
+One process holds an engine for each mode (see `engine_modes`; the two of ours with exits share one), over one set of
+weights, and drives them by hand, in turns: some steps of one mode, then of the next, so that whatever disturbs the machine
+disturbs all. Sessions of random prompts are prefilled first. In a turn, a mode that verifies gets blocks of which half are
+right and half have one wrong token, at a random place; modes that say one token a step get as many steps as it takes to
+say as much. So all modes walk over the same text, with the same context. What vLLM as it comes says is taken down before;
+every stream is compared with it.
 
 `engine.json` holds `{"device", "shapes", "k", "exits", "rows": [{"mode", "sessions", "step_ms": {"median", "p90", "spread"},
 "exit_on_host_ms": {layer: ms}, ...}], "ratios": [...]}` and what else `engine_report` says; `engine.md` is the same to read,
@@ -76,6 +77,7 @@ class Options:
     device: str
     dtype: str
     threads: int
+    stock_runner: str
     out: Path
 
 
@@ -98,6 +100,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=DEVICES, default=AUTO, help="default: what vLLM is built for")
     parser.add_argument("--dtype", choices=(AUTO, *ELEMENT_BYTES), default=AUTO)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the engine")
+    parser.add_argument(
+        "--stock-runner",
+        choices=(AUTO, "v1"),
+        default=AUTO,
+        help="model runner of vLLM as it comes: its own choice, or the one that our engine builds on",
+    )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for engine.json, engine.md, timeline.svg"
     )
@@ -129,6 +137,7 @@ def read_options(arguments: argparse.Namespace) -> Options:
         device=arguments.device,
         dtype=arguments.dtype,
         threads=arguments.threads,
+        stock_runner=arguments.stock_runner,
         out=arguments.out,
     )
 
@@ -227,8 +236,11 @@ def _rotated(drivers: Sequence[Driver], by: int) -> Iterator[Driver]:
     yield from drivers[:start]
 
 
-def measure(options: Options, folder: Path, tell: Callable[[str], None]) -> tuple[Setting, list[Measured]]:
-    """Build all engines, measure, and say what was measured. To be called within `engine_environment`."""
+def measure(
+    options: Options, folder: Path, tell: Callable[[str], None]
+) -> Iterator[tuple[Setting, list[Measured]]]:
+    """Build all engines and measure: what there is after each number of sessions. To be called within
+    `engine_environment`."""
     import torch
 
     from loadtest.engine_steps import Ear
@@ -237,8 +249,8 @@ def measure(options: Options, folder: Path, tell: Callable[[str], None]) -> tupl
     os.environ["NUMBA_NUM_THREADS"] = str(
         options.threads
     )  # n-gram speculation's; a second one would spin beside all modes
-    device = device_of(options.device)
     target = find_target(options.shapes, folder)
+    device = device_of(options.device)
     passes = Passes.of(options.steps, options.k)
     layers, exits = _exits(options, target, folder)
     tokens = PROMPT + passes.room + 2 * (options.k + 1)
@@ -256,6 +268,7 @@ def measure(options: Options, folder: Path, tell: Callable[[str], None]) -> tupl
         layers=layers,
         exits=exits,
         address=f"ipc://{folder / 'exits'}",
+        stock_runner=options.stock_runner,
     )
     check_memory(plan, options.modes)
     ear = Ear(plan.address)
@@ -263,13 +276,14 @@ def measure(options: Options, folder: Path, tell: Callable[[str], None]) -> tupl
         engines, notes = _engines(plan, options.modes, tell)
         drivers = [_driver(engine, plan, ear) for engine in engines]
         bench = Bench(plan, passes, drivers)
+        exits_at = next((layers_of(engine) for engine in engines if engine.mode.exits), ())
+        setting = _setting(plan, exits_at, engines, notes)
         measured: list[Measured] = []
         for sessions in options.sessions:
             began = time.monotonic()
             measured += bench.measure(sessions)
             tell(f"{sessions} sessions measured in {time.monotonic() - began:.1f} s")
-        exits_at = next((layers_of(engine) for engine in engines if engine.mode.exits), ())
-        return _setting(plan, exits_at, engines, notes), measured
+            yield setting, measured
     finally:
         ear.close()
 
@@ -306,9 +320,7 @@ def _engines(
     # n-gram speculation comes last: it imports numba, over which vLLM stumbles when it makes a CPU worker
     for mode in sorted(modes, key=lambda mode: mode.ngram):
         began = time.monotonic()
-        twin = next(
-            (engine for engine in engines if mode.own and (True, mode.exits) == engine.mode.built), None
-        )
+        twin = next((engine for engine in engines if mode.shares(engine.mode)), None)
         if twin is not None:
             engines.append(replace(twin, mode=mode))
             continue
@@ -410,24 +422,31 @@ def _device_name(device: str) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, print, write."""
+    """Measure, write after each number of sessions, print."""
     options = read_options(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
+    shown = ""
     with (
         engine_environment(options.threads),
         warnings.catch_warnings(action="ignore", category=FutureWarning),
         tempfile.TemporaryDirectory(prefix="outrider-bench-") as folder,
     ):
-        setting, measured = measure(options, Path(folder), lambda said: print(said, flush=True))
+        for setting, measured in measure(options, Path(folder), lambda said: print(said, flush=True)):
+            shown = write(options.out, setting, measured)
+    print(shown)
+    return 0
+
+
+def write(out: Path, setting: Setting, measured: Sequence[Measured]) -> str:
+    """`engine.json`, `engine.md` and, where steps with exits were measured, `timeline.svg`; what `engine.md` says."""
     held = report(setting, measured)
-    (options.out / "engine.json").write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+    (out / "engine.json").write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
     shown = table(held)
     found = shown_step(measured)
     if found is not None:
         sessions, step = found
         title = f"A step of {sessions} sessions, K = {setting.k}, with exits: {setting.shapes} on {setting.device} (ms)"
-        draw(options.out / "timeline.svg", title, step)
+        draw(out / "timeline.svg", title, step)
         shown += "\n![a step](timeline.svg)\n"
-    (options.out / "engine.md").write_text(shown, encoding="utf-8")
-    print(shown)
-    return 0
+    (out / "engine.md").write_text(shown, encoding="utf-8")
+    return shown

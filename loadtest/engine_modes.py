@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loadtest.engine_shapes import AUTO, Target
 from services.verifier.engine import launch
-from services.verifier.engine.compat import Symbol, check_symbols
+from services.verifier.engine.compat import Symbol, check_compatible, check_symbols
 from services.verifier.engine.exit_choice import choose_exits
 from services.verifier.engine.options import EngineOptions
 from services.verifier.settings import VerifierSettings
@@ -34,9 +34,10 @@ KV_BLOCK: Final = {"cpu": 128, "cuda": 16}
 """Tokens of a block of the KV cache, by device: vLLM's defaults."""
 ELEMENT_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 BATCHED_TOKENS: Final = 2048
+GRAPH_BYTES: Final = 1 << 30
+"""Of an engine's CUDA graphs, activations and exits, about."""
 LEAST_MEMORY_SHARE: Final = 0.01
-"""vLLM checks at the start that so much of the device is free, and would take the rest of it for the KV cache if that had
-no size: there are other engines here."""
+"""Of the device's memory: vLLM refuses to start where less than this is free, and there are other engines here."""
 
 SYMBOLS: Final = (
     Symbol("vllm.v1.engine.core_client", "InprocClient.get_output", ("self",), ("step_fn", "post_step")),
@@ -75,10 +76,9 @@ class Mode:
         """The verifier's engine."""
         return self.kind is not Kind.STOCK
 
-    @property
-    def built(self) -> tuple[bool, bool]:
-        """What modes have in common that one engine of ours serves."""
-        return self.own, self.exits
+    def shares(self, other: Mode) -> bool:
+        """Whether one engine serves both."""
+        return self.own and other.own and self.exits == other.exits
 
 
 STOCK_AR: Final = "stock_ar"
@@ -134,6 +134,7 @@ class Plan:
     layers: str
     exits: str
     address: str
+    stock_runner: str = AUTO
 
     def kv_bytes(self, mode: Mode) -> int:
         """Of one engine's KV cache: all sessions at their longest, and a block for each that is under way."""
@@ -161,30 +162,34 @@ class Engine:
 
 
 def device_of(asked: str) -> str:
-    """`cpu` or `cuda`: what the installed vLLM is for. `InvalidRequest` when that is not what was asked for."""
-    from vllm.platforms import current_platform
+    """`cpu` or `cuda`: what the installed vLLM is for.
 
-    found = "cuda" if current_platform.is_cuda() else "cpu" if current_platform.is_cpu() else ""
-    if not found or asked not in (AUTO, found):
-        raise InvalidRequest(
-            f"--device {asked}: the vLLM that is installed is built for {current_platform.device_name or 'nothing here'}"
-        )
+    `InvalidRequest` when that is not what was asked for, `EngineError` when it is not the vLLM that we know.
+    """
+    found = "cuda" if launch.on_cuda() else "cpu"
+    check_compatible(cuda=found == "cuda")
+    check_symbols(SYMBOLS)
+    if asked not in (AUTO, found):
+        raise InvalidRequest(f"--device {asked}: the vLLM that is installed is built for {found}")
     return found
 
 
 def check_memory(plan: Plan, modes: Sequence[Mode]) -> None:
-    """`InvalidRequest` when the device has no room for so many engines: weights twice while one is built, KV for each."""
+    """`InvalidRequest` when the device has no room for the modes' engines: KV and graphs for each, weights once, and twice
+    while one is built."""
     if plan.device != "cuda":
         return
     import torch
 
     free, _ = torch.cuda.mem_get_info()
-    kv_bytes = sum(plan.kv_bytes(mode) for mode in modes if mode.kind is not Kind.FLOOR)
-    needed = 2 * plan.weight_bytes + kv_bytes
+    built = [mode for at, mode in enumerate(modes) if not any(mode.shares(other) for other in modes[:at])]
+    each = [plan.kv_bytes(mode) + GRAPH_BYTES for mode in built]
+    needed = plan.weight_bytes + max(sum(each), plan.weight_bytes + sum(each[:-1]))
     if needed > free:
         raise InvalidRequest(
-            f"the engines need {needed / 2**30:.0f} GiB ({2 * plan.weight_bytes / 2**30:.0f} for weights, "
-            f"{kv_bytes / 2**30:.1f} for KV caches), {free / 2**30:.0f} are free: ask for fewer --sessions or --modes"
+            f"{len(built)} engines need {needed / 2**30:.0f} GiB, {plan.weight_bytes / 2**30:.0f} of them for weights (and "
+            f"again while one is built), {sum(each) / 2**30:.0f} for KV caches and graphs; {free / 2**30:.0f} are free: ask "
+            "for fewer --sessions or --modes"
         )
 
 
@@ -197,16 +202,14 @@ def build(plan: Plan, mode: Mode, weights: Weights) -> Engine | None:
 
     from loadtest.engine_worker import sharing
 
-    check_symbols(SYMBOLS)
     launch.register_models()
-    with _environment(mode), sharing(weights):
+    with _environment(plan, mode), sharing(weights):
         config: VllmConfig = EngineArgs(**_arguments(plan, mode)).create_engine_config()
         if mode.asynchronous and not config.scheduler_config.async_scheduling:
             return None
         set_cudagraph_capturing_enabled(True)  # the engine before has ended its own capture
         client = InprocClient(config, Executor.get_class(config), log_stats=False)
-    worker = client.engine_core.model_executor.driver_worker.worker
-    return Engine(mode, client, worker)
+    return Engine(mode, client, client.engine_core.model_executor.driver_worker.worker)
 
 
 def _arguments(plan: Plan, mode: Mode) -> dict[str, Any]:
@@ -296,14 +299,15 @@ def notes_of(engine: Engine) -> tuple[str, ...]:
 
 
 @contextmanager
-def _environment(mode: Mode) -> Iterator[None]:
+def _environment(plan: Plan, mode: Mode) -> Iterator[None]:
     """The verifier's environment names the runner that it needs; vLLM as it comes chooses by itself.
 
     vLLM keeps what it has read of the environment for the engine before, so it is told to read it again.
     """
     from vllm import envs
 
-    named = os.environ.pop(RUNNER_CHOICE, None) if not mode.own else None
+    chooses = not mode.own and plan.stock_runner == AUTO
+    named = os.environ.pop(RUNNER_CHOICE, None) if chooses else None
     envs.disable_envs_cache()
     try:
         yield

@@ -89,7 +89,8 @@ RATIOS: Final[Mapping[str, tuple[str, str, Bound]]] = {
     "floor ÷ stock AR": ("floor", "stock_ar", Bound({1: 1.10, 4: 1.10, 16: 1.10, 64: 1.10})),
     "verify with exits ÷ stock AR, vLLM's default scheduling": ("verify_exits", "stock_ar_async", Bound({})),
 }
-"""Ratios of median steps: which, by which, and what is asked of them (H100, Llama-2-7B, bfloat16, three exits, K = 5)."""
+"""Ratios of median steps: which, by which, and what is asked of them, in the setting `ASKED`."""
+ASKED: Final = {"shapes": "llama-2-7b", "dtype": "bfloat16", "k": 5, "exits": 3}
 EXIT_SHARES: Final = (0.27, 0.50, 0.72)
 """The share of a step after which the first, second and third exit have to be on the host, at most."""
 HOST_MS: Final = (16, 1.0)
@@ -177,8 +178,9 @@ def _rounded(value: float) -> float:
     return round(value, 3)
 
 
-def ratios(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """What is asked of the engine, as far as it was measured: each ratio with its spread over turns, and its bound."""
+def ratios(measured: Sequence[Measured], *, asked: bool = True) -> list[dict[str, Any]]:
+    """What is asked of the engine, as far as it was measured: each ratio with its spread over turns, and its bound where
+    the setting is the one that it is `asked` of."""
     by_name = {(own.mode, own.sessions): own for own in measured}
     counts = sorted({own.sessions for own in measured})
     found: list[dict[str, Any]] = []
@@ -192,7 +194,7 @@ def ratios(measured: Sequence[Measured]) -> list[dict[str, Any]]:
         if own is not None:
             found.extend(_exit_shares(own))
             found.extend(_host(own))
-    return found
+    return found if asked else [each | {"at_most": None, "holds": None} for each in found]
 
 
 def _judged(name: str, sessions: int, value: float, bound: float | None) -> dict[str, Any]:
@@ -251,8 +253,14 @@ def report(setting: Setting, measured: Sequence[Measured]) -> dict[str, Any]:
         "exits": list(setting.exits),
         **setting.facts,
         "rows": [row(own) for own in measured],
-        "ratios": ratios(measured),
+        "ratios": ratios(measured, asked=_is_asked(setting)),
     }
+
+
+def _is_asked(setting: Setting) -> bool:
+    """Whether it is the setting that bounds are given for, on whichever GPU."""
+    own = {"shapes": setting.shapes, "k": setting.k, "exits": len(setting.exits)}
+    return own | {"dtype": setting.facts.get("dtype")} == ASKED
 
 
 # --- for a reader -------------------------------------------------------------------------------------------------
@@ -284,7 +292,7 @@ def table(held: Mapping[str, Any]) -> str:
         lines.append(_line([own["name"], str(own["sessions"]), f"{own['value']:.3f}", spread, asked, holds]))
     lines += [
         "",
-        "What is asked is asked of an H100 with Llama-2-7B shapes in bfloat16, three exits and K = 5.",
+        "Bounds are asked of an H100, with the shapes of Llama-2-7B in bfloat16, three exits and K = 5.",
     ]
     lines += [f"\n{note}" for note in held.get("notes", ())]
     return "\n".join(lines) + "\n"

@@ -130,6 +130,8 @@ def _described(name: str, directory: Path, *, trained: bool = False) -> Target:
         head = int(config.get("head_dim") or hidden // heads)
         architecture = config["architectures"][0]
         context = int(config["max_position_embeddings"])
+        if not config.get("model_type"):
+            raise KeyError("model_type")
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise InvalidRequest(f"--shapes: {directory / 'config.json'} lacks a usable {error}") from None
     if architecture not in ARCHITECTURES:

@@ -228,7 +228,8 @@ class Driver:
         on_device = self._worker.model_runner.device.type != "cpu"
         launched = marks.forward_ended if on_device else marks.forward_began
         step.launched_ms = (launched - began) * 1000
-        step.sampled_ms = (sampled - began) * 1000
+        if sampled:
+            step.sampled_ms = (sampled - began) * 1000
         if forward_s is not None:
             step.forward_from_ms = (marks.forward_began - began) * 1000
             step.forward_ms = forward_s * 1000

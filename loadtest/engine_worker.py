@@ -87,7 +87,8 @@ class WatchedWorker:
     def sample_tokens(self, grammar_output: Any) -> Any:
         """The end of a step's pass."""
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
-        self.marks.sampled = time.monotonic()
+        if not hasattr(output, "get_output"):  # else the tokens are still on the device
+            self.marks.sampled = time.monotonic()
         return output
 
     def forward_s(self) -> float | None:
