@@ -21,8 +21,8 @@ Arithmetic only: no I/O, no torch. `training` measures with these same functions
 
 from __future__ import annotations
 
-import heapq
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -153,11 +153,11 @@ def rank_outcomes(
     `candidates[n]` are the most likely tokens at place n: `limit + 1` of them, so that `limit` remain without d_n, in
     K + 1 rows; rows that are missing are outcomes that are not named. Ties go to the smaller accepted length.
     """
-    outcomes = (
+    outcomes = [
         (length, token, share + log_prob)
         for length, (share, names) in enumerate(_places(drafted, accepted, drafts, candidates))
         for token, log_prob in names
-    )
+    ]
     return _best(outcomes, limit)
 
 
@@ -200,10 +200,11 @@ def guess(
 
 def calibrated(ranking: Iterable[Ranked], calibration: Calibration) -> list[Ranked]:
     """The same outcomes in the same order, with the probability that measurement says they have."""
-    if calibration.outcome == Line():
+    line = calibration.outcome
+    if line == Line():
         return list(ranking)
     return [
-        Ranked(accepted, token, sigmoid(calibration.outcome(logit(share))))
+        Ranked(accepted, token, sigmoid(line.slope * logit(share) + line.offset))
         for accepted, token, share in ranking
     ]
 
@@ -281,7 +282,7 @@ def _figures(named: LogProb | None, length: LogProb) -> list[float]:
 
 
 def _best(outcomes: Iterable[tuple[int, int, LogProb]], limit: int) -> list[Ranked]:
-    best = heapq.nlargest(limit, outcomes, key=lambda outcome: outcome[2])
+    best = sorted(outcomes, key=operator.itemgetter(2), reverse=True)[:limit]
     return [Ranked(length, token, min(1.0, math.exp(log_prob))) for length, token, log_prob in best]
 
 
@@ -311,12 +312,17 @@ def _places(
 
 def logit(probability: float) -> float:
     """log(p / (1 - p)), kept finite."""
-    return max(-SUREST_LOGIT, min(SUREST_LOGIT, _log(probability) - _log(1.0 - probability)))
+    if not LEAST < probability < 1.0 - LEAST:
+        return SUREST_LOGIT if probability > 0.5 else -SUREST_LOGIT
+    return max(-SUREST_LOGIT, min(SUREST_LOGIT, math.log(probability / (1.0 - probability))))
 
 
 def sigmoid(x: float) -> float:
     """1 / (1 + e^-x)."""
-    return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))
+    if x >= 0:
+        return 1.0 / (1.0 + math.exp(-x))
+    odds = math.exp(x)
+    return odds / (1.0 + odds)
 
 
 def log_sigmoid(x: float) -> float:

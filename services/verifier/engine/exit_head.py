@@ -135,20 +135,17 @@ class ShortlistHead:
         return self._drawn(rough, exact, drafts, k, rows, shortlist=max(self._shortlist, 2 * k))
 
     def _greedy(self, hidden: Tensor, drafts: Tensor, k: int) -> Scores:
-        """The normalising sum is the rough copy's, with the shortlist's share replaced by the exact one."""
+        """The normalising sum is the rough copy's, in which exact logits take the place of the shortlist's."""
         rough = self._rough(hidden if self._reduce is None else hidden @ self._reduce.T)
-        rough_best, shortlist = _largest(rough, max(self._shortlist, 2 * k))
-        total = rough.logsumexp(dim=-1, keepdim=True)
-        on_list = (rough_best - total).logsumexp(dim=-1, keepdim=True).clamp(max=-1e-6)
-        tail = total + torch.log(-torch.expm1(on_list)) + self._tail
+        shortlist = _largest(rough, max(self._shortlist, 2 * k))
         tokens = shortlist if self._ids is None else self._ids[shortlist]
         rows = functional.embedding(torch.cat((tokens, drafts[:, None]), dim=1), self._weight)
-        exact, drafted = torch.split(
-            torch.bmm(hidden[:, None], rows.transpose(1, 2))[:, 0], [tokens.shape[1], 1], dim=1
-        )
-        total = torch.logaddexp(exact.logsumexp(dim=-1, keepdim=True), tail)
-        best, order = exact.topk(k, dim=-1)
-        return Scores(tokens.gather(1, order), best - total, (drafted - total)[:, 0], rows[:, -1])
+        logits = torch.bmm(hidden[:, None], rows.transpose(1, 2))[:, 0]
+        exact, drafted = logits[:, :-1], logits[:, -1]
+        rough.scatter_(1, shortlist, exact - self._tail)
+        log_probs = torch.log_softmax(rough, dim=-1, out=rough).gather(1, shortlist)
+        best, order = log_probs.topk(k, dim=-1)
+        return Scores(tokens.gather(1, order), best, drafted - exact[:, 0] + log_probs[:, 0], rows[:, -1])
 
 
 class _DrawnScores:
@@ -230,14 +227,15 @@ def best_head(
     return ExactHead(logits, weight, naming)
 
 
-def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row and their columns, largest first. They lie in the `count` chunks with the largest
-    maxima: to look there is a fraction of sorting all."""
+def _largest(values: Tensor, count: int) -> Tensor:
+    """The columns of the `count` largest of each row, in no order. They lie in the `count` chunks with the largest maxima:
+    to look there is a fraction of sorting all."""
     rows, columns = values.shape
-    if columns % CHUNK or columns // CHUNK <= count:
-        return values.topk(count, dim=-1)
-    chunks = values.view(rows, columns // CHUNK, CHUNK)
-    places = chunks.amax(dim=-1).topk(count, dim=-1).indices
-    found = chunks.gather(1, places[:, :, None].expand(-1, -1, CHUNK)).flatten(1)
-    best, place = found.topk(count, dim=-1)
-    return best, places.gather(1, place // CHUNK) * CHUNK + place % CHUNK
+    chunks = columns // CHUNK
+    if columns % CHUNK or chunks <= count:
+        return values.topk(count, dim=-1).indices
+    places = values.view(rows, chunks, CHUNK).amax(dim=-1).topk(count, dim=-1, sorted=False).indices
+    starts = torch.arange(0, rows * chunks, chunks, device=values.device)[:, None]
+    found = functional.embedding(starts + places, values.view(-1, CHUNK)).flatten(1)
+    best = found.topk(count, dim=-1, sorted=False).indices
+    return (places * CHUNK).gather(1, best // CHUNK) + best % CHUNK

@@ -134,8 +134,10 @@ def calibrated_odds(odds: Tensor, figures: Tensor, calibration: Calibration) -> 
     line = odds * calibration.accept.slope + calibration.accept.offset
     if not calibration.judgement:
         return line
-    weights = torch.tensor(calibration.judgement, device=odds.device)
-    return torch.where(figures[..., -1] > 0, judgement_inputs(odds, figures) @ weights, line)
+    # The inputs' products, without the inputs: what says that a confidence is known is one wherever this counts.
+    one, word, *rest = calibration.judgement
+    weights = torch.tensor((*rest, one), device=odds.device)
+    return torch.where(figures[..., -1] > 0, (figures @ weights).add_(odds, alpha=word / 5), line)
 
 
 def judgement_inputs(odds: Tensor, figures: Tensor) -> Tensor:
