@@ -138,6 +138,11 @@ SYMBOLS: Final[tuple[Symbol, ...]] = (
     ),
     Symbol(
         _RUNNER,
+        "GPUModelRunner._calc_spec_decode_metadata",
+        ("self", "num_draft_tokens", "cu_num_scheduled_tokens"),
+    ),
+    Symbol(
+        _RUNNER,
         "GPUModelRunner.execute_model",
         ("self", "scheduler_output", "intermediate_tensors"),
         ("_prepare_inputs",),

@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -76,10 +76,15 @@ class SessionRows:
     input_batch: Any
     discard_request_mask: Any
     device: torch.device
+    uniform_decode_query_len: int
+
+    _padded = False
+    """Whether the step's blocks may hold padding, and so are known by their lengths."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.step_clock = StepClock()
+        self._indices: dict[int, SpecDecodeMetadata] = {}
         self._rules: dict[str, Rules | None] = {}
         self._drawn: dict[str, DrawnRows] = {}
 
@@ -110,14 +115,32 @@ class SessionRows:
     def _prepare_inputs(
         self, scheduler_output: SchedulerOutput, num_scheduled_tokens: npt.NDArray[np.int32]
     ) -> Any:
+        self._padded = bool(getattr(scheduler_output, DRAFT_LENGTHS, None))
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
         logits_indices, metadata = prepared[0], prepared[1]
         rows = self._rows(scheduler_output, num_scheduled_tokens, metadata.num_draft_tokens)
-        if getattr(scheduler_output, DRAFT_LENGTHS, None):
+        if self._padded:
             metadata.draft_token_ids = self._without_padding(rows, metadata.num_draft_tokens)
         self._drawn = self._draws(rows, getattr(scheduler_output, DRAFT_ROWS, {}))
         self._show_exits(rows, logits_indices, getattr(scheduler_output, DRAFT_LEVELS, {}))
         return prepared
+
+    def _calc_spec_decode_metadata(
+        self, num_draft_tokens: npt.NDArray[np.int32], cu_num_scheduled_tokens: npt.NDArray[np.int32]
+    ) -> SpecDecodeMetadata:
+        """As vLLM's. The indices of a uniform batch are those of the last one of its size, which saves copies to the device
+        before a launch; its draft tokens are filled in afterwards (`_without_padding`)."""
+        count, longest = len(num_draft_tokens), self.uniform_decode_query_len - 1
+        uniform = bool((num_draft_tokens == longest).all()) and cu_num_scheduled_tokens[-1] == count * (
+            longest + 1
+        )
+        calculate = super()._calc_spec_decode_metadata  # type: ignore[misc]
+        if not uniform or not self._padded:
+            found: SpecDecodeMetadata = calculate(num_draft_tokens, cu_num_scheduled_tokens)
+            return found
+        if count not in self._indices:
+            self._indices[count] = calculate(num_draft_tokens, cu_num_scheduled_tokens)
+        return replace(self._indices[count])
 
     def _show_exits(
         self, rows: Sequence[RequestRows], logits_indices: Tensor, levels: Mapping[str, Sequence[int]]
@@ -151,11 +174,14 @@ class SessionRows:
 
     def _without_padding(self, rows: Sequence[RequestRows], num_draft_tokens: list[int]) -> Tensor:
         """The draft tokens of all requests as the sampler sees them, padding as `NO_TOKEN`."""
+        return torch.from_numpy(self._told_apart(rows, num_draft_tokens)).to(self.device)
+
+    def _told_apart(self, rows: Sequence[RequestRows], num_draft_tokens: list[int]) -> npt.NDArray[np.int32]:
         starts = [0, *itertools.accumulate(num_draft_tokens)]
         drafts = np.full(starts[-1], NO_TOKEN, dtype=np.int32)
         for own in rows:
             drafts[starts[own.index] : starts[own.index] + len(own.block)] = own.block
-        return torch.from_numpy(drafts).to(self.device, non_blocking=True)
+        return drafts
 
     # --- what the rows yield --------------------------------------------------------------------------
 
