@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -157,7 +158,7 @@ class Parts:
             await self._cloud()
         stops = await asyncio.to_thread(stop_tokens, wanted.target)
         for place, (process, port) in stock.items():
-            await self._wait(process, partial(_says_ready, process.log))
+            await until(process, partial(says_ready, process.log), START_S)
             proxy = await self._proxy(port)
             reader = StockReader(proxy.port, stops)
             self._exits.callback(reader.close)
@@ -189,24 +190,10 @@ class Parts:
     def _start(
         self, name: str, command: Iterable[str], environment: Mapping[str, str] | None = None
     ) -> ManagedProcess:
-        process = ManagedProcess(
-            name,
-            [sys.executable, "-m", *command],
-            self._folder / f"{name}.log",
-            {"PYTHONUNBUFFERED": "1", **(environment or {})},
-            die_with_parent=True,
-        )
-        process.start()
+        process = module_process(name, command, self._folder / f"{name}.log", environment)
         self._processes.append(process)
         self._exits.callback(process.stop)
         return process
-
-    async def _wait(self, process: ManagedProcess, answers: Ready) -> None:
-        deadline_s = time.monotonic() + START_S
-        while not await asyncio.to_thread(answers):
-            if not process.running or time.monotonic() > deadline_s:
-                raise process.fail("did not come up")
-            await asyncio.sleep(0.1)
 
     async def _proxy(self, port: int) -> DelayProxy:
         return await self._exits.enter_async_context(DelayProxy((HOST, port), Conditions()))
@@ -253,7 +240,7 @@ class Parts:
         }
         process = self._start(name, ["services.draft_gateway"], environment)
         url = f"http://{HOST}:{port}"
-        await self._wait(process, partial(_is_ready, url))
+        await until(process, partial(_is_ready, url), START_S)
         reader = GatewayReader(url, stack.model_name, self._http)
         self.places[place] = Served(reader, proxy, verifier, f"{url}/metrics")
 
@@ -272,7 +259,7 @@ class Parts:
                 **environment,
             },
         )
-        await self._wait(process, partial(_is_ready, f"http://{HOST}:{port}"))
+        await until(process, partial(_is_ready, f"http://{HOST}:{port}"), START_S)
         return process.pid
 
     # --- cores ----------------------------------------------------------------------------------------------------
@@ -296,7 +283,60 @@ def stop_tokens(target: Path) -> frozenset[int]:
     return Tokenizer.load(target).stop_tokens
 
 
-def _says_ready(log: Path) -> bool:
+def on_cuda() -> bool:
+    """Whether the vLLM that is installed computes on CUDA."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
+
+
+def device_name() -> str:
+    """What vLLM computes on."""
+    if on_cuda():
+        import torch
+
+        return str(torch.cuda.get_device_name())
+    return cpu_name()
+
+
+def cpu_name() -> str:
+    """The processor's name."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return model
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+
+
+def module_process(
+    name: str, command: Iterable[str], log: Path, environment: Mapping[str, str] | None = None
+) -> ManagedProcess:
+    """A module of ours as a process that ends with this one, started: `command` is the module and its arguments."""
+    process = ManagedProcess(
+        name,
+        [sys.executable, "-m", *command],
+        log,
+        {"PYTHONUNBUFFERED": "1", **(environment or {})},
+        die_with_parent=True,
+    )
+    process.start()
+    return process
+
+
+async def until(process: ManagedProcess, holds: Ready, timeout_s: float) -> None:
+    """Return when `holds`; `StackError` with the end of its log when the process ends before, or it takes too long."""
+    deadline_s = time.monotonic() + timeout_s
+    while not await asyncio.to_thread(holds):
+        if not process.running or time.monotonic() > deadline_s:
+            if await asyncio.to_thread(holds):  # it may have ended because it is done
+                return
+            raise process.fail("did not come up" if process.running else "has ended")
+        await asyncio.sleep(0.1)
+
+
+def says_ready(log: Path) -> bool:
+    """Whether a process has printed `ready`."""
     return "ready" in log.read_text(errors="replace").splitlines()
 
 
