@@ -244,6 +244,7 @@ async def compare(
         speculate=max(1, options.gamma),
         jitter_ms=options.jitter_ms,
         replayed=options.paper,
+        verifier="loadtest.replay_verifier" if options.paper else "",
         timeline=str(folder / TIMELINE) if options.timeline else "",
     )
     answers = folder / "answers.json"

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -46,8 +46,10 @@ Ready = Callable[[], bool]
 class Wanted:
     """What to bring up: the target, and the places that modes ask. vLLM's own modes speculate `speculate` tokens.
 
-    With `replayed` the stack has no verifier of its own; one that replays comes up with the gateways at the edge.
-    `timeline` is a folder for what tells where the time of rounds goes.
+    `verifier` is a module of ours that runs in the place of the stack's own verifier; with `replayed` it comes up with the
+    gateways at the edge, since it reads what was asked for before. `timeline` is a folder for what tells where the time of
+    rounds goes. `environment` is for all services, `stock_options` for vLLM as it comes. Without `pinned` no process is kept
+    to one core.
     """
 
     target: Path
@@ -56,6 +58,10 @@ class Wanted:
     jitter_ms: float = 0.0
     replayed: bool = False
     timeline: str = ""
+    verifier: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    stock_options: tuple[str, ...] = ()
+    pinned: bool = True
 
 
 @dataclass(slots=True)
@@ -102,6 +108,7 @@ class Parts:
         self._processes: list[ManagedProcess] = []
         self._used: set[int] = set()
         self._stack: Stack | None = None
+        self._own_verifier: tuple[ManagedProcess, str] | None = None
 
     async def __aenter__(self) -> Self:
         try:
@@ -138,6 +145,11 @@ class Parts:
             )
         )
 
+    async def verifier_metrics(self) -> str:
+        """The page of metrics of the verifier that stands in for the stack's."""
+        assert self._own_verifier is not None
+        return (await self._http.get(f"{self._own_verifier[1]}/metrics", follow_redirects=True)).text
+
     def cpu_ms(self, place: Place) -> float:
         """What the processes that hold the target have computed so far."""
         total_s = 0.0
@@ -156,6 +168,8 @@ class Parts:
         stock = {place: self._stock(place) for place in STOCK if place in wanted.places}
         if self._edges:
             await self._cloud()
+            if wanted.verifier and not wanted.replayed:
+                self._start_verifier({})
         stops = await asyncio.to_thread(stop_tokens, wanted.target)
         for place, (process, port) in stock.items():
             await until(process, partial(says_ready, process.log), START_S)
@@ -164,6 +178,8 @@ class Parts:
             self._exits.callback(reader.close)
             assert process.pid is not None
             self.places[place] = Served(reader, proxy, process.pid)
+        if self._own_verifier is not None:
+            await self._verifier_ready()
 
     @property
     def _edges(self) -> list[Place]:
@@ -176,16 +192,15 @@ class Parts:
         for first; so may the verifier that replays, by `replay_environment`."""
         if self._stack is not None:
             stack = self._stack
-            replayed = self._wanted.replayed
-            verifier = (
-                await self._verifier(stack, replay_environment or {}) if replayed else stack.pid("verifier-0")
-            )
+            if self._wanted.replayed:
+                self._start_verifier(replay_environment or {})
+            verifier = await self._verifier_ready() if self._own_verifier else stack.pid("verifier-0")
             if verifier is None:
                 raise Unavailable("the verifier has no process")
             proxy = await self._proxy(int(stack.gateway_url.rpartition(":")[2]))
             for place in self._edges:
                 await self._edge(stack, place, drafts[place], proxy, verifier)
-        self.pinned = self._pin()
+        self.pinned = self._wanted.pinned and self._pin()
 
     def _start(
         self, name: str, command: Iterable[str], environment: Mapping[str, str] | None = None
@@ -206,6 +221,7 @@ class Parts:
     def _stock(self, place: Place) -> tuple[ManagedProcess, int]:
         port = self._port()
         command = ["loadtest.stock_server", "--model", str(self._wanted.target), "--port", str(port)]
+        command += self._wanted.stock_options
         if place is not Place.STOCK:
             command += ["--speculate", str(self._wanted.speculate)]
         if place is Place.DRAFT:
@@ -218,8 +234,8 @@ class Parts:
         options = StackOptions(
             target=self._wanted.target,
             draft="lookup",
-            verifiers=0 if self._wanted.replayed else 1,
-            environment={"OUTRIDER_TIMELINE": self._wanted.timeline},
+            verifiers=0 if self._wanted.verifier else 1,
+            environment={"OUTRIDER_TIMELINE": self._wanted.timeline, **self._wanted.environment},
             die_with_parent=True,
         )
         self._stack = Stack(options, settings=StackSettings(run_dir=self._folder / "stack"))
@@ -229,6 +245,7 @@ class Parts:
     async def _edge(self, stack: Stack, place: Place, draft: str, proxy: DelayProxy, verifier: int) -> None:
         port, name = self._port(), f"edge-{place.value}"
         environment = {
+            **self._wanted.environment,
             "OUTRIDER_MODEL": str(self._wanted.target),
             "OUTRIDER_DRAFT": draft,
             "OUTRIDER_UPLINK": "link",
@@ -244,22 +261,30 @@ class Parts:
         reader = GatewayReader(url, stack.model_name, self._http)
         self.places[place] = Served(reader, proxy, verifier, f"{url}/metrics")
 
-    async def _verifier(self, stack: Stack, environment: Mapping[str, str]) -> int | None:
+    def _start_verifier(self, environment: Mapping[str, str]) -> None:
+        assert self._stack is not None
         port = self._port()
         process = self._start(
             "verifier",
-            ["loadtest.replay_verifier"],
+            [self._wanted.verifier],
             {
+                **self._wanted.environment,
                 "OUTRIDER_MODEL": str(self._wanted.target),
                 "OUTRIDER_TIMELINE": self._wanted.timeline,
-                "OUTRIDER_KAFKA": stack.kafka,
-                "OUTRIDER_REDIS_URL": stack.redis_url,
+                "OUTRIDER_KAFKA": self._stack.kafka,
+                "OUTRIDER_REDIS_URL": self._stack.redis_url,
                 "OUTRIDER_VERIFIER_HOST": HOST,
                 "OUTRIDER_VERIFIER_PORT": str(port),
                 **environment,
             },
         )
-        await until(process, partial(_is_ready, f"http://{HOST}:{port}"), START_S)
+        self._own_verifier = process, f"http://{HOST}:{port}"
+
+    async def _verifier_ready(self) -> int | None:
+        """Wait for the verifier that stands in for the stack's; its pid."""
+        assert self._own_verifier is not None
+        process, url = self._own_verifier
+        await until(process, partial(_is_ready, url), START_S)
         return process.pid
 
     # --- cores ----------------------------------------------------------------------------------------------------

@@ -174,22 +174,21 @@ class Run:
 
 
 @contextmanager
-def adapted(plan: Plan) -> Iterator[None]:
-    """Have the verifier start its engine with a KV cache of the plan's size, and without graphs if that is asked for."""
-    name = "arguments" if hasattr(launch, "arguments") else "_arguments"
-    real = getattr(launch, name)
+def adapted(kv_cache_mb: int, *, eager: bool = False) -> Iterator[None]:
+    """Have the verifier start its engine with a KV cache of that size, on CUDA too, and without graphs if so asked."""
+    real = launch.arguments
 
     def arguments(*given: Any, **named: Any) -> dict[str, Any]:
-        found: dict[str, Any] = real(*given, **named)
-        found["kv_cache_memory_bytes"] = plan.kv_cache_mb << 20
+        found = real(*given, **named)
+        found["kv_cache_memory_bytes"] = kv_cache_mb << 20
         if "gpu_memory_utilization" in found:
             found["gpu_memory_utilization"] = LEAST_MEMORY_SHARE
-        if plan.eager:
+        if eager:
             found["enforce_eager"] = True
             found.pop("compilation_config", None)
         return found
 
-    with mock.patch.object(launch, name, arguments):
+    with mock.patch.object(launch, "arguments", arguments):
         yield
 
 
@@ -205,7 +204,7 @@ async def run(plan: Plan) -> None:
     )
     reports: list[ExitReport] = []
     engine = VllmEngine(settings)
-    with adapted(plan):
+    with adapted(plan.kv_cache_mb, eager=plan.eager):
         info = await engine.start(reports.append)
     try:
         print("ready", flush=True)

@@ -50,8 +50,8 @@ LEAST_MEMORY_SHARE: Final = 0.02
 class StockOptions:
     """What is served, and how. It speculates `speculate` tokens, 0 for none, by `draft` or else by prompt lookup.
 
-    `dtype` "auto" is float32 on CPU and the checkpoint's own on CUDA. `sessions` and `kv_cache_mb` are the verifier's unless
-    they are named.
+    `dtype` "auto" is float32 on CPU and the checkpoint's own on CUDA. `sessions`, `kv_cache_mb` and
+    `max_model_len` are the verifier's unless they are named.
     """
 
     model: Path
@@ -61,6 +61,7 @@ class StockOptions:
     dtype: str = "auto"
     sessions: int | None = None
     kv_cache_mb: int | None = None
+    max_model_len: int | None = None
 
 
 def build(options: StockOptions) -> Any:
@@ -77,7 +78,7 @@ def build(options: StockOptions) -> Any:
     arguments: dict[str, Any] = {
         "model": str(options.model),
         "dtype": "float32" if options.dtype == "auto" and not cuda else options.dtype,
-        "max_model_len": settings.max_model_len,
+        "max_model_len": options.max_model_len or settings.max_model_len,
         "max_num_seqs": options.sessions or settings.max_sessions,
         "kv_cache_memory_bytes": (options.kv_cache_mb or settings.kv_cache_mb) << 20,
         "enable_prefix_caching": True,
@@ -204,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--sessions", type=int, help="answers at a time at most (default: the verifier's)")
     parser.add_argument("--kv-cache-mb", type=int, help="memory of the KV cache (default: the verifier's)")
+    parser.add_argument("--max-model-len", type=int, help="tokens of a session (default: the verifier's)")
     parsed = parser.parse_args(arguments)
     options = StockOptions(
         model=parsed.model,
@@ -213,6 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dtype=parsed.dtype,
         sessions=parsed.sessions,
         kv_cache_mb=parsed.kv_cache_mb,
+        max_model_len=parsed.max_model_len,
     )
     runner = os.environ.get(RUNNER_CHOICE)
     with engine_environment(parsed.threads):
