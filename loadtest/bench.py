@@ -17,6 +17,8 @@ BENCHMARKS: Final[Mapping[str, str]] = {
     "compare": "cloud AR, sync speculative decoding, the paper and Outrider",
     "sampling": "acceptance and bytes of keyed and of ratio mode",
     "drawn": "what drawn answers send over the link",
+    "exact": "answers and exits on real weights, token by token, on CPU or CUDA",
+    "system": "the whole system beside vLLM as it comes, on CUDA or CPU (synthetic)",
     "engine": "the engine's steps beside those of vLLM as it comes, on CPU or CUDA",
 }
 

@@ -28,7 +28,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,7 +38,7 @@ from typing import Any, Final
 from loadtest import rounds
 from loadtest.compare_clients import Answer, StockReader
 from loadtest.compare_modes import DEFAULT, PAPER_SETTING, Mode, Place, chosen
-from loadtest.compare_parts import Parts, Wanted
+from loadtest.compare_parts import Parts, Wanted, cpu_name
 from loadtest.compare_report import Batch, Setting, by_prompt, charts, figures, ratio, table
 from shared.errors import InvalidRequest
 from shared.models import fetch
@@ -245,6 +244,7 @@ async def compare(
         speculate=max(1, options.gamma),
         jitter_ms=options.jitter_ms,
         replayed=options.paper,
+        verifier="loadtest.replay_verifier" if options.paper else "",
         timeline=str(folder / TIMELINE) if options.timeline else "",
     )
     answers = folder / "answers.json"
@@ -292,16 +292,8 @@ def _replay(answers: Path, options: Options) -> str:
 
 def machine(pinned: bool) -> dict[str, Any]:
     """What it was measured on."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(
-            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model
-        )
-    except OSError:
-        pass
     return {
-        "cpu": model,
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "placement": "one core for the processes that hold the target, one for all else (the edge with its draft, the "
         "cloud's gateway, kv-session, Kafka, Redis, the proxies and the readers)"

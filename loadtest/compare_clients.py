@@ -134,6 +134,15 @@ class StockReader:
                     return answer
         raise Unavailable(f"vLLM's answer broke off after {len(answer.tokens)} tokens")
 
+    async def busy_ms(self) -> float:
+        """How long the engine has had requests so far."""
+        reader, writer = self._free.pop() if self._free else await asyncio.open_connection(HOST, self._port)
+        writer.write(b'{"stats": true}\n')
+        async with asyncio.timeout(DEADLINE_S):
+            said = json.loads(await reader.readline())
+        self._free.append((reader, writer))
+        return float(said["busy_ms"])
+
     async def connect(self, count: int) -> None:
         """Have so many connections open."""
         while len(self._free) < count:

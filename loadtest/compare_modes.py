@@ -77,6 +77,12 @@ MODES: Final[Mapping[str, Mode]] = {
             {**_FULL, "policy": "cost"},
         ),
         Mode("full_cost", "full under policy cost", Place.EDGE, {**_FULL, "policy": "cost"}),
+        Mode(
+            "full_cost-hints",
+            "full under policy cost without exits",
+            Place.EDGE,
+            {**_FULL, "policy": "cost", "hints": False},
+        ),
         Mode("wrong", "full with a draft that is always wrong", Place.WRONG, _FULL),
     )
 }

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -45,8 +46,10 @@ Ready = Callable[[], bool]
 class Wanted:
     """What to bring up: the target, and the places that modes ask. vLLM's own modes speculate `speculate` tokens.
 
-    With `replayed` the stack has no verifier of its own; one that replays comes up with the gateways at the edge.
-    `timeline` is a folder for what tells where the time of rounds goes.
+    `verifier` is a module of ours that runs in the place of the stack's own verifier; with `replayed` it comes up with the
+    gateways at the edge, since it reads what was asked for before. `timeline` is a folder for what tells where the time of
+    rounds goes. `environment` is for all services, `stock_options` for vLLM as it comes. Without `pinned` no process is kept
+    to one core.
     """
 
     target: Path
@@ -55,6 +58,10 @@ class Wanted:
     jitter_ms: float = 0.0
     replayed: bool = False
     timeline: str = ""
+    verifier: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    stock_options: tuple[str, ...] = ()
+    pinned: bool = True
 
 
 @dataclass(slots=True)
@@ -101,6 +108,7 @@ class Parts:
         self._processes: list[ManagedProcess] = []
         self._used: set[int] = set()
         self._stack: Stack | None = None
+        self._own_verifier: tuple[ManagedProcess, str] | None = None
 
     async def __aenter__(self) -> Self:
         try:
@@ -137,6 +145,11 @@ class Parts:
             )
         )
 
+    async def verifier_metrics(self) -> str:
+        """The page of metrics of the verifier that stands in for the stack's."""
+        assert self._own_verifier is not None
+        return (await self._http.get(f"{self._own_verifier[1]}/metrics", follow_redirects=True)).text
+
     def cpu_ms(self, place: Place) -> float:
         """What the processes that hold the target have computed so far."""
         total_s = 0.0
@@ -155,14 +168,18 @@ class Parts:
         stock = {place: self._stock(place) for place in STOCK if place in wanted.places}
         if self._edges:
             await self._cloud()
+            if wanted.verifier and not wanted.replayed:
+                self._start_verifier({})
         stops = await asyncio.to_thread(stop_tokens, wanted.target)
         for place, (process, port) in stock.items():
-            await self._wait(process, partial(_says_ready, process.log))
+            await until(process, partial(says_ready, process.log), START_S)
             proxy = await self._proxy(port)
             reader = StockReader(proxy.port, stops)
             self._exits.callback(reader.close)
             assert process.pid is not None
             self.places[place] = Served(reader, proxy, process.pid)
+        if self._own_verifier is not None:
+            await self._verifier_ready()
 
     @property
     def _edges(self) -> list[Place]:
@@ -175,38 +192,23 @@ class Parts:
         for first; so may the verifier that replays, by `replay_environment`."""
         if self._stack is not None:
             stack = self._stack
-            replayed = self._wanted.replayed
-            verifier = (
-                await self._verifier(stack, replay_environment or {}) if replayed else stack.pid("verifier-0")
-            )
+            if self._wanted.replayed:
+                self._start_verifier(replay_environment or {})
+            verifier = await self._verifier_ready() if self._own_verifier else stack.pid("verifier-0")
             if verifier is None:
                 raise Unavailable("the verifier has no process")
             proxy = await self._proxy(int(stack.gateway_url.rpartition(":")[2]))
             for place in self._edges:
                 await self._edge(stack, place, drafts[place], proxy, verifier)
-        self.pinned = self._pin()
+        self.pinned = self._wanted.pinned and self._pin()
 
     def _start(
         self, name: str, command: Iterable[str], environment: Mapping[str, str] | None = None
     ) -> ManagedProcess:
-        process = ManagedProcess(
-            name,
-            [sys.executable, "-m", *command],
-            self._folder / f"{name}.log",
-            {"PYTHONUNBUFFERED": "1", **(environment or {})},
-            die_with_parent=True,
-        )
-        process.start()
+        process = module_process(name, command, self._folder / f"{name}.log", environment)
         self._processes.append(process)
         self._exits.callback(process.stop)
         return process
-
-    async def _wait(self, process: ManagedProcess, answers: Ready) -> None:
-        deadline_s = time.monotonic() + START_S
-        while not await asyncio.to_thread(answers):
-            if not process.running or time.monotonic() > deadline_s:
-                raise process.fail("did not come up")
-            await asyncio.sleep(0.1)
 
     async def _proxy(self, port: int) -> DelayProxy:
         return await self._exits.enter_async_context(DelayProxy((HOST, port), Conditions()))
@@ -219,6 +221,7 @@ class Parts:
     def _stock(self, place: Place) -> tuple[ManagedProcess, int]:
         port = self._port()
         command = ["loadtest.stock_server", "--model", str(self._wanted.target), "--port", str(port)]
+        command += self._wanted.stock_options
         if place is not Place.STOCK:
             command += ["--speculate", str(self._wanted.speculate)]
         if place is Place.DRAFT:
@@ -231,8 +234,8 @@ class Parts:
         options = StackOptions(
             target=self._wanted.target,
             draft="lookup",
-            verifiers=0 if self._wanted.replayed else 1,
-            environment={"OUTRIDER_TIMELINE": self._wanted.timeline},
+            verifiers=0 if self._wanted.verifier else 1,
+            environment={"OUTRIDER_TIMELINE": self._wanted.timeline, **self._wanted.environment},
             die_with_parent=True,
         )
         self._stack = Stack(options, settings=StackSettings(run_dir=self._folder / "stack"))
@@ -242,6 +245,7 @@ class Parts:
     async def _edge(self, stack: Stack, place: Place, draft: str, proxy: DelayProxy, verifier: int) -> None:
         port, name = self._port(), f"edge-{place.value}"
         environment = {
+            **self._wanted.environment,
             "OUTRIDER_MODEL": str(self._wanted.target),
             "OUTRIDER_DRAFT": draft,
             "OUTRIDER_UPLINK": "link",
@@ -253,26 +257,34 @@ class Parts:
         }
         process = self._start(name, ["services.draft_gateway"], environment)
         url = f"http://{HOST}:{port}"
-        await self._wait(process, partial(_is_ready, url))
+        await until(process, partial(_is_ready, url), START_S)
         reader = GatewayReader(url, stack.model_name, self._http)
         self.places[place] = Served(reader, proxy, verifier, f"{url}/metrics")
 
-    async def _verifier(self, stack: Stack, environment: Mapping[str, str]) -> int | None:
+    def _start_verifier(self, environment: Mapping[str, str]) -> None:
+        assert self._stack is not None
         port = self._port()
         process = self._start(
             "verifier",
-            ["loadtest.replay_verifier"],
+            [self._wanted.verifier],
             {
+                **self._wanted.environment,
                 "OUTRIDER_MODEL": str(self._wanted.target),
                 "OUTRIDER_TIMELINE": self._wanted.timeline,
-                "OUTRIDER_KAFKA": stack.kafka,
-                "OUTRIDER_REDIS_URL": stack.redis_url,
+                "OUTRIDER_KAFKA": self._stack.kafka,
+                "OUTRIDER_REDIS_URL": self._stack.redis_url,
                 "OUTRIDER_VERIFIER_HOST": HOST,
                 "OUTRIDER_VERIFIER_PORT": str(port),
                 **environment,
             },
         )
-        await self._wait(process, partial(_is_ready, f"http://{HOST}:{port}"))
+        self._own_verifier = process, f"http://{HOST}:{port}"
+
+    async def _verifier_ready(self) -> int | None:
+        """Wait for the verifier that stands in for the stack's; its pid."""
+        assert self._own_verifier is not None
+        process, url = self._own_verifier
+        await until(process, partial(_is_ready, url), START_S)
         return process.pid
 
     # --- cores ----------------------------------------------------------------------------------------------------
@@ -296,7 +308,60 @@ def stop_tokens(target: Path) -> frozenset[int]:
     return Tokenizer.load(target).stop_tokens
 
 
-def _says_ready(log: Path) -> bool:
+def on_cuda() -> bool:
+    """Whether the vLLM that is installed computes on CUDA."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
+
+
+def device_name() -> str:
+    """What vLLM computes on."""
+    if on_cuda():
+        import torch
+
+        return str(torch.cuda.get_device_name())
+    return cpu_name()
+
+
+def cpu_name() -> str:
+    """The processor's name."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return model
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+
+
+def module_process(
+    name: str, command: Iterable[str], log: Path, environment: Mapping[str, str] | None = None
+) -> ManagedProcess:
+    """A module of ours as a process that ends with this one, started: `command` is the module and its arguments."""
+    process = ManagedProcess(
+        name,
+        [sys.executable, "-m", *command],
+        log,
+        {"PYTHONUNBUFFERED": "1", **(environment or {})},
+        die_with_parent=True,
+    )
+    process.start()
+    return process
+
+
+async def until(process: ManagedProcess, holds: Ready, timeout_s: float) -> None:
+    """Return when `holds`; `StackError` with the end of its log when the process ends before, or it takes too long."""
+    deadline_s = time.monotonic() + timeout_s
+    while not await asyncio.to_thread(holds):
+        if not process.running or time.monotonic() > deadline_s:
+            if await asyncio.to_thread(holds):  # it may have ended because it is done
+                return
+            raise process.fail("did not come up" if process.running else "has ended")
+        await asyncio.sleep(0.1)
+
+
+def says_ready(log: Path) -> bool:
+    """Whether a process has printed `ready`."""
     return "ready" in log.read_text(errors="replace").splitlines()
 
 

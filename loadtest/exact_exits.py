@@ -1,0 +1,80 @@
+"""What exits in a CUDA graph foresee against what the same exits foresee computed eagerly, of the same blocks.
+
+The modules and their weights are the same; around them the layers of one pass were compiled and captured, those of the
+other were not, so that the residual stream itself differs by rounding. Confidences may differ by `TOLERANCES`, and the
+likeliest outcome may be another only where two are closer than that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+TOLERANCES: Final[Mapping[str, float]] = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
+"""Of a confidence (0 to 1), by the type of the weights: a few dozen roundings of that type."""
+
+Key = tuple[str, int, int]
+"""Session, base, layer."""
+Outcomes = Mapping[tuple[int, int], float]
+"""(accepted, next token) → confidence, likeliest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """`hints` were there from both sides, `missing` from one alone. `worst` is the largest difference of confidences of an
+    outcome that both name, `beyond` counts hints in which one differs by more than the tolerance or the likeliest outcome is
+    another one without that being a tie."""
+
+    hints: int
+    missing: int
+    tolerance: float
+    worst: float
+    beyond: int
+    same_best: int
+
+    @property
+    def equal(self) -> bool:
+        """There was something to compare, and all of it is within the tolerance."""
+        return self.hints > 0 and not self.beyond
+
+
+def read(reports: Iterable[Sequence[Any]]) -> dict[Key, Outcomes]:
+    """Reports as `loadtest.exact_engine` writes them."""
+    return {
+        (str(session), int(base), int(layer)): {
+            (accepted, token): confidence for accepted, token, confidence in outcomes
+        }
+        for session, base, layer, outcomes in reports
+    }
+
+
+def compare(graph: Mapping[Key, Outcomes], eager: Mapping[Key, Outcomes], tolerance: float) -> Compared:
+    """Hints of the same session, base and layer side by side."""
+    both = graph.keys() & eager.keys()
+    worst, beyond, same_best = 0.0, 0, 0
+    for key in both:
+        one, other = graph[key], eager[key]
+        difference = max(
+            (abs(one[outcome] - other[outcome]) for outcome in one.keys() & other.keys()), default=0.0
+        )
+        worst = max(worst, difference)
+        best, other_best = next(iter(one), None), next(iter(other), None)
+        same_best += best == other_best
+        beyond += difference > tolerance or not _tied(one, best, other, other_best, tolerance)
+    return Compared(len(both), len(graph.keys() ^ eager.keys()), tolerance, worst, beyond, same_best)
+
+
+def _tied(
+    one: Outcomes,
+    best: tuple[int, int] | None,
+    other: Outcomes,
+    other_best: tuple[int, int] | None,
+    tolerance: float,
+) -> bool:
+    """Whether both sides name the same outcome first, or find the other's as likely as their own."""
+    if best == other_best:
+        return True
+    if best is None or other_best is None or other_best not in one or best not in other:
+        return False
+    return one[best] - one[other_best] <= 2 * tolerance and other[other_best] - other[best] <= 2 * tolerance

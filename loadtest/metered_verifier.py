@@ -1,0 +1,82 @@
+"""The verifier as it is, which also adds up how long its engine has been busy: for `scripts/bench system`.
+
+What it adds is `outrider_bench_engine_busy_seconds_total` and `outrider_bench_engine_steps_total` among its metrics. Its
+engine's KV cache has the size that `OUTRIDER_KV_CACHE_MB` says, on CUDA too, since another engine is on the same GPU. Run as
+`python -m loadtest.metered_verifier`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from typing import Final
+
+from prometheus_client import Counter
+
+from loadtest.exact_engine import adapted
+from services.verifier.engine.engine import VllmEngine
+from services.verifier.engine.types import EngineInfo, EngineStats, OnExit
+from services.verifier.service import VerifierService
+from services.verifier.settings import VerifierSettings
+from shared import timeline
+from shared.http import build_service, load_settings, run_loop, run_service
+from shared.telemetry import configure_logging
+
+BUSY: Final = "outrider_bench_engine_busy_seconds"
+STEPS: Final = "outrider_bench_engine_steps"
+LOOK_S: Final = 0.1
+"""Between two looks at the engine's counters: a few steps, over which its mean of a step's time hardly changes."""
+
+_BUSY: Final = Counter(BUSY, "Time that the engine's steps have taken.")
+_STEPS: Final = Counter(STEPS, "Steps of the engine.")
+
+
+class MeteredEngine(VllmEngine):
+    """Counts steps, and the time that they took: their number by the engine's own mean of the last ones."""
+
+    def __init__(self, settings: VerifierSettings) -> None:
+        super().__init__(settings)
+        self._seen = 0
+        self._looking: asyncio.Task[None] | None = None
+
+    async def start(self, on_exit: OnExit) -> EngineInfo:
+        """See `Engine.start`."""
+        info = await super().start(on_exit)
+        self._looking = asyncio.create_task(self._look())
+        return info
+
+    async def _look(self) -> None:
+        while True:
+            self._take(await self.stats())
+            await asyncio.sleep(LOOK_S)
+
+    def _take(self, stats: EngineStats) -> None:
+        steps = stats.steps - self._seen
+        self._seen = stats.steps
+        _STEPS.inc(steps)
+        _BUSY.inc(steps * stats.step_ms / 1000)
+
+    async def stop(self) -> None:
+        """See `Engine.stop`."""
+        if self._looking is not None:
+            self._looking.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await self._looking
+        await super().stop()
+
+
+def main() -> int:
+    """Run until SIGTERM."""
+    settings = load_settings(VerifierSettings)
+    configure_logging(settings.log_level, settings.log_format, settings.verifier_name)
+    timeline.start(settings.timeline, settings.verifier_name)
+    with adapted(settings.kv_cache_mb):
+        service = build_service(lambda: VerifierService(settings, MeteredEngine(settings)))
+        return run_loop(
+            run_service(service.run, service.app, host=settings.verifier_host, port=settings.verifier_port)
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
