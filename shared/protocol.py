@@ -319,7 +319,9 @@ class Verdict(Message):
     `tokens` are the `accepted` draft tokens and then the target's own next token; an end of sequence, a stop token or
     a limit may cut them short (`finish_reason` says so). `taken` is the round of the forward that the verifier has gone
     on with already. `verify_ms` is from the block's arrival at the verifier (or the start of its pass, if it had to
-    wait) to the engine's answer, `commit_ms` the commit; `rows` are those of all sessions' passes that ran then.
+    wait) to the engine's answer, `commit_ms` the commit; `rows` are those of all sessions' passes that ran then, and
+    `sessions` how many these were. `fixed_ms` and `row_ms` are what a pass of so many rows takes by the verifier's own
+    measurement, over all that it has run: `fixed_ms + row_ms * rows`. 0 where it doesn't say.
     """
 
     topic: ClassVar[Topic] = Topic.VERDICTS
@@ -333,6 +335,9 @@ class Verdict(Message):
     verify_ms: float = 0.0
     commit_ms: float = 0.0
     rows: Count = 0
+    sessions: Count = 0
+    fixed_ms: float = 0.0
+    row_ms: float = 0.0
     logprobs: tuple[TokenLogprobs, ...] = ()
 
 
@@ -348,6 +353,9 @@ class Floor(Message):
     verify_ms: float = 0.0
     commit_ms: float = 0.0
     rows: Count = 0
+    sessions: Count = 0
+    fixed_ms: float = 0.0
+    row_ms: float = 0.0
     logprobs: tuple[TokenLogprobs, ...] = ()
 
 

@@ -429,6 +429,7 @@ class EdgeSession:
         self._threshold: float | None = None  # after the rows of what is committed
         common = config.common or Common()
         self._sharers = common.sharers
+        self._draft_acceptance = common.acceptance
         self._floor_yield = Mean()
         self._round_trip = Mean()
         self._pass = common.pass_ms
@@ -583,7 +584,7 @@ class EdgeSession:
 
     def _clocks(self) -> Clocks:
         return Clocks(
-            acceptance=self._acceptance(0.7),
+            acceptance=self._acceptance(self._draft_acceptance(0.7)),
             pass_ms=self._pass,
             sharers=self._sharers(1.0),
             draft_ms=self._step(1),
@@ -880,7 +881,7 @@ class EdgeSession:
         self._enter(floor.epoch)
         self.statistics.passes += 1
         self._floor_yield.saw(len(floor.tokens))
-        self._saw_pass(floor.rows or 1, 1, floor.verify_ms)
+        self._saw_pass(floor, 1)
         before = self.statistics.tokens
         actions = self._advance(
             floor.base,
@@ -936,7 +937,7 @@ class EdgeSession:
         statistics.drafted += own
         statistics.accepted += verdict.accepted
         statistics.verify_ms += verdict.verify_ms
-        self._saw_pass(verdict.rows or own + 1, own + 1, verdict.verify_ms)
+        self._saw_pass(verdict, own + 1)
         if lane.sent_ms is not None and verdict.verify_ms > 0.0:
             away_ms = now_ms - lane.sent_ms - verdict.verify_ms - verdict.commit_ms
             # It may have waited for a pass under way: the shortest times are those of the way alone.
@@ -945,10 +946,14 @@ class EdgeSession:
         for layer, hint_ms in lane.hint_ms.items():
             statistics.exit_lead_ms.setdefault(layer, []).append(now_ms - hint_ms)
 
-    def _saw_pass(self, rows: int, own: int, elapsed_ms: float) -> None:
-        if elapsed_ms > 0.0:
-            self._pass.saw(rows, elapsed_ms)
-            self._sharers.saw(max(1.0, rows / own))
+    def _saw_pass(self, answer: Verdict | Floor, own: int) -> None:
+        """What a pass of which `own` rows were this session's says of passes."""
+        rows = answer.rows or own
+        if answer.verify_ms > 0.0:
+            self._pass.saw(rows, answer.verify_ms)
+            self._sharers.saw(answer.sessions or max(1.0, rows / own))
+        if answer.row_ms > 0.0:
+            self._pass.told(answer.fixed_ms, answer.row_ms)
 
     def _judge(self, lane: _Lane) -> int:
         """How far a lane agreed with what was committed."""
@@ -956,6 +961,7 @@ class EdgeSession:
         truth = self._committed[lane.base + len(lane.assumed) :]
         for accepted, (drafted, said) in enumerate(zip(own, truth, strict=False)):
             self._acceptance.saw(float(drafted == said))
+            self._draft_acceptance.saw(float(drafted == said))
             if drafted != said:
                 return accepted
         return min(len(own), len(truth))

@@ -5,11 +5,14 @@ Running figures and arithmetic only. Times are ms, lengths tokens; nothing here 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 MEMORY: Final = 0.95
 """How much of what was seen is kept a step: a figure rests on the last 20 or so."""
+SOON: Final = 0.8
+"""The same of what changes at once, such as how many sessions there are."""
 FEWEST: Final = 8.0
 """Observations, weighted, without which a slope is not believed."""
 
@@ -72,15 +75,45 @@ class Line:
 
 
 @dataclass(slots=True)
-class Common:
-    """What does not depend on the session: what a pass costs by the rows in it, a draft step by the lanes in it, and how
-    many share a pass. Sessions of a gateway learn it together, so that a new one knows it at once; a crowd that begins
-    at the same time would be over before each had learned it alone.
+class PassCost:
+    """What a pass takes by the rows in it: what the verifier says, which has measured every pass of every session since it
+    began; until it says something, what was seen here.
     """
 
-    pass_ms: Line = field(default_factory=Line)
+    seen: Line = field(default_factory=Line)
+    fixed_ms: float = 0.0
+    row_ms: float = 0.0
+
+    def saw(self, rows: int, elapsed_ms: float) -> None:
+        """A pass of so many rows took so long, its wait for the one before it included."""
+        self.seen.saw(rows, elapsed_ms)
+
+    def told(self, fixed_ms: float, row_ms: float) -> None:
+        """The verifier's own figures."""
+        self.fixed_ms, self.row_ms = fixed_ms, row_ms
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was seen or told."""
+        return self.seen.known or self.fixed_ms + self.row_ms > 0.0
+
+    def __call__(self, rows: float) -> float:
+        """A pass of so many rows; 0 before anything is known."""
+        told = self.fixed_ms + self.row_ms > 0.0
+        return self.fixed_ms + self.row_ms * rows if told else self.seen(rows)
+
+
+@dataclass(slots=True)
+class Common:
+    """What does not depend on the session: what a pass costs by the rows in it, a draft step by the lanes in it, how many
+    share a pass, and how often the draft is right. Sessions of a gateway learn it together, so that a new one knows it
+    at once; a crowd that begins at the same time would be over before each had learned it alone.
+    """
+
+    pass_ms: PassCost = field(default_factory=PassCost)
     step_ms: Line = field(default_factory=Line)
-    sharers: Mean = field(default_factory=Mean)
+    sharers: Mean = field(default_factory=lambda: Mean(memory=SOON))
+    acceptance: Mean = field(default_factory=Mean)
 
 
 def expected_tokens(acceptance: float, length: int) -> float:
@@ -96,8 +129,8 @@ class Clocks:
 
     acceptance: float
     """Probability that a draft token is accepted, given those before it were."""
-    pass_ms: Line
-    """A pass by the rows in it, all sessions' together."""
+    pass_ms: Callable[[float], float]
+    """A pass by the rows in it, all sessions' together; 0 where it is not known yet."""
     sharers: float
     """Sessions that share a pass, this one included."""
     draft_ms: float
@@ -122,7 +155,7 @@ def best_length(clocks: Clocks, longest: int) -> int:
     target goes on token by token. Under load passes grow with their rows, so that shorter blocks win, and at last none;
     on a long link or with a slow pass the fixed part is the larger one, and long blocks win.
     """
-    if not clocks.pass_ms.known:
+    if clocks.pass_ms(clocks.sharers) <= 0.0:
         return longest
     alone = 1.0 / max(clocks.pass_ms(clocks.sharers), 1e-3)
 

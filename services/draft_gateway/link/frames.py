@@ -266,6 +266,9 @@ MEASURED: Final[Mapping[str, tuple[int, Codec]]] = {
     "taken": (4, NUMBER),
     "rows": (5, NUMBER),
     "logprobs": (6, LOGPROBS),
+    "sessions": (7, NUMBER),
+    "fixed_ms": (8, MILLISECONDS),
+    "row_ms": (9, MILLISECONDS),
 }
 
 LAYOUTS: Final[Mapping[int, Layout]] = {
