@@ -38,8 +38,8 @@ from typing import Final
 from shared.protocol import Fault, FinishReason, Floor, Hint, Policy, Stale, Tokens, Verdict
 from shared.sampling.conformal import resumed
 from shared.sampling.sparse import SparseRow
-from shared.speculation.outcomes import Foresight, Guess, Ranked, guess, level, mix
-from shared.speculation.pace import Clocks, Common, Mean, best_length, lanes_in
+from shared.speculation.outcomes import Foresight, Guess, Ranked, guess, level, logit, mix, sigmoid
+from shared.speculation.pace import Clocks, Common, Mean, best_length, lanes_in, least_worth
 
 
 class Phase(StrEnum):
@@ -502,9 +502,29 @@ class EdgeSession:
         lane.tokens, lane.confidences, lane.alternatives = event.tokens, event.confidences, event.alternatives
         lane.rows, lane.thresholds = event.rows, event.thresholds
         self.statistics.drafted_in_all += len(event.tokens)
+        self._cut(lane)
         if event.lane == self._main:
             return self._use(lane, now_ms)
         return [*self._forward(lane), *self._expand(now_ms)]
+
+    def _cut(self, lane: _Lane) -> None:
+        """Keep of a draft what is worth verifying: tokens that are likely enough to be reached and accepted."""
+        if not self._config.adaptive or len(lane.confidences) != len(lane.tokens or ()):
+            return
+        accept, share = self._config.foresight.own.accept, 1.0
+        least = least_worth(self._clocks(), self._config.block_length)
+        for kept, confidence in enumerate(lane.confidences):
+            share *= sigmoid(accept(logit(confidence)))
+            if share < least:
+                self._shorten(lane, max(kept, 1) if lane.origin is Origin.NEED else kept)
+                return
+
+    @staticmethod
+    def _shorten(lane: _Lane, length: int) -> None:
+        """Keep the first `length` tokens; what may stand after them is known."""
+        lane.tokens, lane.confidences = (lane.tokens or ())[:length], lane.confidences[:length]
+        lane.alternatives = lane.alternatives[: length + 1]
+        lane.rows, lane.thresholds = lane.rows[:length], lane.thresholds[:length]
 
     def _use(self, lane: _Lane, now_ms: float) -> list[EdgeAction]:
         """The draft that was waited for is there: send it up as far as it is still ahead of what was committed."""

@@ -157,17 +157,32 @@ def best_length(clocks: Clocks, longest: int) -> int:
     """
     if clocks.pass_ms(clocks.sharers) <= 0.0:
         return longest
-    alone = 1.0 / max(clocks.pass_ms(clocks.sharers), 1e-3)
-
-    def rate(length: int) -> float:
-        if not length:
-            return alone
-        waited_ms = clocks.missed * (length * clocks.draft_ms + clocks.round_trip_ms)
-        tokens = expected_tokens(clocks.acceptance, length) + waited_ms * alone * clocks.floor
-        return tokens / max(clocks.pass_ms(clocks.sharers * (length + 1)) + waited_ms, 1e-3)
-
+    alone = _rate(clocks, 0)
     # A gain of less than a millionth is none: of equals the shortest costs least.
-    return max(range(longest + 1), key=lambda length: round(rate(length) / alone, 6))
+    return max(range(longest + 1), key=lambda length: round(_rate(clocks, length) / alone, 6))
+
+
+def least_worth(clocks: Clocks, longest: int) -> float:
+    """How likely a draft token has to be accepted, and all before it, for its row to be worth verifying.
+
+    A row makes the pass of every session that shares it longer. What they would have said in that time, at the best rate
+    that there is, is what the row has to bring: rate · sharers · (pass(n + 1) - pass(n)).
+    """
+    rows = clocks.sharers
+    if clocks.pass_ms(rows) <= 0.0:
+        return 0.0
+    rate = _rate(clocks, best_length(clocks, longest))
+    return rate * rows * (clocks.pass_ms(2.0 * rows) - clocks.pass_ms(rows)) / rows
+
+
+def _rate(clocks: Clocks, length: int) -> float:
+    """Tokens a ms that a session gets with blocks of that length."""
+    pass_ms = clocks.pass_ms(clocks.sharers * (length + 1))
+    if not length:
+        return 1.0 / max(pass_ms, 1e-3)
+    waited_ms = clocks.missed * (length * clocks.draft_ms + clocks.round_trip_ms)
+    tokens = expected_tokens(clocks.acceptance, length) + waited_ms * _rate(clocks, 0) * clocks.floor
+    return tokens / max(pass_ms + waited_ms, 1e-3)
 
 
 def lanes_in(window_ms: float, step_ms: Line, length: int, most: int) -> int:
