@@ -39,7 +39,7 @@ from shared.protocol import Fault, FinishReason, Floor, Hint, Policy, Stale, Tok
 from shared.sampling.conformal import resumed
 from shared.sampling.sparse import SparseRow
 from shared.speculation.outcomes import Foresight, Guess, Ranked, guess, level, logit, mix, sigmoid
-from shared.speculation.pace import Clocks, Common, Mean, best_length, lanes_in, least_worth
+from shared.speculation.pace import Clocks, Common, Mean, best_length, floor_share, lanes_in, least_worth, length_in
 
 
 class Phase(StrEnum):
@@ -138,7 +138,10 @@ class Relocated:
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """A lane's draft is finished; it may be shorter than asked, or empty. The rest is the engine's, see `Draft`."""
+    """A lane's draft is finished; it may be shorter than asked, or empty. The rest is the engine's, see `Draft`.
+
+    It may come twice: as soon as its tokens are there, and again with what may follow the last of them.
+    """
 
     lane: int
     tokens: Tokens
@@ -420,6 +423,7 @@ class EdgeSession:
         self._next_lane = 0
         self._timer = 0
         self._progress_ms = 0.0
+        self._open_ms = 0.0  # when the open lane went up as a block, or would have, for its pass to run as it does
         self._credit = CREDIT / 2
         self._acknowledged = 0
         self._rest, self._resting = 0, RESTS[0]
@@ -493,9 +497,11 @@ class EdgeSession:
     # --- drafts ------------------------------------------------------------------------------------
 
     def _drafted(self, event: Drafted, now_ms: float) -> list[EdgeAction]:
-        lane = self._lanes.get(event.lane)
-        if lane is None or lane.tokens is not None:
+        lane = self._lane(event.lane)
+        if lane is None:
             return []
+        if lane.tokens is not None:
+            return self._seen_beyond(lane, event, now_ms)
         if event.tokens:
             beside = 1 + sum(other.tokens is None for other in self._lanes.values() if other is not lane)
             self._step.saw(beside, (now_ms - lane.started_ms) / len(event.tokens))
@@ -506,6 +512,20 @@ class EdgeSession:
         if event.lane == self._main:
             return self._use(lane, now_ms)
         return [*self._forward(lane), *self._expand(now_ms)]
+
+    def _seen_beyond(self, lane: _Lane, event: Drafted, now_ms: float) -> list[EdgeAction]:
+        """What may follow the last token of a draft that is in use already."""
+        own = lane.tokens or ()
+        whole = bool(own) and event.tokens[-len(own) :] == own and len(event.alternatives) > len(event.tokens)
+        if not whole or len(lane.alternatives) != len(own):
+            return []
+        lane.alternatives = (*lane.alternatives, event.alternatives[-1])
+        if lane.round is None or not self._config.guesses:
+            return []
+        lane.ranking = self._guess(lane)
+        self._mix_in_hints(lane)
+        self._reweigh()
+        return self._expand(now_ms)
 
     def _cut(self, lane: _Lane) -> None:
         """Keep of a draft what is worth verifying: tokens that are likely enough to be reached and accepted."""
@@ -562,7 +582,7 @@ class EdgeSession:
         self._open = None
         if self._rest > 0:
             return self._follow()
-        length = self._length(self.base)
+        length = self._room(self.base, self._best_length())
         if length and self._config.policy is Policy.LATENCY:
             length = self._room(self.base, length + self._ahead(length))
         if length == 0 and self._config.policy is Policy.LATENCY:
@@ -578,10 +598,6 @@ class EdgeSession:
         """`length`, as far as max_tokens leaves it beside the target's own token."""
         return max(0, min(length, self._config.max_tokens - position - 1))
 
-    def _length(self, position: int) -> int:
-        """Tokens to draft for a block after `position` committed or assumed tokens."""
-        return self._room(position, self._best_length())
-
     def _best_length(self) -> int:
         longest = self._config.block_length
         if not self._config.adaptive or not longest:
@@ -589,7 +605,7 @@ class EdgeSession:
         best = best_length(self._clocks(), longest)
         if best or self._config.policy is Policy.COST:
             self._rested, self._resting = False, RESTS[0]
-            return max(1, best)
+            return self._needed_length()
         if self._rested:  # only a draft can tell whether drafts have become better
             self._rested = False
             return longest
@@ -597,10 +613,29 @@ class EdgeSession:
         self._rest, self._resting = self._resting, min(2 * self._resting, RESTS[1])
         return 0
 
-    def _lane_length(self) -> int:
-        """Tokens to draft for a lane: as many as a block has that is worth its rows, at least one."""
+    def _needed_length(self) -> int:
+        """Tokens to draft for a block that the verifier has nothing else to do than wait for, or to say alone."""
+        clocks = self._clocks()
+        wasted = 1.0 - floor_share(clocks, self._config.block_length)
+        return length_in(clocks, self._config.block_length, lambda length: length * clocks.draft_ms * wasted)
+
+    def _lane_length(self, parent: _Lane, now_ms: float) -> int:
+        """Tokens to draft for a lane that follows `parent`: as many as a block has that is worth its rows, and fewer where
+        the pass of its parent would have to be over before they are all there."""
         longest = self._config.block_length
-        return max(1, best_length(self._clocks(), longest)) if self._config.adaptive else max(1, longest)
+        if not self._config.adaptive:
+            return max(1, longest)
+        beside = 1 + sum(lane.tokens is None for lane in self._lanes.values())
+        step_ms, left_ms = self._step(beside), self._due(parent) - now_ms
+        return length_in(self._clocks(), longest, lambda length: max(0.0, length * step_ms - left_ms))
+
+    def _due(self, lane: _Lane) -> float:
+        """When a forward that follows `lane` has to leave, to be there when its pass ends."""
+        pass_ms = self._pass(self._sharers(1.0) * (1 + len(lane.tokens or ())))
+        if lane is self._open:
+            return self._open_ms + pass_ms
+        parent = self._lane(lane.parent)
+        return (self._due(parent) if parent is not None else self._open_ms) + pass_ms
 
     def _clocks(self) -> Clocks:
         return Clocks(
@@ -639,6 +674,7 @@ class EdgeSession:
         """Send a lane up that came true, less what is committed of it."""
         self._rebase(lane)
         lane.round, lane.sent_ms = self._take_round(), now_ms
+        self._open_ms = now_ms
         lane.ranking = self._guess(lane)
         self._make_open(lane)
         return [*self._ask(), *self._expand(now_ms)]
@@ -761,7 +797,7 @@ class EdgeSession:
                 if weakest is None or probability <= SURER * weakest.probability:
                     break
                 actions += self._drop([weakest])
-            length = self._room(parent.base + len(assumed), self._lane_length())
+            length = self._room(parent.base + len(assumed), self._lane_length(parent, now_ms))
             origin = Origin.EXIT if parent.hint_ms else Origin.GUESS
             accepted = len(assumed) - 1 - len(parent.assumed)
             lane, started = self._start(
@@ -854,10 +890,7 @@ class EdgeSession:
             return []
         foreseen = tuple((each.accepted, each.next_token, each.confidence) for each in hint.outcomes)
         node.hints[hint.layer] = foreseen
-        if node.guess is not None and any(node.guess.names):
-            mixture = self._config.foresight.mixture(max(node.hints))
-            node.ranking = tuple(mix(node.guess, node.hints, mixture, OUTCOMES))
-        else:  # what another exit has foreseen counts as well: the surer one is right
+        if not self._mix_in_hints(node):  # what another exit has foreseen counts as well: the surer one is right
             known = {(each.accepted, each.next_token): each.probability for each in node.ranking}
             for accepted, token, share in foreseen:
                 known[accepted, token] = max(share, known.get((accepted, token), 0.0))
@@ -873,6 +906,15 @@ class EdgeSession:
         ]
         ready = [action for lane in list(self._lanes.values()) for action in self._forward(lane)]
         return [*self._drop(hopeless), *ready, *self._expand(now_ms)]
+
+    def _mix_in_hints(self, node: _Lane) -> bool:
+        """Rank a lane's outcomes by what is known of them; False where the draft says nothing of them itself."""
+        if node.guess is None or not any(node.guess.names):
+            return False
+        if node.hints:
+            mixture = self._config.foresight.mixture(max(node.hints))
+            node.ranking = tuple(mix(node.guess, node.hints, mixture, OUTCOMES))
+        return True
 
     # --- verdicts ----------------------------------------------------------------------------------
 
@@ -1099,6 +1141,8 @@ class EdgeSession:
         if lane.round is None:
             return self._send_block(lane, now_ms)
         statistics.taken += lane.round == taken
+        # Its pass has begun half a round trip ago, and a forward takes as long: as if it had been sent so much earlier.
+        self._open_ms = now_ms - self._round_trip(0.0)
         self._make_open(lane)
         self._reweigh()
         ready = [action for each in list(self._lanes.values()) for action in self._forward(each)]

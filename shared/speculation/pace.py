@@ -175,6 +175,34 @@ def least_worth(clocks: Clocks, longest: int) -> float:
     return rate * rows * (clocks.pass_ms(2.0 * rows) - clocks.pass_ms(rows)) / rows
 
 
+def length_in(clocks: Clocks, longest: int, delay_ms: Callable[[int], float]) -> int:
+    """The length of 1 … `longest` that is best for one draft of which `delay_ms` says how long its verification has to wait
+    for it.
+
+    What a further token brings is weighed against the time that it costs, at the best rate that there is:
+
+        worth(γ) = E(γ) - rate · (pass(γ) + delay(γ))
+
+    A draft that is ready in time is as long as rows allow; one that others wait for is shorter.
+    """
+    if clocks.pass_ms(clocks.sharers) <= 0.0:
+        return max(1, longest)
+    rate = _rate(clocks, best_length(clocks, longest))
+
+    def worth(length: int) -> float:
+        cost_ms = clocks.pass_ms(clocks.sharers * (length + 1)) + delay_ms(length)
+        return expected_tokens(clocks.acceptance, length) - rate * cost_ms
+
+    return max(range(1, max(1, longest) + 1), key=worth)
+
+
+def floor_share(clocks: Clocks, longest: int) -> float:
+    """The rate at which the target goes on by itself while a block is waited for, as a share of the best one."""
+    if not clocks.floor or clocks.pass_ms(clocks.sharers) <= 0.0:
+        return 0.0
+    return _rate(clocks, 0) / _rate(clocks, best_length(clocks, longest))
+
+
 def _rate(clocks: Clocks, length: int) -> float:
     """Tokens a ms that a session gets with blocks of that length."""
     pass_ms = clocks.pass_ms(clocks.sharers * (length + 1))
