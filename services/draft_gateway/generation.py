@@ -19,7 +19,7 @@ from statistics import median
 from typing import Final, Protocol
 
 from services.draft_gateway.answer_text import AnswerText
-from services.draft_gateway.drafting import EMPTY, Drafter, DraftRequest
+from services.draft_gateway.drafting import EMPTY, Draft, Drafter, DraftRequest
 from services.draft_gateway.metrics import Watch
 from services.draft_gateway.openai_api import JsonObject
 from services.draft_gateway.uplink import SessionMessage, Uplink
@@ -563,23 +563,14 @@ class Generation:
 
     async def _draft(self, request: DraftRequest) -> None:
         try:
-            draft = await self._drafter.draft(request)
+            draft = await self._drafter.draft(request, lambda draft: self._handle(_drafted(request, draft)))
         except asyncio.CancelledError:
             raise
         except Exception:  # a draft engine may fail in any way; without a draft the target goes on alone
             logger.exception("drafting failed; an empty block goes up", extra={"session": self.session})
             draft = EMPTY
         self._drafts.pop(request.lane, None)
-        self._handle(
-            Drafted(
-                request.lane,
-                draft.tokens,
-                draft.confidences,
-                draft.alternatives,
-                draft.rows,
-                draft.thresholds,
-            )
-        )
+        self._handle(_drafted(request, draft))
 
     def _finished(self, reason: FinishReason, last: Delivery | None) -> None:
         if last is not None:
@@ -612,6 +603,13 @@ async def logged(work: Coroutine[object, object, None]) -> None:
         await work
     except OutriderError as error:
         logger.warning("%s", error)
+
+
+def _drafted(request: DraftRequest, draft: Draft) -> Drafted:
+    """What the core is told of a draft."""
+    return Drafted(
+        request.lane, draft.tokens, draft.confidences, draft.alternatives, draft.rows, draft.thresholds
+    )
 
 
 def _report(session: str, stats: SessionStats, tokens: int) -> JsonObject:

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 
 from services.verifier import metrics
 from services.verifier.engine.types import Engine, EngineInfo, EngineStats, ExitReport
-from services.verifier.session_shell import Chain, SessionShell
+from services.verifier.session_shell import Chain, Passes, SessionShell
 from services.verifier.settings import VerifierSettings
 from shared.bus import Bus, Reader, Received
 from shared.errors import EngineError, OutriderError
@@ -64,7 +64,7 @@ class VerifierService:
         self._drafts: Reader[DraftsMessage] | None = None
         self._partitions: tuple[int, ...] = ()
         self._stopping = False
-        self.rows = 0
+        self.passes = Passes()
         self._asked: asyncio.Task[EngineStats] | None = None
         self._stats: EngineStats | None = None
         self._beat = asyncio.Event()
@@ -305,6 +305,7 @@ class VerifierService:
             await asyncio.wait([self._asked], timeout=self.settings.heartbeat_s / 2)
         if self._asked.done():
             self._stats, self._asked = self._asked.result(), None
+            self.passes.fixed_ms, self.passes.row_ms = self._stats.fixed_ms, self._stats.row_ms
         assert self._stats is not None
         return self._stats
 

@@ -47,6 +47,16 @@ FLOOR_MATCH = 4
 """Tokens at the text's end that must have been found again: shorter matches are not worth the rows."""
 
 
+@dataclass(slots=True)
+class Passes:
+    """The passes of all sessions that are under way, and what the engine says that one takes by its rows, ms."""
+
+    rows: int = 0
+    sessions: int = 0
+    fixed_ms: float = 0.0
+    row_ms: float = 0.0
+
+
 class Host(Protocol):
     """What a session needs of the service around it."""
 
@@ -54,8 +64,7 @@ class Host(Protocol):
     store: Store
     bus: Bus
     incarnation: str
-    rows: int
-    """Rows of all passes under way."""
+    passes: Passes
 
     async def take_place(self, shell: SessionShell) -> bool:
         """Whether this session may hold KV; an idle one may have to go first."""
@@ -105,10 +114,11 @@ class Chain:
 
 @dataclass(slots=True)
 class _Clock:
-    """When a pass began and ended, and its tokens were committed; `rows` are all sessions' at its end."""
+    """When a pass began and ended, and its tokens were committed; `rows` are those of all `sessions` at its end."""
 
     began_s: float
     rows: int
+    sessions: int = 1
     answered_s: float = 0.0
     committed_s: float = 0.0
 
@@ -264,6 +274,9 @@ class SessionShell:
                     "verify_ms": round(clock.pass_ms, 3),
                     "commit_ms": round(clock.commit_ms, 3),
                     "rows": clock.rows,
+                    "sessions": clock.sessions,
+                    "fixed_ms": round(self._host.passes.fixed_ms, 2),
+                    "row_ms": round(self._host.passes.row_ms, 2),
                 }
             )
         metrics.ANSWERS.labels(message.kind).inc()
@@ -450,15 +463,18 @@ class SessionShell:
     def _clock(self, rows: int) -> None:
         """A pass of so many rows begins. The rows that share it are those that are under way now."""
         self._stop_clock()
-        self._host.rows += rows
+        self._host.passes.rows += rows
+        self._host.passes.sessions += 1
         self._pass = _Clock(time.monotonic(), rows)
 
     def _stop_clock(self, *, answered: bool = False) -> None:
         """The pass has ended, with an answer or without."""
         clock, self._pass = self._pass, None
         if clock is not None:
-            own, clock.rows = clock.rows, self._host.rows
-            self._host.rows -= own
+            passes = self._host.passes
+            own, clock.rows, clock.sessions = clock.rows, passes.rows, passes.sessions
+            passes.rows -= own
+            passes.sessions -= 1
         if answered:
             now_s = time.monotonic()
             clock = clock or _Clock(now_s, 1)

@@ -39,7 +39,16 @@ from shared.protocol import Fault, FinishReason, Floor, Hint, Policy, Stale, Tok
 from shared.sampling.conformal import resumed
 from shared.sampling.sparse import SparseRow
 from shared.speculation.outcomes import Foresight, Guess, Ranked, guess, level, logit, mix, sigmoid
-from shared.speculation.pace import Clocks, Common, Mean, best_length, floor_share, lanes_in, least_worth, length_in
+from shared.speculation.pace import (
+    Clocks,
+    Common,
+    Mean,
+    best_length,
+    floor_share,
+    lanes_in,
+    least_worth,
+    length_in,
+)
 
 
 class Phase(StrEnum):
@@ -423,7 +432,9 @@ class EdgeSession:
         self._next_lane = 0
         self._timer = 0
         self._progress_ms = 0.0
-        self._open_ms = 0.0  # when the open lane went up as a block, or would have, for its pass to run as it does
+        self._open_ms = (
+            0.0  # when the open lane went up as a block, or would have, for its pass to run as it does
+        )
         self._credit = CREDIT / 2
         self._acknowledged = 0
         self._rest, self._resting = 0, RESTS[0]
@@ -650,10 +661,10 @@ class EdgeSession:
 
     def _ahead(self, length: int) -> int:
         """Tokens that the floor will have said when a block of `length` arrives: drafted as well, to be trimmed."""
-        pass_ms = self._pass(1)
-        if pass_ms <= 0.0:
-            return 0
+        pass_ms = self._pass(self._sharers(1.0))
         late_ms = self._round_trip(0.0) + length * self._step(1)
+        if pass_ms <= 0.0 or late_ms < pass_ms:  # a pass that the block would find running is waited with
+            return 0
         return min(MOST_AHEAD, math.ceil(late_ms / pass_ms * self._floor_yield(1.0)))
 
     def _follow(self) -> list[EdgeAction]:
@@ -890,7 +901,9 @@ class EdgeSession:
             return []
         foreseen = tuple((each.accepted, each.next_token, each.confidence) for each in hint.outcomes)
         node.hints[hint.layer] = foreseen
-        if not self._mix_in_hints(node):  # what another exit has foreseen counts as well: the surer one is right
+        if not self._mix_in_hints(
+            node
+        ):  # what another exit has foreseen counts as well: the surer one is right
             known = {(each.accepted, each.next_token): each.probability for each in node.ranking}
             for accepted, token, share in foreseen:
                 known[accepted, token] = max(share, known.get((accepted, token), 0.0))

@@ -27,7 +27,6 @@ that gives more tokens a second (`patience_ms`), and no longer than a gateway ha
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,10 +81,6 @@ TOKEN_IDS: Final = 1 << 31
 NO_ROUND: Final = -1
 """The round of a pass that no draft asked for."""
 MOST_READY: Final = 0.9
-LONGER: Final = 1.5
-"""By how much longer than usual a block is waited for."""
-MARGIN: Final = 1.1
-"""By how much better than waiting the floor must be for it to go on."""
 MEMORY: Final = 0.8
 """How much of a running mean is kept a step."""
 
@@ -379,32 +374,23 @@ def patience_ms(
 ) -> float:
     """How long to wait for a block before the floor takes over; all times in ms.
 
-    With T a block's pass, E the tokens that it yields, w the wait for a block, and a share h of passes at whose end the
-    next draft is there: a block that is verified leads to n = 1 / (1 - h) passes and N = E n tokens before the next wait.
-    Who waits gets
+    A pass of the floor is free where it ends before the block comes: the block is cut by what it said, or drafted anew
+    from it. Where the block finds the engine busy it has to wait for the end of the pass, may be of no use then, and its
+    draft was for nothing. So the floor waits for a block that comes within a pass T' of the floor, if that is worth it:
+    with T a block's pass, E the tokens that it yields, w the wait, and a share h of passes at whose end the next draft is
+    there, a block leads to n = 1 / (1 - h) passes, and who waits gets
 
-        N / (w + n T)
+        E n / (w + n T)
 
-    tokens a ms. The floor says F tokens in a pass of T', which is shorter than T where rows cost time; the block is looked
-    at after k = ⌈w / T'⌉ of these, and is of use if it agrees with what they said: with probability a = ((E - 1) / E)^(k F),
-    so that there are 1 / a attempts and
-
-        (k F / a + N) / (k T' / a + n T)
-
-    tokens a ms. The floor goes on where that is better by more than `MARGIN`, for what it says is cut from the block that
-    then comes; a block that takes much longer than usual is not waited for. Before the floor has been measured F is 1 and
-    T' is T.
+    tokens a ms, which has to be more than the F / T' of the floor alone. It is waited for no longer than T': whatever
+    becomes of it, no more than one pass of the floor is lost. Before the floor has been measured F is 1 and T' is T.
     """
     if not pass_ms or not tokens or wait_ms is None or ready is None:
         return 0.0
     alone_ms, alone = floor_ms or pass_ms, floor_tokens or 1.0
     passes = 1.0 / (1.0 - min(ready, MOST_READY))
-    said = tokens * passes
-    missed = math.ceil(wait_ms / alone_ms) or 1
-    agrees = max(((tokens - 1.0) / tokens) ** (missed * alone), 1e-6)
-    waiting = said / (wait_ms + passes * pass_ms)
-    going_on = (missed * alone / agrees + said) / (missed * alone_ms / agrees + passes * pass_ms)
-    return wait_ms * LONGER if waiting * MARGIN > going_on else 0.0
+    waiting = tokens * passes / (wait_ms + passes * pass_ms)
+    return alone_ms if wait_ms < alone_ms and waiting > alone / alone_ms else 0.0
 
 
 class VerifierSession:

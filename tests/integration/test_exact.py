@@ -20,7 +20,15 @@ import pytest_asyncio
 from safetensors.torch import load_file, save_file
 
 from services.draft_gateway.drafting import load_draft_engine
-from services.draft_gateway.drafting.engine import Draft, DraftEngine, DraftRequest, Dropped, none_dropped
+from services.draft_gateway.drafting.engine import (
+    Draft,
+    DraftEngine,
+    DraftRequest,
+    Dropped,
+    Ready,
+    none_dropped,
+    none_told,
+)
 from services.draft_gateway.drafting.llama import LlamaDraft
 from services.draft_gateway.drafting.lookup import PromptLookup
 from services.draft_gateway.settings import GatewaySettings
@@ -51,7 +59,12 @@ class ReferenceDraft:
     answers: dict[Tokens, Tokens]
     immediate: bool = True
 
-    def draft(self, requests: Sequence[DraftRequest], dropped: Dropped = none_dropped) -> list[Draft]:
+    def draft(
+        self,
+        requests: Sequence[DraftRequest],
+        dropped: Dropped = none_dropped,
+        ready: Ready = none_told,
+    ) -> list[Draft]:
         return [self._draft(request) for request in requests]
 
     def _draft(self, request: DraftRequest) -> Draft:

@@ -10,7 +10,14 @@ from collections.abc import Sequence
 import pytest
 
 from services.draft_gateway.drafting.drafter import QUEUE, Drafter
-from services.draft_gateway.drafting.engine import Draft, DraftRequest, Dropped, none_dropped
+from services.draft_gateway.drafting.engine import (
+    Draft,
+    DraftRequest,
+    Dropped,
+    Ready,
+    none_dropped,
+    none_told,
+)
 from shared.errors import Overloaded
 
 
@@ -27,7 +34,12 @@ class GatedEngine:
         self.forgotten: list[str] = []
         self.dropped: list[bool] = []
 
-    def draft(self, requests: Sequence[DraftRequest], dropped: Dropped = none_dropped) -> list[Draft]:
+    def draft(
+        self,
+        requests: Sequence[DraftRequest],
+        dropped: Dropped = none_dropped,
+        ready: Ready = none_told,
+    ) -> list[Draft]:
         self.entered.set()
         assert self.gate.wait(10)
         self.batches.append([request.lane for request in requests])
@@ -93,7 +105,12 @@ async def test_a_draft_that_is_cancelled_while_it_is_made_is_reported_as_dropped
 class SteppingEngine(GatedEngine):
     """Drafts one token after the other until its request is dropped."""
 
-    def draft(self, requests: Sequence[DraftRequest], dropped: Dropped = none_dropped) -> list[Draft]:
+    def draft(
+        self,
+        requests: Sequence[DraftRequest],
+        dropped: Dropped = none_dropped,
+        ready: Ready = none_told,
+    ) -> list[Draft]:
         self.entered.set()
         deadline = time.monotonic() + 10
         while not dropped(requests[0]):
@@ -173,3 +190,44 @@ async def test_closing_drops_what_waits_and_refuses_more() -> None:
     assert (await asyncio.gather(first, second, return_exceptions=True))[0] is not None
     with pytest.raises(Overloaded):
         await drafter.draft(request(2))
+
+
+class StepwiseEngine(GatedEngine):
+    """Has all tokens before the gate opens, and looks beyond them after it."""
+
+    def draft(
+        self,
+        requests: Sequence[DraftRequest],
+        dropped: Dropped = none_dropped,
+        ready: Ready = none_told,
+    ) -> list[Draft]:
+        for number, request in enumerate(requests):
+            ready(number, Draft((request.lane,), (1.0,)))
+        return super().draft(requests, dropped)
+
+
+async def test_tokens_are_shown_while_the_engine_looks_beyond_them() -> None:
+    engine = StepwiseEngine()
+    drafter = Drafter(engine)
+    seen: asyncio.Future[Draft] = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(drafter.draft(request(7), seen.set_result))
+    assert (await seen).tokens == (7,)
+    assert not task.done()
+    engine.gate.set()
+    assert (await task).tokens == (7,)
+    drafter.close()
+
+
+async def test_a_draft_that_was_dropped_is_not_shown() -> None:
+    engine = StepwiseEngine()
+    drafter = Drafter(engine)
+    seen: list[Draft] = []
+    first = await started(engine, drafter)
+    task = asyncio.create_task(drafter.draft(request(7), seen.append))
+    await asyncio.sleep(0)
+    task.cancel()
+    engine.gate.set()
+    await first
+    await asyncio.gather(task, return_exceptions=True)
+    assert seen == []
+    drafter.close()

@@ -11,6 +11,7 @@ import pytest
 
 from services.draft_gateway.answer_text import AnswerText, Ending
 from services.draft_gateway.drafting import Draft, DraftRequest
+from services.draft_gateway.drafting.drafter import Early
 from services.draft_gateway.generation import Delivery, Generation, Replay
 from shared.errors import (
     BrokerUnavailable,
@@ -95,7 +96,7 @@ class Pencil:
         self.open = asyncio.Event()
         self.open.set()
 
-    async def draft(self, request: DraftRequest) -> Draft:
+    async def draft(self, request: DraftRequest, early: Early | None = None) -> Draft:
         self.requests.append(request)
         await self.open.wait()
         if self.failure is not None:
@@ -539,7 +540,7 @@ ROWS = tuple(SparseRow((token, token + 100), (3, 5)) for token in (10, 11, 12))
 class Drawing(Pencil):
     """A pencil that tells what its tokens were drawn from."""
 
-    async def draft(self, request: DraftRequest) -> Draft:
+    async def draft(self, request: DraftRequest, early: Early | None = None) -> Draft:
         plain = await super().draft(request)
         return replace(plain, rows=ROWS[: len(plain.tokens)], thresholds=(0.1, 0.2, 0.3)[: len(plain.tokens)])
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from services.draft_gateway.drafting.engine import Draft, DraftRequest, Dropped, none_dropped
+from services.draft_gateway.drafting.engine import (
+    Draft,
+    DraftRequest,
+    Dropped,
+    Ready,
+    none_dropped,
+    none_told,
+)
 from services.draft_gateway.drafting.hybrid import HybridDraft
 from services.draft_gateway.drafting.lookup import PromptLookup
 
@@ -22,7 +29,12 @@ class Model:
         self.asked = 0
         self.forgotten: list[str] = []
 
-    def draft(self, requests: Sequence[DraftRequest], dropped: Dropped = none_dropped) -> list[Draft]:
+    def draft(
+        self,
+        requests: Sequence[DraftRequest],
+        dropped: Dropped = none_dropped,
+        ready: Ready = none_told,
+    ) -> list[Draft]:
         self.asked += len(requests)
         drafts = []
         for request in requests:

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
-from shared.speculation.pace import Clocks, Line, Mean, best_length, expected_tokens, lanes_in
+from shared.speculation.pace import (
+    Clocks,
+    Common,
+    Line,
+    Mean,
+    PassCost,
+    best_length,
+    expected_tokens,
+    floor_share,
+    lanes_in,
+    least_worth,
+    length_in,
+)
 
 LONGEST = 8
 
@@ -20,7 +33,7 @@ def line(fixed: float, each: float) -> Line:
     return learnt
 
 
-def length(
+def clocks(
     *,
     acceptance: float = 0.8,
     fixed_ms: float = 50.0,
@@ -30,9 +43,12 @@ def length(
     round_trip_ms: float = 20.0,
     missed: float = 0.5,
     floor: bool = True,
-) -> int:
-    clocks = Clocks(acceptance, line(fixed_ms, row_ms), sharers, draft_ms, round_trip_ms, missed, floor)
-    return best_length(clocks, LONGEST)
+) -> Clocks:
+    return Clocks(acceptance, line(fixed_ms, row_ms), sharers, draft_ms, round_trip_ms, missed, floor)
+
+
+def length(**values: Any) -> int:
+    return best_length(clocks(**values), LONGEST)
 
 
 def test_a_mean_starts_with_the_first_value_and_follows_slowly() -> None:
@@ -146,3 +162,56 @@ def test_lanes_are_bounded_only_by_what_may_be_where_nothing_is_known_or_drafted
     assert lanes_in(1.0, Line(), 3, most=6) == 6
     assert lanes_in(1.0, line(4.0, 1.0), 0, most=6) == 6
     assert lanes_in(1.0, line(4.0, 1.0), 3, most=0) == 0
+
+
+def test_what_the_verifier_says_of_its_passes_counts_more_than_what_was_seen() -> None:
+    cost = PassCost()
+    assert not cost.known
+    assert cost(4) == 0.0
+    cost.saw(4, 300.0)
+    assert cost(4) == pytest.approx(300.0)
+    cost.told(50.0, 2.0)
+    cost.saw(4, 300.0)
+    assert cost(4) == pytest.approx(58.0)
+    assert cost.known
+
+
+def test_sessions_of_a_gateway_learn_together_how_often_the_draft_is_right() -> None:
+    common = Common()
+    common.acceptance.saw(0.25)
+    assert Common().acceptance(0.7) == 0.7
+    assert common.acceptance(0.7) == 0.25
+
+
+def test_a_draft_that_is_ready_in_time_is_as_long_as_rows_allow() -> None:
+    free = clocks(row_ms=0.0, acceptance=0.6)
+    assert length_in(free, LONGEST, lambda length: 0.0) == LONGEST
+    assert length_in(free, LONGEST, lambda length: max(0.0, 10.0 * length - 30.0)) < LONGEST
+
+
+def test_the_more_a_token_keeps_others_waiting_the_shorter_the_draft() -> None:
+    given = clocks(row_ms=0.0)
+    lengths = [length_in(given, LONGEST, lambda length, each=each: length * each) for each in (1, 5, 20, 500)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > lengths[-1] == 1
+
+
+def test_before_anything_is_known_a_draft_is_as_long_as_it_may_be() -> None:
+    unknown = Clocks(0.7, Line(), 1.0, 0.0, 0.0, 0.5)
+    assert length_in(unknown, LONGEST, lambda length: 100.0 * length) == LONGEST
+    assert least_worth(unknown, LONGEST) == 0.0
+    assert floor_share(unknown, LONGEST) == 0.0
+
+
+def test_a_row_has_to_bring_what_all_who_share_the_pass_lose_by_it() -> None:
+    """Alone 1 / 51 tokens a ms at the least; the row takes 1 ms of each of them."""
+    assert least_worth(clocks(acceptance=0.0, row_ms=1.0), LONGEST) == pytest.approx(1 / 51)
+    crowd = least_worth(clocks(acceptance=0.0, row_ms=1.0, sharers=50.0), LONGEST)
+    assert crowd == pytest.approx(50 / 100)
+    assert least_worth(clocks(row_ms=0.0), LONGEST) == 0.0
+
+
+def test_the_floor_is_worth_all_where_no_block_is_and_nothing_where_it_waits() -> None:
+    assert floor_share(clocks(acceptance=0.0), LONGEST) == pytest.approx(1.0)
+    assert 0.0 < floor_share(clocks(acceptance=0.9), LONGEST) < 1.0
+    assert floor_share(clocks(floor=False), LONGEST) == 0.0

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from services.verifier.engine.types import BlockStatus, Engine, EngineOutput
-from services.verifier.session_shell import Chain, SessionShell
+from services.verifier.session_shell import Chain, Passes, SessionShell
 from shared.bus import Bus, Received
 from shared.errors import BrokerUnavailable, StoreUnavailable
 from shared.protocol import (
@@ -191,7 +191,7 @@ class _Host:
         self.engine = cast(Engine, self.model)
         self.store = cast(Store, self.redis)
         self.bus = cast(Bus, self.kafka)
-        self.rows = 0
+        self.passes = Passes()
         self.read: list[int] = []
         self.held: set[str] = set()
         self.forgotten: list[str] = []

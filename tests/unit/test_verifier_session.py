@@ -578,20 +578,19 @@ def test_under_the_cost_policy_a_session_waits() -> None:
     assert session.handle(EngineAnswered((11, 12))) == [Commit(1, 1, 1, (11, 12), None, 1, 1)]
 
 
-def test_the_floor_waits_for_a_block_that_is_worth_it() -> None:
-    """A pass takes 100 ms and yields 3 tokens."""
-    assert patience_ms(100.0, 3.0, 40.0, 0.5) == 60.0
-    assert patience_ms(100.0, 3.0, 90.0, 0.5) > 0.0  # the floor would say hardly more
-    assert patience_ms(100.0, 3.0, 60.0, 0.5, 60.0) == 0.0  # it is there before the floor's pass has ended
-    assert patience_ms(100.0, 3.0, 110.0, 0.5) == 165.0  # it would be looked at after two of them
-    assert patience_ms(100.0, 1.0, 110.0, 0.0) == 0.0  # it is never right
-    assert patience_ms(100.0, 3.0, 1_000.0, 0.0) == 0.0  # it takes too long
-    assert patience_ms(100.0, 3.0, 110.0, 0.9) > 0.0
-    assert patience_ms(None, None, None, None) == 0.0
-    assert patience_ms(90.0, 3.2, 105.0, 0.25) > 0.0
+def test_the_floor_waits_for_a_block_that_comes_within_a_pass_and_is_worth_it() -> None:
+    """A pass takes 100 ms and yields 3 tokens; it is waited for as long as a pass of the floor takes."""
+    assert patience_ms(100.0, 3.0, 40.0, 0.5) == 100.0
+    assert patience_ms(100.0, 3.0, 90.0, 0.5, 95.0, 1.0) == 95.0
+    assert patience_ms(100.0, 3.0, 60.0, 0.5, 60.0) == 0.0  # the floor's pass has ended before it is there
+    assert patience_ms(100.0, 3.0, 110.0, 0.5) == 0.0
+    assert patience_ms(100.0, 1.0, 40.0, 0.0) == 0.0  # it is never right
     assert (
-        patience_ms(90.0, 3.2, 105.0, 0.25, 65.0, 1.0) == 0.0
-    )  # a pass of the floor takes less than a block's
+        patience_ms(100.0, 1.5, 90.0, 0.0) == 0.0
+    )  # one and a half tokens in 190 ms, the floor says almost two
+    assert patience_ms(100.0, 1.5, 90.0, 0.8) > 0.0  # the next ones follow at once
+    assert patience_ms(100.0, 3.0, 90.0, 0.5, 95.0, 4.0) == 0.0  # what the floor looks up is longer
+    assert patience_ms(None, None, None, None) == 0.0
 
 
 def test_when_its_patience_ends_the_floor_takes_over() -> None:

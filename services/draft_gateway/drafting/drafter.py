@@ -9,6 +9,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,10 +23,21 @@ BATCH: Final = 32
 CLOSE_DEADLINE_S: Final = 10.0
 
 
+Early = Callable[[Draft], None]
+"""Called in the event loop with a draft whose tokens are all there, while its engine is still busy."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
     request: DraftRequest
     result: asyncio.Future[Draft]
+    early: Early | None
+    loop: asyncio.AbstractEventLoop
+
+    def tell(self, draft: Draft) -> None:
+        """Show the draft to who wants it early, unless it is of no more use."""
+        if self.early is not None and not self.result.done():
+            self.early(draft)
 
 
 class Drafter:
@@ -43,11 +55,12 @@ class Drafter:
         """The engine's name."""
         return self._engine.name
 
-    async def draft(self, request: DraftRequest) -> Draft:
-        """A draft for one lane. `Overloaded` when too many wait already."""
+    async def draft(self, request: DraftRequest, early: Early | None = None) -> Draft:
+        """A draft for one lane; `early` may see its tokens before. `Overloaded` when too many wait already."""
         if self._engine.immediate:
             return self._engine.draft([request])[0]
-        job = _Job(request, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        job = _Job(request, loop.create_future(), early, loop)
         self._put(job)
         return await job.result
 
@@ -115,8 +128,13 @@ class Drafter:
         def dropped(request: DraftRequest) -> bool:
             return self._closed or results[id(request)].cancelled()
 
+        def ready(number: int, draft: Draft) -> None:
+            job = jobs[number]
+            if job.early is not None and not job.result.cancelled() and not job.loop.is_closed():
+                job.loop.call_soon_threadsafe(job.tell, draft)
+
         try:
-            drafts = self._engine.draft([job.request for job in jobs], dropped)
+            drafts = self._engine.draft([job.request for job in jobs], dropped, ready)
         except Exception as error:
             for job in jobs:
                 _in_loop(job.result, error)

@@ -62,6 +62,14 @@ def none_dropped(request: DraftRequest) -> bool:
     return False
 
 
+Ready = Callable[[int, Draft], None]
+"""Told of a request, by its number, as soon as all its tokens are there."""
+
+
+def none_told(number: int, draft: Draft) -> None:
+    """Nobody wants a draft before all are finished."""
+
+
 class DraftEngine(Protocol):
     """Drafts for many sessions. Called by one thread at a time."""
 
@@ -75,8 +83,14 @@ class DraftEngine(Protocol):
         """Whether a draft takes so little time (some 10 µs) that no thread is worth its while."""
         ...
 
-    def draft(self, requests: Sequence[DraftRequest], dropped: Dropped = none_dropped) -> list[Draft]:
-        """A draft for each request, in order. Those that `dropped` says are of no more use may come back short."""
+    def draft(
+        self,
+        requests: Sequence[DraftRequest],
+        dropped: Dropped = none_dropped,
+        ready: Ready = none_told,
+    ) -> list[Draft]:
+        """A draft for each request, in order. Those that `dropped` says are of no more use may come back short. An engine
+        that takes time tells `ready` of those that are there while it goes on with others, or looks `beyond` them."""
         ...
 
     def forget(self, session: str) -> None:

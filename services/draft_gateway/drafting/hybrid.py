@@ -20,7 +20,9 @@ from services.draft_gateway.drafting.engine import (
     DraftEngine,
     DraftRequest,
     Dropped,
+    Ready,
     none_dropped,
+    none_told,
 )
 from services.draft_gateway.drafting.lookup import PromptLookup
 from shared.lookup import LONGEST, common_prefix
@@ -118,7 +120,12 @@ class HybridDraft:
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self.name: Final = f"{model.name} and prompt lookup"
 
-    def draft(self, requests: Sequence[DraftRequest], dropped: Dropped = none_dropped) -> list[Draft]:
+    def draft(
+        self,
+        requests: Sequence[DraftRequest],
+        dropped: Dropped = none_dropped,
+        ready: Ready = none_told,
+    ) -> list[Draft]:
         """See `DraftEngine`."""
         drafts: list[Draft] = [EMPTY] * len(requests)
         asked: list[int] = []
@@ -130,14 +137,16 @@ class HybridDraft:
             matched = self._lookup.matched(request.session) if found.tokens else 0
             if session.worths.prefers_lookup(matched):
                 drafts[index] = found
+                ready(index, found)
             else:
                 asked.append(index)
             guess = _Guess(request.context, matched, found.tokens, None)
             guesses.append(guess)
             session.guesses.append(guess)
-        for index, draft in zip(
-            asked, self._model.draft([requests[index] for index in asked], dropped), strict=True
-        ):
+        modelled = self._model.draft(
+            [requests[index] for index in asked], dropped, lambda number, draft: ready(asked[number], draft)
+        )
+        for index, draft in zip(asked, modelled, strict=True):
             drafts[index] = draft
             guesses[index].modelled = draft.tokens
         return drafts

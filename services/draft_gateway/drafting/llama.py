@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -37,7 +37,9 @@ from services.draft_gateway.drafting.engine import (
     Draft,
     DraftRequest,
     Dropped,
+    Ready,
     none_dropped,
+    none_told,
 )
 from services.draft_gateway.drafting.network import Choices, FloatNetwork, Network, Words
 from services.draft_gateway.drafting.shape import LlamaShape, check_weights
@@ -137,6 +139,13 @@ class _Run:
 
     def _lacks(self, lane: int) -> bool:
         return len(self.choices[lane]) < self.lengths[lane] + self.requests[lane].beyond
+
+    def complete(self) -> list[int]:
+        """Lanes whose last token has just been drafted."""
+        steps = max(map(len, self.choices))
+        return [
+            lane for lane, length in enumerate(self.lengths) if steps == length == len(self.choices[lane])
+        ]
 
     def wanted(self, dropped: Dropped) -> bool:
         """Whether a lane lacks steps that somebody waits for."""
@@ -263,7 +272,12 @@ class LlamaDraft:
     # --- drafting -------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def draft(self, requests: Sequence[DraftRequest], dropped: Dropped = none_dropped) -> list[Draft]:
+    def draft(
+        self,
+        requests: Sequence[DraftRequest],
+        dropped: Dropped = none_dropped,
+        ready: Ready = none_told,
+    ) -> list[Draft]:
         """Drafts of what the target would say if it were this model, all lanes of all sessions step by step together."""
         by_session: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -274,7 +288,12 @@ class LlamaDraft:
             tuple(indexes): self._begin([requests[index] for index in indexes])
             for indexes in by_session.values()
         }
-        self._advance(list(runs.values()), dropped)
+        numbers = {id(runs[indexes]): indexes for indexes in runs}
+
+        def there(run: _Run, lane: int) -> None:
+            ready(numbers[id(run)][lane], run.draft(lane))
+
+        self._advance(list(runs.values()), dropped, there)
         for indexes, run in runs.items():
             run.leave()
             for lane, index in enumerate(indexes):
@@ -330,13 +349,15 @@ class LlamaDraft:
             sparsity=self._sparsity,
         )
 
-    def _advance(self, runs: list[_Run], dropped: Dropped) -> None:
-        """Draft token by token until no lane is wanted any more."""
+    def _advance(self, runs: list[_Run], dropped: Dropped, there: Callable[[_Run, int], None]) -> None:
+        """Draft token by token until no lane is wanted any more; tell which lanes have all their tokens."""
         runs = self._filled(runs, dropped)
         while runs:
             hidden = self._decoder.forward([run.segment(run.pending.shape[1]) for run in runs])
             for run, choices in zip(runs, self._choose(runs, hidden), strict=True):
                 run.add(choices)
+                for lane in run.complete():
+                    there(run, lane)
             runs = [run for run in runs if run.wanted(dropped)]
 
     def _filled(self, runs: list[_Run], dropped: Dropped) -> list[_Run]:

@@ -9,7 +9,15 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
 
-from services.draft_gateway.drafting.engine import EMPTY, Draft, DraftRequest, Dropped, none_dropped
+from services.draft_gateway.drafting.engine import (
+    EMPTY,
+    Draft,
+    DraftRequest,
+    Dropped,
+    Ready,
+    none_dropped,
+    none_told,
+)
 from shared.lookup import Lookup
 
 MOST_SESSIONS: Final = 1024
@@ -24,7 +32,12 @@ class PromptLookup:
     def __init__(self) -> None:
         self._indexes: OrderedDict[str, Lookup] = OrderedDict()
 
-    def draft(self, requests: Sequence[DraftRequest], dropped: Dropped = none_dropped) -> list[Draft]:
+    def draft(
+        self,
+        requests: Sequence[DraftRequest],
+        dropped: Dropped = none_dropped,
+        ready: Ready = none_told,
+    ) -> list[Draft]:
         """What followed the newest earlier occurrence of the longest suffix that has one."""
         return [EMPTY if dropped(request) else self._draft(request) for request in requests]
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -33,7 +33,9 @@ from services.draft_gateway.drafting.engine import (
     Draft,
     DraftRequest,
     Dropped,
+    Ready,
     none_dropped,
+    none_told,
 )
 from shared.errors import OutriderError
 from shared.protocol import Tokens
@@ -114,7 +116,12 @@ class ReplayDraft:
         self.immediate: Final = options.ms_per_token == 0
         self.name: Final = f"a replayed draft (synthetic: {options})"
 
-    def draft(self, requests: Sequence[DraftRequest], dropped: Dropped = none_dropped) -> list[Draft]:
+    def draft(
+        self,
+        requests: Sequence[DraftRequest],
+        dropped: Dropped = none_dropped,
+        ready: Ready = none_told,
+    ) -> list[Draft]:
         """See `DraftEngine`: one step a token for all requests together, as a batch has it."""
         steps = [request.length + request.beyond for request in requests]
         done = [0] * len(requests)
@@ -127,6 +134,8 @@ class ReplayDraft:
                 self._sleep(self._options.ms_per_token * share / 1000)
             for n in going:
                 done[n] = step + 1
+                if done[n] == requests[n].length:
+                    ready(n, self._draft(replace(requests[n], beyond=False), done[n]))
         return [self._draft(request, count) for request, count in zip(requests, done, strict=True)]
 
     def _draft(self, request: DraftRequest, steps: int) -> Draft:

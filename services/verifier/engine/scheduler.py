@@ -42,6 +42,7 @@ from services.verifier.engine.options import (
     schema_of,
     session_key,
 )
+from services.verifier.engine.step_costs import StepCosts
 from services.verifier.engine.types import BlockStatus
 from shared.sampling.sparse import SparseRow
 
@@ -109,6 +110,8 @@ class Counters:
     preemptions: int = 0
     prefix_cache_hit_tokens: int = 0
     step_ms: float = 0.0
+    fixed_ms: float = 0.0
+    row_ms: float = 0.0
 
 
 @dataclass(slots=True)
@@ -117,6 +120,7 @@ class _Step:
 
     began: float = 0.0
     verified: dict[str, int] = field(default_factory=dict)
+    prefills: bool = False
 
 
 class SessionScheduler(Scheduler):  # type: ignore[misc]
@@ -128,6 +132,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         self.max_block: int = self.vllm_config.num_speculative_tokens
         self.uniform = EngineOptions.of(self.vllm_config).uniform
         self.counters = Counters()
+        self._costs = StepCosts()
         self._by_key: dict[str, Session] = {}
         self._by_request: dict[str, Session] = {}
         self._starved = False
@@ -276,6 +281,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             padding = len(verified.get(request_id, ())) - drafts
             self._count(self.requests[request_id], scheduled - padding, drafts)
         self.counters.steps += bool(scheduler_output.num_scheduled_tokens)
+        self._step.prefills = len(self._step.verified) < len(scheduler_output.num_scheduled_tokens)
         self.counters.prefix_cache_hit_tokens += _cached_tokens(scheduler_output)
         super()._update_after_schedule(scheduler_output)
         for request_id in scheduler_output.num_scheduled_tokens:
@@ -371,6 +377,9 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             elapsed_ms = (time.monotonic() - step.began) * 1000
             weight = STEP_MS_WEIGHT if counters.step_ms else 1.0
             counters.step_ms += weight * (elapsed_ms - counters.step_ms)
+            if not step.prefills:
+                self._costs.saw(scheduler_output.total_num_scheduled_tokens, elapsed_ms)
+                counters.fixed_ms, counters.row_ms = self._costs.line()
         return outputs
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
