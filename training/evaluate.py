@@ -154,7 +154,9 @@ class _Said:
     def __init__(self, chosen: Sequence[int]) -> None:
         self._chosen = chosen
 
-    def draft(self, requests: Sequence[DraftRequest], dropped: object = None) -> list[Any]:
+    def draft(
+        self, requests: Sequence[DraftRequest], dropped: object = None, ready: object = None
+    ) -> list[Any]:
         from services.draft_gateway.drafting.engine import Draft
 
         drafts = []

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.verifier import metrics
@@ -34,6 +34,7 @@ from shared.protocol import (
 )
 from shared.session import SessionState
 from shared.speculation import verifier as core
+from shared.speculation.pace import Clocks, Mean, best_length
 from shared.store import CommitConflict, StaleClaim, Store
 from shared.telemetry import TraceContext
 
@@ -43,6 +44,8 @@ Step = Callable[[], Coroutine[None, None, None]]
 RETRY_AFTER_S = 0.5
 FLOOR_LENGTH = 5
 """Tokens that the floor looks up at a time."""
+LOOKUP_ACCEPTANCE = 0.6
+"""How often a token that is looked up is taken to be right, before it has been measured."""
 FLOOR_MATCH = 4
 """Tokens at the text's end that must have been found again: shorter matches are not worth the rows."""
 
@@ -55,6 +58,22 @@ class Passes:
     sessions: int = 0
     fixed_ms: float = 0.0
     row_ms: float = 0.0
+    lookup: Mean = field(default_factory=Mean)
+    """How often a token that the floor looked up is right, if those before it are."""
+
+    def lookup_length(self) -> int:
+        """Tokens that the floor may look up: as many as are worth their rows to all who share the pass."""
+        if self.row_ms <= 0.0:
+            return FLOOR_LENGTH
+        clocks = Clocks(
+            acceptance=self.lookup(LOOKUP_ACCEPTANCE),
+            pass_ms=lambda rows: self.fixed_ms + self.row_ms * rows,
+            sharers=self.sessions + 1,
+            draft_ms=0.0,
+            round_trip_ms=0.0,
+            missed=0.0,
+        )
+        return best_length(clocks, FLOOR_LENGTH)
 
 
 class Host(Protocol):
@@ -147,6 +166,7 @@ class SessionShell:
             session, max_block=max_block, floor_draft=self._look_up if floor_lookup else core.no_draft
         )
         self._lookup: Lookup | None = None
+        self._looked_up: Tokens = ()
         self._state: SessionState | None = None
         self._prompt: Tokens = ()
         self._reader: asyncio.Task[None] | None = None
@@ -442,6 +462,7 @@ class SessionShell:
         try:
             async for output in stream:
                 self._stop_clock(answered=True)
+                self._judge_lookup(output.tokens)
                 self.handle(core.EngineAnswered(output.tokens, output.finish_reason, output.logprobs))
         except OutriderError as error:
             self.handle(_failed(error))
@@ -487,8 +508,17 @@ class SessionShell:
             self._lookup = Lookup()
         text = (*self._prompt, *said)
         self._lookup.follow(text)
-        found, _ = self._lookup.draft(FLOOR_LENGTH)
-        return found if self._lookup.matched >= FLOOR_MATCH else ()
+        found, _ = self._lookup.draft(self._host.passes.lookup_length())
+        self._looked_up = found if self._lookup.matched >= FLOOR_MATCH else ()
+        return self._looked_up
+
+    def _judge_lookup(self, said: Tokens) -> None:
+        """Learn from what the target said after what was looked up."""
+        looked_up, self._looked_up = self._looked_up, ()
+        for found, token in zip(looked_up, said, strict=False):
+            self._host.passes.lookup.saw(float(found == token))
+            if found != token:
+                return
 
     async def _close_engine(self) -> None:
         try:

@@ -98,7 +98,12 @@ def test_a_block_whose_epoch_nobody_compares_is_found(monkeypatch: pytest.Monkey
         return honest(self, message.model_copy(update={"epoch": self._epoch}))
 
     monkeypatch.setattr(v.VerifierSession, "_consider", careless)
-    assert found(6_000).said == "verified a draft of a gateway that drives the session no more"
+    assert found(
+        6_000
+    ).said in (  # it is the other gateway's round of that number, or none of the one that drives
+        "verified a draft of a gateway that drives the session no more",
+        "verified a draft at another place than its own",
+    )
 
 
 def test_a_forward_that_does_not_wait_for_its_outcome_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,8 @@ class _Gateway:
     edge: e.EdgeSession
     clock: _Clock
     shown: list[int]
-    drafts: dict[int, e.StartDraft] = field(default_factory=dict)
+    drafts: dict[int, e.StartDraft | e.Drafted] = field(default_factory=dict)
+    """What is being drafted, or has been but for what may follow it."""
     lanes: dict[int, tuple[int, Tokens]] = field(default_factory=dict)
     paths: dict[int, _Path] = field(default_factory=dict)
     timer: tuple[float, int] | None = None
@@ -286,7 +287,7 @@ class World:
             forwards=choices.chance(0.8),
             lane_threshold=choices.pick([0.0, 0.05, 0.3]),
             max_lanes=choices.below(6),
-            round_timeout_ms=50,
+            round_timeout_ms=80,
             stall_timeout_ms=1e9,
         )
         self.gateways.insert(
@@ -377,6 +378,19 @@ class World:
             ),
         )
 
+    def _measured(self) -> dict[str, float]:
+        """What a verifier may say of its passes: nothing, or figures that change what the edge finds worth its while."""
+        if self.choices.chance(0.5):
+            return {}
+        rows = 1 + self.choices.below(16)
+        return {
+            "verify_ms": 1.0 + self.choices.below(100),
+            "rows": rows,
+            "sessions": 1 + self.choices.below(rows),
+            "fixed_ms": float(self.choices.below(60)),
+            "row_ms": float(self.choices.below(6)),
+        }
+
     def _check_drafted(self, gateway: _Gateway, base: int, tokens: Tokens) -> None:
         """What is sent up is what some lane drafted for that place."""
         assert not tokens or any(
@@ -387,6 +401,10 @@ class World:
     def _draft(self, gateway: _Gateway) -> None:
         lane = self.choices.pick(list(gateway.drafts))
         draft = gateway.drafts.pop(lane)
+        if isinstance(draft, e.Drafted):
+            self._note(gateway.name, f"has looked beyond lane {lane}")
+            self._edge_event(gateway, draft)
+            return
         context = [self.salt, *gateway.edge.committed[: draft.base], *draft.assumed]
         drafted: list[int] = []
         alternatives: list[tuple[tuple[int, float], ...]] = []
@@ -402,7 +420,11 @@ class World:
         confidences = tuple(1.0 - self.choices.draw() for _ in drafted)
         gateway.lanes[lane] = draft.base, (*draft.assumed, *drafted)
         self._note(gateway.name, f"drafted {tuple(drafted)} after {draft.base} + {draft.assumed}")
-        self._edge_event(gateway, e.Drafted(lane, tuple(drafted), confidences, tuple(alternatives)))
+        finished = e.Drafted(lane, tuple(drafted), confidences, tuple(alternatives))
+        if drafted and draft.beyond and self.choices.chance(0.5):
+            gateway.drafts[lane] = finished
+            finished = replace(finished, alternatives=finished.alternatives[: len(drafted)])
+        self._edge_event(gateway, finished)
 
     def _ring(self, gateway: _Gateway) -> None:
         assert gateway.timer is not None
@@ -505,9 +527,9 @@ class World:
             self._note(gateway.name, f"reads {_worded(message)}")
         match message:
             case Verdict():
-                self._edge_event(gateway, e.VerdictArrived(message))
+                self._edge_event(gateway, e.VerdictArrived(message.model_copy(update=self._measured())))
             case Floor():
-                self._edge_event(gateway, e.FloorArrived(message))
+                self._edge_event(gateway, e.FloorArrived(message.model_copy(update=self._measured())))
             case Stale():
                 self._edge_event(gateway, e.StaleArrived(message))
             case Fault():
