@@ -61,6 +61,10 @@ class Passes:
     lookup: Mean = field(default_factory=Mean)
     """How often a token that the floor looked up is right, if those before it are."""
 
+    def usual_ms(self, rows: int) -> float | None:
+        """What a pass of so many rows takes; None before the engine knows."""
+        return self.fixed_ms + self.row_ms * rows if self.row_ms > 0.0 else None
+
     def lookup_length(self) -> int:
         """Tokens that the floor may look up: as many as are worth their rows to all who share the pass."""
         if self.row_ms <= 0.0:
@@ -463,7 +467,10 @@ class SessionShell:
             async for output in stream:
                 self._stop_clock(answered=True)
                 self._judge_lookup(output.tokens)
-                self.handle(core.EngineAnswered(output.tokens, output.finish_reason, output.logprobs))
+                usual_ms = self._host.passes.usual_ms(self._answered[-1].rows)
+                self.handle(
+                    core.EngineAnswered(output.tokens, output.finish_reason, output.logprobs, usual_ms)
+                )
         except OutriderError as error:
             self.handle(_failed(error))
         except Exception:

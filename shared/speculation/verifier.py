@@ -21,12 +21,13 @@ agrees with what the target has said; what was said meanwhile is trimmed from it
 the outcome that it assumes has come true. Of several, the newest goes first: its sender knew most.
 
 With nothing to verify, the policy decides. Under `cost` the session waits. Under `latency` the *AR floor* takes over: the
-target goes on by itself, with what the verifier finds by prompt lookup, else one token a pass. It waits a moment where
-that gives more tokens a second (`patience_ms`), and no longer than a gateway has been heard from (`MOST_AHEAD`).
+target goes on by itself, with what the verifier finds by prompt lookup, else one token a pass. It waits for
+a block that comes before a pass of its own would end (`patience_ms`), and no longer than a gateway has been heard from (`MOST_AHEAD`).
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,11 +143,13 @@ class Failed:
 @dataclass(frozen=True, slots=True)
 class EngineAnswered:
     """Tokens that the engine added, and one of `logprobs` for each where they are asked for; more than one step's where
-    the reader lagged."""
+    the reader lagged. `usual_ms` is what passes of as many rows take that compute no prompt besides; None where that isn't
+    known."""
 
     tokens: Tokens
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    usual_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -746,11 +749,13 @@ class VerifierSession:
             return []
         ran = self._running or _Pass(len(self._said), ())
         if self._phase is Phase.VERIFYING:
+            # A prompt that was computed beside it says nothing of what the next pass takes.
+            elapsed_ms = min(now_ms - ran.since_ms, event.usual_ms or math.inf)
             if ran.draft is not None:
-                self._pace.saw_pass(now_ms - ran.since_ms, len(event.tokens))
+                self._pace.saw_pass(elapsed_ms, len(event.tokens))
                 self._judge_end = True
             else:
-                self._pace.saw_floor(now_ms - ran.since_ms, len(event.tokens))
+                self._pace.saw_floor(elapsed_ms, len(event.tokens))
         self._running = None
         self._said.extend(event.tokens)
         self._logprobs.extend(event.logprobs)
