@@ -21,8 +21,8 @@ agrees with what the target has said; what was said meanwhile is trimmed from it
 the outcome that it assumes has come true. Of several, the newest goes first: its sender knew most.
 
 With nothing to verify, the policy decides. Under `cost` the session waits. Under `latency` the *AR floor* takes over: the
-target goes on by itself, with what the verifier finds by prompt lookup, else one token a pass. It waits for
-a block that comes before a pass of its own would end (`patience_ms`), and no longer than a gateway has been heard from (`MOST_AHEAD`).
+target goes on by itself, with what the verifier finds by prompt lookup, else one token a pass. It waits for a block that
+comes before a pass of its own would end (`patience_ms`), and goes on no longer than a gateway is heard from (`MOST_AHEAD`).
 """
 
 from __future__ import annotations
