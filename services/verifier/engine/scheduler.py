@@ -56,7 +56,7 @@ NEVER: Final = 1 << 62
 STEP_MS_WEIGHT: Final = 0.1
 MOST_GATHERED_S: Final = 0.015
 GATHERED_SHARE: Final = 0.15
-"""How long a step waits for sessions to share it: this share of a step, and no longer than that."""
+"""How long a step waits for the next session to share it: this share of a step, and no longer than that."""
 PADDING: Final = 0
 """The token that fills up a block where batches are uniform."""
 
@@ -139,7 +139,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         self._step = _Step()
         self._grammars = Grammars(self.structured_output_manager)
         self._awaited: set[str] = set()  # eager sessions that spoke in the last step and have no block yet
-        self._ended_s = 0.0
+        self._heard_s = 0.0
 
     # --- blocks -------------------------------------------------------------------------------------------------
 
@@ -201,7 +201,9 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         session.request.next_decode_eligible_step = 0
         session.parked_at = None
         session.armed = block
-        self._awaited.discard(session.key)
+        if session.key in self._awaited:
+            self._awaited.discard(session.key)
+            self._heard_s = time.monotonic()
         return True
 
     def _padded(self, request: Request, drafts: list[int]) -> list[int]:
@@ -224,13 +226,14 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         """For how long the next step may still wait, so that sessions that have just spoken share it; 0 when none is
         awaited.
 
-        Their blocks are a few ms behind their outputs. A step without them would make each run in every other step,
-        alternating with those that were quicker: half the speed, for all of them.
+        Their blocks are a few ms behind their outputs, and behind each other where many spoke: as long as they keep coming
+        the others are waited for. A step without them would make each run in every other step, alternating with those
+        that were quicker: half the speed, for all of them.
         """
         if not self._awaited:
             return 0.0
         most_s = min(MOST_GATHERED_S, GATHERED_SHARE * self.counters.step_ms / 1000)
-        return max(0.0, self._ended_s + most_s - time.monotonic())
+        return max(0.0, self._heard_s + most_s - time.monotonic())
 
     # --- a step -------------------------------------------------------------------------------------------------
 
@@ -372,7 +375,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         for session in spoken:
             if self._by_key.get(session.key) is session:
                 self._park(session)
-        self._ended_s = time.monotonic()
+        self._heard_s = time.monotonic()
         if scheduler_output.num_scheduled_tokens:
             elapsed_ms = (time.monotonic() - step.began) * 1000
             weight = STEP_MS_WEIGHT if counters.step_ms else 1.0
