@@ -55,7 +55,7 @@ class CudaSessionRunner(SessionRows, GPUModelRunner):  # type: ignore[misc]
 
         What is drawn at random is not foreseen here: its noise is not in the graph.
         """
-        awaited = {own.request: (key, base) for own, key, base in self._awaited(rows)}
+        awaited = {own.request: (key, base) for own, key, base in self._awaited(rows, levels)}
         if not awaited:
             return None
         width = self.uniform_decode_query_len

@@ -240,13 +240,15 @@ class SessionRows:
 
     # --- what the exits look at -----------------------------------------------------------------------
 
-    def _awaited(self, rows: Sequence[RequestRows]) -> Iterable[tuple[RequestRows, str, int]]:
+    def _awaited(
+        self, rows: Sequence[RequestRows], levels: Mapping[str, Sequence[int]]
+    ) -> Iterable[tuple[RequestRows, str, int]]:
         """The rows of sessions whose gateways wait for hints, with the session's key and its base."""
         for own in rows:
             extra = self.requests[own.request].sampling_params.extra_args
             key = session_key(extra)
-            # nobody waits for a hint on the floor's pass
-            if key is not None and (own.block or not is_eager(extra)):
+            # nobody waits for a hint on the floor's pass: its draft, if it has one, was looked up here and tells no levels
+            if key is not None and (levels.get(own.request) or not is_eager(extra)):
                 yield own, key, own.known - int(self.input_batch.num_prompt_tokens[own.index])
 
 

@@ -54,7 +54,7 @@ class SessionRunner(SessionRows, CPUModelRunner):  # type: ignore[misc]
         drafts: list[int] = []
         sure: list[float] = []
         draws: list[Row | None] = []
-        for own, key, base in self._awaited(rows):
+        for own, key, base in self._awaited(rows, levels):
             sessions.append(VerifiedRows(key, base, len(positions), own.block))
             positions.extend(range(own.first, own.first + len(own.block) + 1))
             drafts.extend((*own.block, 0))
