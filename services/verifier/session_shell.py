@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.verifier import metrics
-from services.verifier.engine.types import BlockStatus, Engine, EngineOutput, ExitReport
+from services.verifier.engine.types import UNHEARD, BlockStatus, Engine, EngineOutput, ExitReport
 from shared import timeline
 from shared.bus import Bus, Received
 from shared.errors import OutriderError
@@ -404,9 +404,12 @@ class SessionShell:
             self.handle(core.Committed(result.base))
 
     async def _verify(self, action: core.Verify) -> None:
+        confidences = action.confidences
+        if action.round == core.NO_ROUND:  # the floor's: no gateway knows of it
+            confidences = (UNHEARD,) * len(action.tokens)
         try:
             status = await self._host.engine.submit(
-                self.session, action.base, action.tokens, action.confidences, action.rows
+                self.session, action.base, action.tokens, confidences, action.rows
             )
         except OutriderError as error:
             self.handle(_failed(error))

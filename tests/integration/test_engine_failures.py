@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.verifier.engine.compat import SYMBOLS, check_compatible
+from services.verifier.engine.compat import CPU_SYMBOLS, CUDA_SYMBOLS, SYMBOLS, check_compatible
 from services.verifier.engine.engine import VllmEngine
 from services.verifier.engine.exit_files import FILE_FORMAT
 from services.verifier.engine.exit_modules import TrainedExit
@@ -180,15 +180,18 @@ async def test_engine_without_exits_is_exact_and_silent(tiny_target: TinyTarget)
 
 
 def test_everything_overridden_of_vllms_is_checked_at_start_up() -> None:
-    from services.verifier.engine import model, scheduler, worker
+    from services.verifier.engine import cuda_worker, model, runner, scheduler, worker
 
     ours = (
         scheduler.SessionScheduler,
         model._TappedModel,
         model._WithExits,
         model.OutriderLlamaForCausalLM,
+        runner.SessionRows,
         worker.SessionRunner,
         worker.SessionWorker,
+        cuda_worker.CudaSessionRunner,
+        cuda_worker.CudaSessionWorker,
     )
     vllms = {
         name
@@ -200,7 +203,8 @@ def test_everything_overridden_of_vllms_is_checked_at_start_up() -> None:
     }
     overridden = {name for cls in ours for name in vars(cls) if name in vllms}
     assert {"schedule", "_init_model", "_prepare_inputs", "init_device"} <= overridden
-    assert overridden <= {symbol.name.rpartition(".")[2] for symbol in SYMBOLS}
+    checked = (*SYMBOLS, *CPU_SYMBOLS, *CUDA_SYMBOLS)
+    assert overridden <= {symbol.name.rpartition(".")[2] for symbol in checked}
     check_compatible()
 
 

@@ -28,6 +28,7 @@ from services.verifier.engine.options import (
     rules_of,
     session_key,
 )
+from services.verifier.engine.types import UNHEARD
 from shared.sampling.rules import Rules
 from shared.sampling.sparse import SparseRow
 from shared.speculation.outcomes import confidence_at
@@ -247,8 +248,9 @@ class SessionRows:
         for own in rows:
             extra = self.requests[own.request].sampling_params.extra_args
             key = session_key(extra)
-            # nobody waits for a hint on the floor's pass: its draft, if it has one, was looked up here and tells no levels
-            if key is not None and (levels.get(own.request) or not is_eager(extra)):
+            # nobody waits for a hint on the floor's pass, with a block that was looked up for it or without one
+            unheard = UNHEARD in levels.get(own.request, ()) if own.block else is_eager(extra)
+            if key is not None and not unheard:
                 yield own, key, own.known - int(self.input_batch.num_prompt_tokens[own.index])
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from shared.protocol import FinishReason, GenerationParams, Outcome, TokenLogprobs, Tokens
 from shared.sampling.sparse import SparseRow
+
+UNHEARD: Final = -1
+"""In the place of a draft's confidences: nobody waits for hints on this block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +159,8 @@ class Engine(Protocol):
     ) -> BlockStatus:
         """Have a block verified: `tokens` continue the session's first `base` output tokens; may be empty.
 
-        `confidences` are the draft's, as levels, one a token or none at all; early exits may listen to them. `rows` are
+        `confidences` are the draft's, as levels, one a token or none at all; early exits may listen to them (`UNHEARD` for
+        each where no hints are wanted). `rows` are
         what each token was drawn from, in ratio mode, or nothing where none was.
 
         What was generated past `base` meanwhile is trimmed from the block's front where it agrees; otherwise the block
