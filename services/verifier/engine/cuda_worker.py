@@ -106,13 +106,8 @@ class CudaSessionWorker(Worker):  # type: ignore[misc]
 
     def describe_exits(self) -> dict[str, Any]:
         """What `EngineInfo` says of the exits."""
-        exits = self.model_runner.graph_exits.exits
-        return {
-            "exit_layers": sorted(exits.modules),
-            "exits": exits.label,
-            "notes": list(exits.notes),
-            "dtype": str(self.model_config.dtype).removeprefix("torch."),
-        }
+        found: dict[str, Any] = self.model_runner.graph_exits.exits.described(self.model_config.dtype)
+        return found
 
     def dropped_hints(self) -> int:
         """Hints that the channel had no room for."""

@@ -7,17 +7,13 @@ a target's whole head is as much memory to read as one or two of its layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from services.verifier.engine.exit_head import Naming, Scores
+from services.verifier.engine.exit_head import SHORTLIST, Naming, Scores, largest
 from shared.sampling.rules import Row
-
-SHORTLIST: Final = 16
-CHUNK: Final = 64
 
 
 class DeviceHead:
@@ -39,19 +35,14 @@ class DeviceHead:
     def __call__(self, hidden: Tensor, drafts: Tensor, k: int, draws: Sequence[Row | None] = ()) -> Scores:
         """See `ExitHead`; rows are scored as in greedy decoding, whatever `draws` say."""
         rough = product(hidden if self.reduce is None else hidden @ self.reduce.T, self.rough)
-        total = rough.logsumexp(dim=-1, keepdim=True)
-        best, columns = largest(rough, k if self.reduce is None else max(SHORTLIST, k))
+        columns = largest(rough, k if self.reduce is None else max(SHORTLIST, k))
         tokens = columns if self.ids is None else self.ids[columns]
-        if self.reduce is None and self.ids is None:
-            own = functional.embedding(drafts, self.weight)
-            return Scores(tokens, best - total, rough.gather(1, drafts[:, None])[:, 0] - total[:, 0], own)
-        on_list = (best - total).logsumexp(dim=-1, keepdim=True).clamp(max=-1e-6)
-        tail = total + torch.log(-torch.expm1(on_list)) + self.tail
         rows = functional.embedding(torch.cat((tokens, drafts[:, None]), dim=1), self.weight)
-        exact, drafted = torch.split(_products(rows, hidden), [tokens.shape[1], 1], dim=1)
-        total = torch.logaddexp(exact.logsumexp(dim=-1, keepdim=True), tail)
-        best, order = exact.topk(k, dim=-1)
-        return Scores(tokens.gather(1, order), best - total, (drafted - total)[:, 0], rows[:, -1])
+        logits = _products(rows, hidden)
+        exact, drafted = logits[:, :-1], logits[:, -1]
+        log_probs = rough.scatter(1, columns, exact - self.tail).log_softmax(dim=-1).gather(1, columns)
+        best, order = log_probs.topk(k, dim=-1)
+        return Scores(tokens.gather(1, order), best, drafted - exact[:, 0] + log_probs[:, 0], rows[:, -1])
 
 
 def product(values: Tensor, matrix: Tensor) -> Tensor:
@@ -66,15 +57,3 @@ def _products(rows: Tensor, hidden: Tensor) -> Tensor:
     if rows.is_cuda and rows.dtype is not torch.float32:
         return torch.bmm(rows, hidden[:, :, None], out_dtype=torch.float32)[:, :, 0]
     return (rows.float() @ hidden.float()[:, :, None])[:, :, 0]
-
-
-def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row and their columns: of the chunks with the largest maxima, as in `exit_head`."""
-    rows, columns = values.shape
-    if columns % CHUNK or columns // CHUNK <= count:
-        return values.topk(count, dim=-1)
-    chunks = values.view(rows, columns // CHUNK, CHUNK)
-    places = chunks.amax(dim=-1).topk(count, dim=-1).indices
-    found = chunks.gather(1, places[:, :, None].expand(-1, -1, CHUNK)).flatten(1)
-    best, place = found.topk(count, dim=-1)
-    return best, places.gather(1, place // CHUNK) * CHUNK + place % CHUNK

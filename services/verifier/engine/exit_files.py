@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -37,6 +37,15 @@ class ExitSet:
     label: str
     notes: tuple[str, ...] = ()
     naming: Naming = field(default_factory=Naming)
+
+    def described(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What `EngineInfo` says of the exits, and of the `dtype` that the model computes in."""
+        return {
+            "exit_layers": sorted(self.modules),
+            "exits": self.label,
+            "notes": list(self.notes),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
 
 
 @dataclass(frozen=True, slots=True)

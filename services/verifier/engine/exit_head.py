@@ -137,7 +137,7 @@ class ShortlistHead:
     def _greedy(self, hidden: Tensor, drafts: Tensor, k: int) -> Scores:
         """The normalising sum is the rough copy's, in which exact logits take the place of the shortlist's."""
         rough = self._rough(hidden if self._reduce is None else hidden @ self._reduce.T)
-        shortlist = _largest(rough, max(self._shortlist, 2 * k))
+        shortlist = largest(rough, max(self._shortlist, 2 * k))
         tokens = shortlist if self._ids is None else self._ids[shortlist]
         rows = functional.embedding(torch.cat((tokens, drafts[:, None]), dim=1), self._weight)
         logits = torch.bmm(hidden[:, None], rows.transpose(1, 2))[:, 0]
@@ -227,7 +227,7 @@ def best_head(
     return ExactHead(logits, weight, naming)
 
 
-def _largest(values: Tensor, count: int) -> Tensor:
+def largest(values: Tensor, count: int) -> Tensor:
     """The columns of the `count` largest of each row, in no order. They lie in the `count` chunks with the largest maxima:
     to look there is a fraction of sorting all."""
     rows, columns = values.shape

@@ -123,21 +123,34 @@ def quickest(module: TrainedExit) -> TrainedExit | Int8Exit:
     return Int8Exit(module) if has_int8(module.down.weight) else module
 
 
-def judged_acceptance(judge: Judge, judged: Judged, calibration: Calibration) -> Tensor:
-    """Log-probabilities `[rows]` that draft tokens are accepted: what a judge says, put right by measurement."""
+def judged_acceptance(
+    judge: Judge, judged: Judged, calibration: Calibration, weights: Tensor | None = None
+) -> Tensor:
+    """Log-probabilities `[rows]` that draft tokens are accepted: what a judge says, put right by measurement. `weights`
+    are the calibration's `figure_weights`, where they are on the device already."""
     figures = judge_features(judged.drafted, judged.sure, judged.best)
-    return F.logsigmoid(calibrated_odds(judge(judged, figures), figures, calibration))
+    return F.logsigmoid(calibrated_odds(judge(judged, figures), figures, calibration, weights))
 
 
-def calibrated_odds(odds: Tensor, figures: Tensor, calibration: Calibration) -> Tensor:
+def figure_weights(calibration: Calibration, device: torch.device) -> Tensor:
+    """What a calibration's judgement weighs the figures by `[FEATURES]`: what says that a confidence is known is one
+    wherever this counts, and so takes the weight of the one."""
+    one, _, *rest = calibration.judgement
+    return torch.tensor((*rest, one), device=device)
+
+
+def calibrated_odds(
+    odds: Tensor, figures: Tensor, calibration: Calibration, weights: Tensor | None = None
+) -> Tensor:
     """True log-odds `[…]` from a judge's log-odds `[…]` and the figures `[…, FEATURES]` that it saw."""
     line = odds * calibration.accept.slope + calibration.accept.offset
     if not calibration.judgement:
         return line
-    # The inputs' products, without the inputs: what says that a confidence is known is one wherever this counts.
-    one, word, *rest = calibration.judgement
-    weights = torch.tensor((*rest, one), device=odds.device)
-    return torch.where(figures[..., -1] > 0, (figures @ weights).add_(odds, alpha=word / 5), line)
+    if weights is None:
+        weights = figure_weights(calibration, odds.device)
+    # the products of `judgement_inputs`, without the inputs
+    judged = (figures @ weights).add_(odds, alpha=calibration.judgement[1] / 5)
+    return torch.where(figures[..., -1] > 0, judged, line)
 
 
 def judgement_inputs(odds: Tensor, figures: Tensor) -> Tensor:

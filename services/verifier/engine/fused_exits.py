@@ -21,12 +21,11 @@ from triton import cdiv, next_power_of_2
 
 from services.verifier.engine import exit_kernels as kernels
 from services.verifier.engine.device_head import DeviceHead, product
+from services.verifier.engine.exit_head import CHUNK, SHORTLIST
 from services.verifier.engine.exit_modules import FEATURES, ExitModule, TrainedExit
+from services.verifier.engine.ranking import RANK_FIELDS
 
-CHUNK: Final = 64
-SHORTLIST: Final = 16
 MOST_CHUNKS: Final = 4096
-RANK_FIELDS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)

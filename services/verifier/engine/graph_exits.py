@@ -42,19 +42,17 @@ from services.verifier.engine.exit_modules import (
     ExitModule,
     Judged,
     TrainedExit,
-    judge_features,
-    judgement_inputs,
+    figure_weights,
+    judged_acceptance,
 )
 from services.verifier.engine.exits import VerifiedRows
-from services.verifier.engine.ranking import rank
+from services.verifier.engine.ranking import RANK_FIELDS, rank
 
 if TYPE_CHECKING:
     from services.verifier.engine.fused_exits import FusedExit
 
 POLL_S: Final = 30e-6
 """Time between two looks at the marks."""
-RANK_FIELDS: Final = 3
-"""Of an outcome on its way to the host: accepted length, next token, confidence (its bits)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +99,13 @@ class GraphExits:
         outcomes: int,
         fused: Mapping[int, FusedExit] | None = None,
     ) -> None:
-        """`norm` and `head` are the model's last ones; `most_blocks` of `longest` drafts are verified in a pass. `fused`
-        say the same as `outcomes`, by layer, where there is a device for them."""
+        """The modules of `exits` are on `device`; `norm` and `head` are the model's last ones. `most_blocks` of `longest`
+        drafts are verified in a pass. `fused` say the same as `outcomes`, by layer, where there is a device for them."""
         self.exits = exits
         self._norm, self._head, self._sender = norm, head, sender
         self._width, self._most, self._outcomes = longest + 1, most_blocks, outcomes
         self._order = tuple(sorted(exits.modules))
-        self._modules = {layer: module.to(device) for layer, module in exits.modules.items()}
-        self._judgements = _judgements(self._modules, device)
+        self._judgements = _judgements(exits.modules, device)
         rows = self._most * self._width
         cuda = device.type == "cuda"
         self._staged = _pinned(1 + 3 * rows + most_blocks, pin=cuda)
@@ -202,7 +199,7 @@ class GraphExits:
     @torch.inference_mode()
     def run(self, layer: int, hidden: Tensor, residual: Tensor) -> None:
         """The exit after `layer`, on the pass's rows `[rows, hidden size]`; after the last layer the end of all exits."""
-        if layer not in self._modules:
+        if layer not in self.exits.modules:
             self._join()
             return
         blocks = min(len(hidden) // self._width, self._most)
@@ -243,7 +240,7 @@ class GraphExits:
     def outcomes(self, layer: int, own: Tensor, blocks: int) -> Tensor:
         """What the exit after `layer` foresees `[blocks, outcomes, RANK_FIELDS]`, int32, of the staged blocks' first
         `blocks`, whose rows of the residual stream are `own`."""
-        module, rows = self._modules[layer], blocks * self._width
+        module, rows = self.exits.modules[layer], blocks * self._width
         drafts, sure = self._drafts[:rows].long(), self._sure[:rows].view(torch.float32)
         normed = self._norm(module(own))
         scores = self._head(normed, drafts, self._outcomes + 1)
@@ -263,21 +260,15 @@ class GraphExits:
         return torch.stack((lengths.int(), tokens.int(), shares.float().view(torch.int32)), dim=-1)
 
     def _acceptance(self, layer: int, module: ExitModule, judged: Judged) -> Tensor:
-        """As `exit_modules.judged_acceptance`, with its weights on the device."""
+        """Log-probabilities `[rows]` that drafts are accepted; nothing is copied to the device for it."""
         if not isinstance(module, TrainedExit):
             return module.acceptance(judged)
-        figures = judge_features(judged.drafted, judged.sure, judged.best)
-        odds = module.judge(judged, figures)
-        line = odds * module.calibration.accept.slope + module.calibration.accept.offset
-        weights = self._judgements.get(layer)
-        if weights is not None:
-            line = torch.where(figures[..., -1] > 0, judgement_inputs(odds, figures) @ weights, line)
-        return torch.nn.functional.logsigmoid(line)
+        return judged_acceptance(module.judge, judged, module.calibration, self._judgements.get(layer))
 
 
 def _judgements(modules: Mapping[int, ExitModule], device: torch.device) -> dict[int, Tensor]:
     return {
-        layer: torch.tensor(module.calibration.judgement, device=device)
+        layer: figure_weights(module.calibration, device)
         for layer, module in modules.items()
         if module.calibration.judgement
     }

@@ -6,10 +6,15 @@ longest are told apart by their length.
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from shared.speculation.outcomes import LEAST, SUREST_LOGIT, Line
+
+RANK_FIELDS: Final = 3
+"""Of an outcome on its way to the host: accepted length, next token, confidence (its bits)."""
 
 
 def rank(

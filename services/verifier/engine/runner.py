@@ -146,8 +146,7 @@ class SessionRows:
     def _show_exits(
         self, rows: Sequence[RequestRows], logits_indices: Tensor, levels: Mapping[str, Sequence[int]]
     ) -> None:
-        """Tell the exits what the pass that is about to begin verifies."""
-        raise NotImplementedError
+        """Tell the exits, where there are any, what the pass that is about to begin verifies."""
 
     def _rows(
         self,
