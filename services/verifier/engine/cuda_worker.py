@@ -17,16 +17,21 @@ from services.verifier.engine.exits import VerifiedRows
 from services.verifier.engine.graph_exits import Blocks, GraphExits
 from services.verifier.engine.options import EngineOptions
 from services.verifier.engine.process import report_failures, stay_with_parent
-from services.verifier.engine.runner import RequestRows, SessionRows
+from services.verifier.engine.runner import RequestRows
+from services.verifier.engine.steady import SteadySteps
 from shared.speculation.outcomes import LEVELS, confidence_at
 
 SWITCH_S: Final = 0.0005
 """How long the thread that turns what exits say into hints waits for the one that prepares and ends passes."""
-LOG_CONFIDENCES: Final = np.array([math.log(confidence_at(level)) for level in range(LEVELS)], np.float32)
+UNTOLD: Final = LEVELS
+"""The level of a token of which the draft said nothing."""
+LOG_CONFIDENCES: Final = np.array(
+    [*(math.log(confidence_at(level)) for level in range(LEVELS)), math.nan], np.float32
+)
 """A level's log-probability in the draft."""
 
 
-class CudaSessionRunner(SessionRows, GPUModelRunner):  # type: ignore[misc]
+class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
     """vLLM's runner, which tells the exits in the graph what each pass verifies, and draws what its rows yield."""
 
     graph_exits: GraphExits | None = None
@@ -59,22 +64,24 @@ class CudaSessionRunner(SessionRows, GPUModelRunner):  # type: ignore[misc]
         if not awaited:
             return None
         width = self.uniform_decode_query_len
+        nothing, untold = (0,) * width, (UNTOLD,) * width
         starts = np.array([own.start for own in rows], dtype=np.int32)
         lengths = np.array([len(own.block) for own in rows], dtype=np.int32)
         places = starts[:, None] + np.minimum(np.arange(width, dtype=np.int32), lengths[:, None])
-        drafts = np.zeros((len(rows), width), dtype=np.int32)
-        sure = np.full((len(rows), width), np.nan, dtype=np.float32)
-        sessions: list[VerifiedRows] = []
-        for at, own in enumerate(rows):
-            length = len(own.block)
-            drafts[at, :length] = own.block
-            told = levels.get(own.request, ())
-            if length and len(told) == length:
-                sure[at, :length] = LOG_CONFIDENCES[list(told)]
-            if own.request in awaited and own.request not in self._drawn:
-                key, base = awaited[own.request]
-                sessions.append(VerifiedRows(key, base, at * width, own.block))
-        return Blocks(self.step_clock.began, places, drafts, sure, lengths, tuple(sessions))
+        drafts = np.array([own.block + nothing[len(own.block) :] for own in rows], dtype=np.int32)
+        told = [tuple(levels.get(own.request, ())) for own in rows]
+        sure = LOG_CONFIDENCES[
+            [
+                said + untold[len(said) :] if len(said) == len(own.block) else untold
+                for own, said in zip(rows, told, strict=True)
+            ]
+        ]
+        sessions = tuple(
+            VerifiedRows(*awaited[own.request], at * width, own.block)
+            for at, own in enumerate(rows)
+            if own.request in awaited and own.request not in self._drawn
+        )
+        return Blocks(self.step_clock.began, places, drafts, sure, lengths, sessions)
 
     def _device_done(self) -> None:
         torch.cuda.current_stream().synchronize()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +22,7 @@ from shared.sampling.rules import Row
 from shared.speculation.outcomes import calibrated, rank_outcomes
 
 
-@dataclass(frozen=True, slots=True)
-class VerifiedRows:
+class VerifiedRows(NamedTuple):
     """A session's rows in a pass: `start` and its drafts' count + 1 of them; `base` output tokens stand before."""
 
     key: str

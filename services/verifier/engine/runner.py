@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,16 +53,15 @@ class StepClock:
     ended: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class RequestRows:
+class RequestRows(NamedTuple):
     """A request's rows among those whose logits are computed: `first` and one for each token of `block`, and one more.
 
     `known` tokens, prompt and output, stand before them; `start` is the first one's place among all rows of the pass.
-    `index` is the request's in the batch.
+    `at` is the request's in the batch.
     """
 
     request: str
-    index: int
+    at: int
     first: int
     start: int
     known: int
@@ -180,7 +179,7 @@ class SessionRows:
         starts = [0, *itertools.accumulate(num_draft_tokens)]
         drafts = np.full(starts[-1], NO_TOKEN, dtype=np.int32)
         for own in rows:
-            drafts[starts[own.index] : starts[own.index] + len(own.block)] = own.block
+            drafts[starts[own.at] : starts[own.at] + len(own.block)] = own.block
         return drafts
 
     # --- what the rows yield --------------------------------------------------------------------------
@@ -198,7 +197,7 @@ class SessionRows:
             own.request: DrawnRows(
                 rules,
                 own.first,
-                self.input_batch.token_ids_cpu[own.index, : own.known].astype(np.int64),
+                self.input_batch.token_ids_cpu[own.at, : own.known].astype(np.int64),
                 own.block,
                 drawn_from.get(own.request, ()),
             )
@@ -250,7 +249,7 @@ class SessionRows:
             # nobody waits for a hint on the floor's pass, with a block that was looked up for it or without one
             unheard = UNHEARD in levels.get(own.request, ()) if own.block else is_eager(extra)
             if key is not None and not unheard:
-                yield own, key, own.known - int(self.input_batch.num_prompt_tokens[own.index])
+                yield own, key, own.known - int(self.input_batch.num_prompt_tokens[own.at])
 
 
 def log_confidences(levels: Sequence[int], drafted: int) -> Iterable[float]:
