@@ -24,13 +24,14 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
+from loadtest import engine_profile
 from loadtest.engine_modes import (
     ELEMENT_BYTES,
     MODES,
@@ -61,6 +62,7 @@ FIRST_TOKEN: Final = 3
 TURN: Final = 8
 TURNS_A_PASS: Final = 2
 """A pass opens sessions afresh, so that they don't grow without end: the KV caches of all modes have to fit."""
+PROFILED: Final = (STOCK_AR, "verify", "verify_exits", "floor")
 DEVICES: Final = (AUTO, "cpu", "cuda")
 
 
@@ -78,6 +80,7 @@ class Options:
     dtype: str
     threads: int
     stock_runner: str
+    profile: bool
     out: Path
 
 
@@ -105,6 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=(AUTO, "v1"),
         default=AUTO,
         help="model runner of vLLM as it comes: its own choice, or the one that our engine builds on",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="also say where a step's time goes: profile.md, profile.json"
     )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for engine.json, engine.md, timeline.svg"
@@ -138,6 +144,7 @@ def read_options(arguments: argparse.Namespace) -> Options:
         dtype=arguments.dtype,
         threads=arguments.threads,
         stock_runner=arguments.stock_runner,
+        profile=arguments.profile,
         out=arguments.out,
     )
 
@@ -205,6 +212,19 @@ class Bench:
             Measured(name, sessions, own, sessions * len(self._passes.turns), differences[name])
             for name, own in steps.items()
         ]
+
+    def profile(self, sessions: int) -> list[dict[str, Any]]:
+        """Where the time of a step goes, in the modes of `PROFILED`."""
+        self._open(f"{sessions}.profile", sessions)
+        steps = max(1, max(map(sum, self._passes.turns)) // 2)
+        found = [
+            driver.profiled(Random(0), steps=steps)
+            for driver in self._drivers
+            if driver.mode.name in PROFILED
+        ]
+        for driver in self._drivers:
+            driver.close()
+        return found
 
     def _open(self, name: str, sessions: int) -> None:
         vocabulary = self._plan.target.checkpoint.vocab_size
@@ -284,6 +304,9 @@ def measure(
             measured += bench.measure(sessions)
             tell(f"{sessions} sessions measured in {time.monotonic() - began:.1f} s")
             yield setting, measured
+        if options.profile:
+            profiles = [own for sessions in options.sessions for own in bench.profile(sessions)]
+            write_profiles(options.out, profiles)
     finally:
         ear.close()
 
@@ -435,6 +458,12 @@ def run(arguments: argparse.Namespace) -> int:
             shown = write(options.out, setting, measured)
     print(shown)
     return 0
+
+
+def write_profiles(out: Path, profiles: Sequence[Mapping[str, Any]]) -> None:
+    """`profile.json` and `profile.md`."""
+    (out / "profile.json").write_text(json.dumps(list(profiles), indent=1) + "\n", encoding="utf-8")
+    (out / "profile.md").write_text(engine_profile.report(profiles), encoding="utf-8")
 
 
 def write(out: Path, setting: Setting, measured: Sequence[Measured]) -> str:

@@ -34,6 +34,8 @@ class Step:
     """Handing in the blocks, before it."""
     launched_ms: float | None = None
     """When the forward had been handed to the device; on a CPU, when it began."""
+    launch_ms: float = 0.0
+    """How long handing it over took; the work before the launch was done by then."""
     forward_from_ms: float | None = None
     forward_ms: float | None = None
     """How long it ran, on the device where there is one."""
@@ -151,10 +153,17 @@ def row(measured: Measured) -> dict[str, Any]:
         "compared": measured.compared,
         "differences": [{"session": session, "token": token} for session, token in measured.differences],
     }
-    before = _known(steps, lambda step: step.launched_ms)
+    before = _known(
+        steps, lambda step: None if step.launched_ms is None else step.launched_ms - step.launch_ms
+    )
     after = _known(steps, lambda step: None if step.sampled_ms is None else step.ms - step.sampled_ms)
     if before is not None and after is not None:
-        found["host_ms"] = {"before_launch": _rounded(before), "after_sampling": _rounded(after)}
+        launch = _known(steps, lambda step: step.launch_ms) or 0.0
+        found["host_ms"] = {
+            "before_launch": _rounded(before),
+            "launch": _rounded(launch),
+            "after_sampling": _rounded(after),
+        }
     if (forward := _known(steps, lambda step: step.forward_ms)) is not None:
         found["forward_ms"] = _rounded(forward)
     return found
@@ -232,7 +241,7 @@ def _exit_shares(own: Measured) -> list[dict[str, Any]]:
 
 def _host(own: Measured) -> list[dict[str, Any]]:
     host = [
-        step.launched_ms + step.ms - step.sampled_ms
+        step.launched_ms - step.launch_ms + step.ms - step.sampled_ms
         for step in counted(own.steps)
         if step.launched_ms is not None and step.sampled_ms is not None
     ]
@@ -272,7 +281,7 @@ def table(held: Mapping[str, Any]) -> str:
     described = f"{held['shapes']}, {held.get('dtype', '?')}, K = {held['k']}, on {held['device']}"
     heading = ["mode", "sessions", "step ms", "p90", "spread", "tokens a step", "tokens a s"]
     heading += [f"exit {layer} ms" for layer in exits]
-    heading += ["forward ms", "host before + after ms", "other streams"]
+    heading += ["forward ms", "host before + launch + after ms", "other streams"]
     lines = [f"# Engine steps: {described}", "", _line(heading), _line(["---"] * len(heading))]
     for own in held["rows"]:
         step, host = own["step_ms"], own.get("host_ms")
@@ -281,7 +290,7 @@ def table(held: Mapping[str, Any]) -> str:
         cells += [f"{own['tokens_per_s']:.0f}"]
         cells += [_shown(own["exit_on_host_ms"].get(layer)) for layer in exits]
         cells += [_shown(own.get("forward_ms"))]
-        cells += [f"{host['before_launch']:.2f} + {host['after_sampling']:.2f}" if host else ""]
+        cells += [" + ".join(f"{spent:.2f}" for spent in host.values()) if host else ""]
         cells += [f"{len(own['differences'])} of {own['compared']}"]
         lines.append(_line(cells))
     lines += ["", _line(["ratio", "sessions", "is", "over turns", "asked", ""]), _line(["---"] * 6)]

@@ -6,6 +6,7 @@ blocks comes before it and is timed apart. All clocks are the machine's monotoni
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import msgspec
 import zmq
 
 from loadtest.engine_modes import Engine, Kind
+from loadtest.engine_profile import Stopwatch, device_figures, step_span, traced, watched_of
 from loadtest.engine_report import Step
 from services.verifier.engine.channel import HINTS_IN_FLIGHT, ChannelMessage, ExitMessage
 from services.verifier.engine.options import EAGER_KEY, SESSION_KEY
@@ -177,6 +179,29 @@ class Driver:
         self._hear_out()
         return done
 
+    def profiled(self, random: Random, *, steps: int) -> dict[str, Any]:
+        """Where the time of so many steps goes, and of as many more on the device (`engine_profile`)."""
+        watch, times = Stopwatch(), []
+        with watch.watching(watched_of(self._client.engine_core, self._worker)):
+            for _ in range(steps):
+                times.append(self._step(random, 0).ms)
+                watch.step_done()
+        device: dict[str, Any] = {}
+        if self._worker.model_runner.device.type == "cuda":
+            with traced() as events:
+                for _ in range(steps):
+                    with step_span():
+                        self._step(random, 0)
+            device = device_figures(events)
+        self._hear_out()
+        return {
+            "mode": self.mode.name,
+            "sessions": len(self.sessions),
+            "step_ms": round(statistics.median(times), 3),
+            "host_ms": watch.medians(),
+            "device": device,
+        }
+
     @property
     def said(self) -> float:
         """Tokens that a session has said, on average."""
@@ -228,6 +253,8 @@ class Driver:
         on_device = self._worker.model_runner.device.type != "cpu"
         launched = marks.forward_ended if on_device else marks.forward_began
         step.launched_ms = (launched - began) * 1000
+        if on_device and marks.forward_began:
+            step.launch_ms = (marks.forward_ended - marks.forward_began) * 1000
         if sampled:
             step.sampled_ms = (sampled - began) * 1000
         if forward_s is not None:

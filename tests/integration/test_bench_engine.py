@@ -17,7 +17,17 @@ SESSIONS = 2
 
 def test_every_mode_says_what_vllm_says_and_is_measured(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "loadtest.bench", "engine", "--shapes", str(tiny(tmp_path / "tiny"))]
-    command += ["--sessions", str(SESSIONS), "--k", "3", "--steps", "4", "--out", str(tmp_path / "out")]
+    command += [
+        "--sessions",
+        str(SESSIONS),
+        "--k",
+        "3",
+        "--steps",
+        "4",
+        "--out",
+        str(tmp_path / "out"),
+        "--profile",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     held = json.loads((tmp_path / "out" / "engine.json").read_text())
@@ -36,3 +46,7 @@ def test_every_mode_says_what_vllm_says_and_is_measured(tmp_path: Path) -> None:
     assert all(each["holds"] is None for each in held["ratios"])
     assert "exit after 2" in (tmp_path / "out" / "timeline.svg").read_text()
     assert "verify_exits" in (tmp_path / "out" / "engine.md").read_text()
+    profiles = {own["mode"]: own for own in json.loads((tmp_path / "out" / "profile.json").read_text())}
+    spent = profiles["verify_exits"]["host_ms"]
+    assert profiles["verify_exits"]["step_ms"] > spent["execute_model"] > spent["_model_forward"] > 0
+    assert "floor" in (tmp_path / "out" / "profile.md").read_text()

@@ -227,11 +227,17 @@ def test_tokens_are_counted_for_each_session_and_each_second() -> None:
 
 
 def test_a_row_says_where_the_host_works_and_when_exits_arrive() -> None:
-    known = {"launched_ms": 0.5, "sampled_ms": 9.0, "forward_from_ms": 0.4, "forward_ms": 7.0}
+    known = {
+        "launched_ms": 0.5,
+        "launch_ms": 0.1,
+        "sampled_ms": 9.0,
+        "forward_from_ms": 0.4,
+        "forward_ms": 7.0,
+    }
     own = steps(0, 50.0, 10.0, **known)
     own[1].exits_ms = {8: 2.5, 16: 5.0}
     found = row(Measured("verify_exits", 1, own))
-    assert found["host_ms"] == {"before_launch": 0.5, "after_sampling": 1.0}
+    assert found["host_ms"] == {"before_launch": 0.4, "launch": 0.1, "after_sampling": 1.0}
     assert found["forward_ms"] == 7.0
     assert found["exit_on_host_ms"] == {"8": 2.5, "16": 5.0}
 
