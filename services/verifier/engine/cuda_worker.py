@@ -5,20 +5,26 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from contextlib import nullcontext
+from typing import Any, Final, NamedTuple
+from unittest import mock
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from services.verifier.engine.channel import Sender
 from services.verifier.engine.exits import VerifiedRows
 from services.verifier.engine.graph_exits import Blocks, GraphExits
+from services.verifier.engine.launch import captured_sessions
 from services.verifier.engine.options import EngineOptions
 from services.verifier.engine.process import report_failures, stay_with_parent
 from services.verifier.engine.runner import RequestRows
-from services.verifier.engine.steady import SteadySteps
+from services.verifier.engine.steady import ByLayer, Graph, SteadySteps
 from shared.speculation.outcomes import LEVELS, confidence_at
 
 SWITCH_S: Final = 0.0005
@@ -31,31 +37,138 @@ LOG_CONFIDENCES: Final = np.array(
 """A level's log-probability in the draft."""
 
 
+class Prelude(NamedTuple):
+    """What an even batch needs before its forward, as a graph of its own: copies to the device, and attention's schedule.
+
+    `metadata` and `slots` are what attention is told of it, by layer.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    metadata: ByLayer
+    slots: ByLayer
+
+
 class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
-    """vLLM's runner, which tells the exits in the graph what each pass verifies, and draws what its rows yield."""
+    """vLLM's runner, which tells the exits in the graph what each pass verifies, and draws what its rows yield.
+
+    Passes in which nobody drafts have whole graphs too, of one row a session and without exits: nobody waits for hints
+    then. vLLM captures those of K + 1 rows a session.
+    """
 
     graph_exits: GraphExits | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        most = self.uniform_decode_query_len * self.scheduler_config.max_num_seqs
-        self._drafts = torch.zeros(most, dtype=torch.int32, device=self.device)
-        self._drafts_here = torch.zeros(most, dtype=torch.int32, device="cpu", pin_memory=True)
+        self._floor_graphs: list[int] = []
+        self._preludes: dict[tuple[int, int], Prelude] = {}
+        self._prelude_pool = torch.cuda.graph_pool_handle()
+        self._prelude_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._width_offsets = np.arange(self.uniform_decode_query_len, dtype=np.int32)
 
-    def _without_padding(self, rows: Sequence[RequestRows], num_draft_tokens: list[int]) -> torch.Tensor:
-        """As `SessionRows._without_padding`, through memory that is there already: the last pass has been waited for."""
-        drafts = self._told_apart(rows, num_draft_tokens)
-        self._drafts_here[: len(drafts)] = torch.from_numpy(drafts)
-        self._drafts.copy_(self._drafts_here, non_blocking=True)
-        return self._drafts[: len(drafts)]
+    # --- graphs ---------------------------------------------------------------------------------------
+
+    def _capture_cudagraphs(
+        self, batch_descriptors: Any, cudagraph_runtime_mode: CUDAGraphMode, profiler: Any = None
+    ) -> None:
+        """As vLLM's, and after its whole graphs those of one row a session."""
+        super()._capture_cudagraphs(batch_descriptors, cudagraph_runtime_mode, profiler)
+        if cudagraph_runtime_mode != CUDAGraphMode.FULL:
+            return
+        exits = self.graph_exits
+
+        def dispatched(
+            num_tokens: int, valid_modes: Any = None, **_: Any
+        ) -> tuple[CUDAGraphMode, BatchDescriptor]:
+            if valid_modes is not None and CUDAGraphMode.FULL not in valid_modes:
+                return CUDAGraphMode.NONE, BatchDescriptor(num_tokens)
+            return CUDAGraphMode.FULL, _floor_batch(num_tokens)
+
+        sizes = captured_sessions(self.max_num_reqs)
+        with (
+            mock.patch.object(self, "uniform_decode_query_len", 1),
+            mock.patch.object(self.cudagraph_dispatcher, "dispatch", dispatched),
+            mock.patch.object(exits, "silent", True) if exits is not None else nullcontext(),
+        ):
+            for sessions in reversed(sizes):
+                self._warmup_and_capture(_floor_batch(sessions), CUDAGraphMode.FULL)
+        self._floor_graphs = sizes
+
+    def _find_graph(self, sessions: int, width: int) -> Graph | None:
+        if width == 1:
+            fitting = next((size for size in self._floor_graphs if size >= sessions), None)
+            if fitting is None:
+                return None
+            return Graph(CUDAGraphMode.FULL, _floor_batch(fitting), fitting, fitting, width)
+        if width != self.uniform_decode_query_len:
+            return None
+        mode, batch = self.cudagraph_dispatcher.dispatch(num_tokens=sessions * width, uniform_decode=True)
+        if mode != CUDAGraphMode.FULL or batch.num_reqs is None:
+            return None
+        return Graph(mode, batch, batch.num_reqs, batch.num_tokens, width)
+
+    def _hand_over(self, sessions: int, graph: Graph) -> tuple[ByLayer, ByLayer]:
+        key = graph.sessions, graph.width
+        prelude = self._preludes.get(key)
+        if prelude is None:
+            prelude = self._preludes[key] = self._captured_prelude(graph)
+        prelude.graph.replay()
+        return prelude.metadata, prelude.slots
+
+    def _captured_prelude(self, graph: Graph) -> Prelude:
+        """The copies and the kernels that precede the forward; lengths are read on the device, as they will be then."""
+        prelude = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._prelude_stream):
+            prelude.capture_begin(pool=self._prelude_pool, capture_error_mode="thread_local")
+            try:
+                self._copy(graph)
+                if self.graph_exits is not None:
+                    self.graph_exits.hand_over()
+                metadata, slots = self._attention(graph, self.max_model_len)
+            finally:
+                prelude.capture_end()
+        return Prelude(prelude, metadata, slots)
+
+    # --- exits ----------------------------------------------------------------------------------------
 
     def _show_exits(
         self, rows: Sequence[RequestRows], logits_indices: torch.Tensor, levels: Mapping[str, Sequence[int]]
     ) -> None:
-        if self.graph_exits is not None and self.graph_exits.layers:
-            self.graph_exits.stage(self._blocks(rows, levels))
+        if self.graph_exits is None or not self.graph_exits.layers:
+            return
+        width = self.uniform_decode_query_len
+        starts = np.array([own.start for own in rows], dtype=np.int32)
+        lengths = np.array([len(own.block) for own in rows], dtype=np.int32)
+        drafts = np.zeros((len(rows), width), dtype=np.int32)
+        for at, own in enumerate(rows):
+            drafts[at, : len(own.block)] = own.block
+        self.graph_exits.stage(self._blocks(rows, starts, drafts, lengths, levels))
 
-    def _blocks(self, rows: Sequence[RequestRows], levels: Mapping[str, Sequence[int]]) -> Blocks | None:
+    def _show_even(
+        self,
+        rows: Sequence[RequestRows],
+        lengths: npt.NDArray[np.int64],
+        levels: Mapping[str, Sequence[int]],
+    ) -> None:
+        if self.graph_exits is None or not self.graph_exits.layers:
+            return
+        blocks = None
+        if self._verified is not None and self._verified.shape[1]:
+            count, width = len(rows), self.uniform_decode_query_len
+            drafts = np.zeros((count, width), dtype=np.int32)
+            np.maximum(self._verified, 0, out=drafts[:, :-1])
+            starts = np.arange(count, dtype=np.int32) * width
+            blocks = self._blocks(rows, starts, drafts, lengths.astype(np.int32), levels)
+        self.graph_exits.stage(blocks, hand_over=False)
+
+    def _blocks(
+        self,
+        rows: Sequence[RequestRows],
+        starts: npt.NDArray[np.int32],
+        drafts: npt.NDArray[np.int32],
+        lengths: npt.NDArray[np.int32],
+        levels: Mapping[str, Sequence[int]],
+    ) -> Blocks | None:
         """All blocks of the pass, in the batch's order; sessions are those whose gateways wait for hints.
 
         What is drawn at random is not foreseen here: its noise is not in the graph.
@@ -64,11 +177,7 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
         if not awaited:
             return None
         width = self.uniform_decode_query_len
-        nothing, untold = (0,) * width, (UNTOLD,) * width
-        starts = np.array([own.start for own in rows], dtype=np.int32)
-        lengths = np.array([len(own.block) for own in rows], dtype=np.int32)
-        places = starts[:, None] + np.minimum(np.arange(width, dtype=np.int32), lengths[:, None])
-        drafts = np.array([own.block + nothing[len(own.block) :] for own in rows], dtype=np.int32)
+        untold = (UNTOLD,) * width
         told = [tuple(levels.get(own.request, ())) for own in rows]
         sure = LOG_CONFIDENCES[
             [
@@ -81,12 +190,17 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
             for at, own in enumerate(rows)
             if own.request in awaited and own.request not in self._drawn
         )
+        places = starts[:, None] + np.minimum(self._width_offsets, lengths[:, None])
         return Blocks(self.step_clock.began, places, drafts, sure, lengths, sessions)
 
     def _device_done(self) -> None:
         torch.cuda.current_stream().synchronize()
         if self.graph_exits is not None:
             self.graph_exits.drain()
+
+
+def _floor_batch(sessions: int) -> BatchDescriptor:
+    return BatchDescriptor(num_tokens=sessions, num_reqs=sessions, uniform=True)
 
 
 class CudaSessionWorker(Worker):  # type: ignore[misc]

@@ -123,6 +123,8 @@ class GraphExits:
         self._kept: list[Tensor] = []
         self._passes = 0
         self._shown = False
+        self.silent = False
+        """Whether what is captured is a pass without exits."""
         self._awaited: _Awaited | None = None
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -135,13 +137,17 @@ class GraphExits:
 
     # --- the host's side ----------------------------------------------------------------------------------------
 
-    def stage(self, blocks: Blocks | None) -> None:
-        """Hand over what the next pass verifies; to be called before its launch, and after the `drain` of the last."""
+    def stage(self, blocks: Blocks | None, *, hand_over: bool = True) -> None:
+        """Hand over what the next pass verifies; to be called before its launch, and after the `drain` of the last.
+
+        Not `hand_over`: only make it ready for a `hand_over` that the pass begins with.
+        """
         rows, staged = self._most * self._width, self._staging
         if blocks is None:
             if self._shown:
                 staged[1 : 1 + rows] = 0
-                self._input.copy_(self._staged, non_blocking=True)
+                if hand_over:
+                    self.hand_over()
             self._shown = False
             return
         self._shown = True
@@ -154,11 +160,16 @@ class GraphExits:
         staged[1 + rows : 1 + rows + count] = blocks.drafts.ravel()
         staged[1 + 2 * rows : 1 + 2 * rows + count] = blocks.sure.view(np.int32).ravel()
         staged[1 + 3 * rows : 1 + 3 * rows + len(blocks.lengths)] = blocks.lengths
-        self._input.copy_(self._staged, non_blocking=True)
+        if hand_over:
+            self.hand_over()
         if blocks.sessions:
             with self._lock:
                 self._awaited = _Awaited(self._passes, blocks, set(self._order))
             self._wake.set()
+
+    def hand_over(self) -> None:
+        """Copy to the device what is staged."""
+        self._input.copy_(self._staged, non_blocking=True)
 
     def drain(self) -> None:
         """Send what has arrived and is not sent; to be called when the device has finished a pass."""
@@ -201,6 +212,8 @@ class GraphExits:
         """The exit after `layer`, on the pass's rows `[rows, hidden size]`; after the last layer the end of all exits."""
         if layer not in self.exits.modules:
             self._join()
+            return
+        if self.silent:
             return
         blocks = min(len(hidden) // self._width, self._most)
         if not blocks:

@@ -40,12 +40,15 @@ DRAFT_ROWS: Final = "outrider_draft_rows"
 """Another one: what each of these tokens was drawn from, in ratio mode."""
 DRAFT_LENGTHS: Final = "outrider_draft_lengths"
 """Another one: by request, how many tokens of its block are a draft's; padding follows them."""
+EVEN_ROWS: Final = "outrider_even_rows"
+"""Another one: how many rows every request of the step has, where all of them speak after as many; else 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """Options of ours, beside vLLM's. `exit_address` is a ZMQ endpoint; `exit_modules` a path or empty. `uniform`: every
-    block is padded to the longest, so that a pass of n sessions is always the same CUDA graph."""
+    block of a pass is padded to the longest there may be, unless nobody drafts, so that a pass of n sessions is always the
+    same CUDA graph."""
 
     exit_address: str
     exit_layers: tuple[int, ...]

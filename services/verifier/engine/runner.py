@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -68,6 +68,16 @@ class RequestRows(NamedTuple):
     block: tuple[int, ...]
 
 
+class Speaker(NamedTuple):
+    """What a pass has to know of a request besides its rows; `state` is vLLM's own of it, `prompt` counts tokens."""
+
+    state: Any
+    rules: Rules | None
+    key: str | None
+    eager: bool
+    prompt: int
+
+
 class SessionRows:
     """Mixed into a runner of vLLM's (before it): hands sessions' rows to the exits, and draws what rows yield."""
 
@@ -84,8 +94,7 @@ class SessionRows:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.step_clock = StepClock()
-        self._indices: dict[int, SpecDecodeMetadata] = {}
-        self._rules: dict[str, Rules | None] = {}
+        self._speakers: dict[str, Speaker] = {}
         self._drawn: dict[str, DrawnRows] = {}
 
     def execute_model(self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None) -> Any:
@@ -124,23 +133,6 @@ class SessionRows:
         self._drawn = self._draws(rows, getattr(scheduler_output, DRAFT_ROWS, {}))
         self._show_exits(rows, logits_indices, getattr(scheduler_output, DRAFT_LEVELS, {}))
         return prepared
-
-    def _calc_spec_decode_metadata(
-        self, num_draft_tokens: npt.NDArray[np.int32], cu_num_scheduled_tokens: npt.NDArray[np.int32]
-    ) -> SpecDecodeMetadata:
-        """As vLLM's. The indices of a uniform batch are those of the last one of its size, which saves copies to the device
-        before a launch; its draft tokens are filled in afterwards (`_without_padding`)."""
-        count, longest = len(num_draft_tokens), self.uniform_decode_query_len - 1
-        uniform = bool((num_draft_tokens == longest).all()) and cu_num_scheduled_tokens[-1] == count * (
-            longest + 1
-        )
-        calculate = super()._calc_spec_decode_metadata  # type: ignore[misc]
-        if not uniform or not self._padded:
-            found: SpecDecodeMetadata = calculate(num_draft_tokens, cu_num_scheduled_tokens)
-            return found
-        if count not in self._indices:
-            self._indices[count] = calculate(num_draft_tokens, cu_num_scheduled_tokens)
-        return replace(self._indices[count])
 
     def _show_exits(
         self, rows: Sequence[RequestRows], logits_indices: Tensor, levels: Mapping[str, Sequence[int]]
@@ -188,11 +180,8 @@ class SessionRows:
         self, rows: Sequence[RequestRows], drawn_from: Mapping[str, Sequence[SparseRow]]
     ) -> dict[str, DrawnRows]:
         """Rows whose tokens are drawn otherwise than by vLLM's greedy decoding, by request."""
-        requests = [own.request for own in rows]
-        self._rules = {
-            request: self._rules[request] if request in self._rules else self._rules_of(request)
-            for request in requests
-        }
+        speakers = {own.request: self._speaker(own.request) for own in rows}
+        self._speakers = speakers
         return {
             own.request: DrawnRows(
                 rules,
@@ -202,11 +191,15 @@ class SessionRows:
                 drawn_from.get(own.request, ()),
             )
             for own in rows
-            if (rules := self._rules[own.request]) is not None
+            if (rules := speakers[own.request].rules) is not None
         }
 
-    def _rules_of(self, request: str) -> Rules | None:
-        return rules_of(self.requests[request].sampling_params.extra_args)
+    def _speaker(self, request: str) -> Speaker:
+        state, known = self.requests[request], self._speakers.get(request)
+        if known is not None and known.state is state:
+            return known
+        extra = state.sampling_params.extra_args
+        return Speaker(state, rules_of(extra), session_key(extra), is_eager(extra), state.num_prompt_tokens)
 
     def _sample(
         self, logits: Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
@@ -244,12 +237,11 @@ class SessionRows:
     ) -> Iterable[tuple[RequestRows, str, int]]:
         """The rows of sessions whose gateways wait for hints, with the session's key and its base."""
         for own in rows:
-            extra = self.requests[own.request].sampling_params.extra_args
-            key = session_key(extra)
+            speaker = self._speakers[own.request]
             # nobody waits for a hint on the floor's pass, with a block that was looked up for it or without one
-            unheard = UNHEARD in levels.get(own.request, ()) if own.block else is_eager(extra)
-            if key is not None and not unheard:
-                yield own, key, own.known - int(self.input_batch.num_prompt_tokens[own.at])
+            unheard = UNHEARD in levels.get(own.request, ()) if own.block else speaker.eager
+            if speaker.key is not None and not unheard:
+                yield own, speaker.key, own.known - speaker.prompt
 
 
 def log_confidences(levels: Sequence[int], drafted: int) -> Iterable[float]:

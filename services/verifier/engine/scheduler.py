@@ -26,7 +26,6 @@ It does not decide what a block's outcome is, and it knows nothing of epochs or 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -37,6 +36,7 @@ from services.verifier.engine.options import (
     DRAFT_LENGTHS,
     DRAFT_LEVELS,
     DRAFT_ROWS,
+    EVEN_ROWS,
     EngineOptions,
     is_eager,
     schema_of,
@@ -197,7 +197,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             rows = block.rows[: kept + refused]
             block = Block(block.base, block.tokens[:kept], block.levels[:kept], rows)
         session.drafts = len(drafts)
-        session.request.spec_token_ids = self._padded(session.request, drafts)
+        session.request.spec_token_ids = drafts
         session.request.next_decode_eligible_step = 0
         session.parked_at = None
         session.armed = block
@@ -206,12 +206,17 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             self._heard_s = time.monotonic()
         return True
 
-    def _padded(self, request: Request, drafts: list[int]) -> list[int]:
-        """A block as long as all others, where batches are uniform: a batch of n sessions is then a whole CUDA graph. A
-        request with a grammar stays as it is, for a grammar knows no padding."""
-        if not self.uniform or request.use_structured_output:
-            return drafts
-        return drafts + [PADDING] * (self.max_block - len(drafts))
+    def _even_out(self) -> None:
+        """Make all blocks of the step as long as each other, where batches are uniform: a batch of n sessions is then a
+        whole CUDA graph. Where there is no draft at all, and nobody waits for what exits say, that of one row a session.
+        A request with a grammar stays as it is, for a grammar knows no padding."""
+        armed = [session for session in self._by_request.values() if session.armed is not None]
+        longest = 0 if all(session.eager and not session.drafts for session in armed) else self.max_block
+        for session in armed:
+            request = session.request
+            if not request.use_structured_output:
+                drafts = request.spec_token_ids[: session.drafts]
+                request.spec_token_ids = drafts + [PADDING] * (longest - len(drafts))
 
     def _park(self, session: Session) -> None:
         session.request.next_decode_eligible_step = NEVER
@@ -244,6 +249,8 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if self._starved and self.waiting:
             self._make_room()
         self.running.sort(key=self._rank)
+        if self.uniform:
+            self._even_out()
         preemptions = self.counters.preemptions
         output = super().schedule(throttle_prefills)
         self._starved = (
@@ -275,14 +282,31 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         verified = scheduler_output.scheduled_spec_decode_tokens
-        lengths = self._lengths(verified)
-        setattr(scheduler_output, DRAFT_LENGTHS, lengths if self.uniform else {})
-        setattr(scheduler_output, DRAFT_LEVELS, self._levels(lengths))
-        setattr(scheduler_output, DRAFT_ROWS, self._drawn_from(scheduler_output, lengths))
+        lengths: dict[str, int] = {}
+        levels: dict[str, list[int]] = {}
+        rows: dict[str, list[SparseRow]] = {}
+        sizes = set()
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
-            drafts = lengths.get(request_id, 0)
-            padding = len(verified.get(request_id, ())) - drafts
-            self._count(self.requests[request_id], scheduled - padding, drafts)
+            session, block = self._by_request.get(request_id), verified.get(request_id, ())
+            drafts = len(block) if session is None else min(len(block), session.drafts)
+            if block:
+                lengths[request_id] = drafts
+            if session is not None and session.armed is not None:
+                if drafts:
+                    levels[request_id] = session.armed.levels[-drafts:]
+                if session.armed.rows:
+                    rows[request_id] = _drawn_from(session, session.armed, drafts)
+            sizes.add(scheduled)
+            self._count(self.requests[request_id], session, scheduled - len(block) + drafts, drafts)
+        even = (
+            self.uniform
+            and len(sizes) == 1
+            and len(self._step.verified) == len(scheduler_output.num_scheduled_tokens)
+        )
+        setattr(scheduler_output, DRAFT_LENGTHS, lengths if self.uniform else {})
+        setattr(scheduler_output, DRAFT_LEVELS, levels)
+        setattr(scheduler_output, DRAFT_ROWS, rows)
+        setattr(scheduler_output, EVEN_ROWS, sizes.pop() if even else 0)
         self.counters.steps += bool(scheduler_output.num_scheduled_tokens)
         self._step.prefills = len(self._step.verified) < len(scheduler_output.num_scheduled_tokens)
         self.counters.prefix_cache_hit_tokens += _cached_tokens(scheduler_output)
@@ -292,45 +316,10 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             if session is not None and session.request.is_prefill_chunk:
                 self._prepare_resumed(session)
 
-    def _lengths(self, blocks: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """How many tokens of each block that the step verifies are a draft's."""
-        found = {}
-        for request_id, tokens in blocks.items():
-            session = self._by_request.get(request_id)
-            found[request_id] = len(tokens) if session is None else min(len(tokens), session.drafts)
-        return found
-
-    def _levels(self, lengths: Mapping[str, int]) -> dict[str, list[int]]:
-        """How sure the drafts were of the tokens that the step verifies, for the exits to hear."""
-        found = {}
-        for request_id, length in lengths.items():
-            session = self._by_request.get(request_id)
-            if length and session is not None and session.armed is not None:
-                found[request_id] = session.armed.levels[-length:]
-        return found
-
-    def _drawn_from(self, output: SchedulerOutput, lengths: Mapping[str, int]) -> dict[str, list[SparseRow]]:
-        """What the tokens that the step verifies were drawn from, for those that were; one more for a token that a grammar
-        refused."""
-        found = {}
-        for request_id in output.num_scheduled_tokens:
-            session = self._by_request.get(request_id)
-            block = session.armed if session is not None else None
-            if session is None or block is None or not block.rows:
-                continue
-            first = (
-                session.request.num_output_tokens - block.base
-            )  # what was said since was cut from its front
-            count = lengths.get(request_id, 0)
-            rows = block.rows[first : first + count + (len(block.rows) > len(block.tokens))]
-            found[request_id] = [SparseRow(tuple(ids), tuple(counts)) for ids, counts in rows]
-        return found
-
-    def _count(self, request: Request, scheduled: int, drafts: int) -> None:
+    def _count(self, request: Request, session: Session | None, scheduled: int, drafts: int) -> None:
         """Book a request's share of the step as first prefill, recomputation, block or plain decoding."""
         counters = self.counters
         counters.scheduled_tokens += scheduled
-        session = self._by_request.get(request.request_id)
         if session is None:
             counters.plain_tokens += scheduled
             return
@@ -471,6 +460,13 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             "waiting": len(self.waiting),
             "kv_usage": float(self.get_kv_cache_usage()),
         }
+
+
+def _drawn_from(session: Session, block: Block, drafts: int) -> list[SparseRow]:
+    """What the tokens that the step verifies were drawn from; one more for a token that a grammar refused."""
+    first = session.request.num_output_tokens - block.base  # what was said since was cut from its front
+    rows = block.rows[first : first + drafts + (len(block.rows) > len(block.tokens))]
+    return [SparseRow(tuple(ids), tuple(counts)) for ids, counts in rows]
 
 
 def _cached_tokens(scheduler_output: SchedulerOutput) -> int:

@@ -1,0 +1,111 @@
+"""Even batches as CUDA runs them, on a CPU: padded to K + 1 rows a session, or of one row each, prepared by `SteadySteps`.
+
+The worker refuses to prepare an even batch as any other, so that each of these answers went that way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from services.verifier.engine import launch
+from services.verifier.engine.engine import VllmEngine
+from services.verifier.engine.options import EngineOptions
+from services.verifier.settings import VerifierSettings
+from shared.protocol import GenerationParams, Policy, Sampling
+from tests.integration.engine_bench import (
+    DRAFTERS,
+    MAX_BLOCK,
+    MAX_SESSIONS,
+    Bench,
+    change,
+    endless,
+    next_output,
+    nothing,
+    settings_for,
+)
+from tests.integration.tiny_target import TinyTarget, random_prompt
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
+
+WORKER = "tests.integration.steady_worker.SteadyWorker"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def bench(tiny_target: TinyTarget) -> AsyncIterator[Bench]:
+    on_cpu = launch._on_cpu
+
+    def even(settings: VerifierSettings, options: EngineOptions) -> dict[str, Any]:
+        config = replace(options, uniform=True).as_config()
+        return {**on_cpu(settings, options), "worker_cls": WORKER, "additional_config": config}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_on_cpu", even)
+        async with Bench.over(VllmEngine(settings_for(tiny_target))) as bench:
+            yield bench
+
+
+def mixed(number: int) -> GenerationParams:
+    """Greedy, greedy with log-probabilities, and drawn, in turn."""
+    if number % 3 == 2:
+        sampling = Sampling(temperature=0.9, top_p=0.9, repetition_penalty=1.2, seed=number)
+        return GenerationParams(max_tokens=30, ignore_eos=True, policy=Policy.COST, sampling=sampling)
+    return endless(30).model_copy(update={"logprobs": 3}) if number % 3 else endless(30)
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+async def test_a_session_says_what_the_target_says_by_itself(bench: Bench, drafter: str) -> None:
+    prompt, params = random_prompt(70, 20), endless()
+    truth = await bench.answer(prompt, params)
+    assert await bench.speculate("one", prompt, truth.tokens, params, DRAFTERS[drafter]) == truth
+
+
+async def test_sessions_of_every_kind_share_even_passes_and_are_exact(bench: Bench) -> None:
+    prompts = [random_prompt(700 + n, 8 + 3 * n) for n in range(MAX_SESSIONS)]
+    params = [mixed(n) for n in range(MAX_SESSIONS)]
+    truths = [await bench.answer(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+    before = await bench.engine.stats()
+    drafters = list(DRAFTERS.values())
+    found = await asyncio.gather(
+        *(
+            bench.speculate(f"s{n}", prompts[n], truths[n].tokens, params[n], drafters[n % len(drafters)], n)
+            for n in range(MAX_SESSIONS)
+        )
+    )
+    spent = change(before, await bench.engine.stats())
+    assert [own.tokens for own in found] == [truth.tokens for truth in truths]
+    assert spent["steps"] < spent["blocks"], "sessions are not batched"
+    assert spent["scheduled_tokens"] == spent["prefill_tokens"] + spent["blocks"] + spent["block_tokens"]
+
+
+async def test_padding_is_never_committed_and_is_not_counted(bench: Bench) -> None:
+    prompt, params = random_prompt(71, 12), endless(24)
+    truth = (await bench.answer(prompt, params)).tokens
+    before = await bench.engine.stats()
+    stream = bench.engine.open("short", prompt, (), params)
+    out = (await next_output(stream)).tokens
+    for length in (0, 1, MAX_BLOCK, 0, 2):
+        await bench.engine.submit("short", len(out), truth[len(out) :][:length])
+        said = (await next_output(stream)).tokens
+        assert len(said) == length + 1
+        out += said
+    assert out == truth[: len(out)]
+    spent = change(before, await bench.engine.stats())
+    assert (spent["blocks"], spent["block_tokens"]) == (5, MAX_BLOCK + 3)
+    assert spent["scheduled_tokens"] == len(prompt) + 5 + MAX_BLOCK + 3
+    await bench.engine.close("short")
+
+
+async def test_sessions_that_nobody_drafts_for_are_exact_beside_each_other(bench: Bench) -> None:
+    prompts = [random_prompt(720 + n, 10) for n in range(4)]
+    params = endless(20)
+    truths = [await bench.answer(prompt, params) for prompt in prompts]
+    found = await asyncio.gather(
+        *(bench.speculate(f"f{n}", prompts[n], truths[n].tokens, params, nothing, n) for n in range(4))
+    )
+    assert found == truths
