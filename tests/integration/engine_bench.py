@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import psutil
 import pytest
@@ -30,7 +31,7 @@ Drafter = Callable[[Tokens, Tokens, random.Random], Tokens]
 
 @dataclass
 class Bench:
-    """An engine, its exits' reports with their arrival times, and the way a client uses it."""
+    """An engine, its exits' reports in the order of their sending with their arrival times, and the way a client uses it."""
 
     engine: VllmEngine
     info: EngineInfo
@@ -49,6 +50,26 @@ class Bench:
 
     async def answer(self, prompt: Tokens, params: GenerationParams) -> EngineOutput:
         return await asyncio.wait_for(self.engine.alone(prompt, params), DEADLINE_S)
+
+    async def heard(self, base: int, layer: int) -> None:
+        """Return when this exit's report on this base has arrived, and with it all that was sent before it."""
+        deadline = time.monotonic() + DEADLINE_S
+        while not any((report.base, report.layer) == (base, layer) for _, report in self.reports):
+            assert time.monotonic() < deadline, f"the exit after layer {layer} said nothing on base {base}"
+            await asyncio.sleep(0.001)
+
+    def note_outcomes(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, Tokens]]:
+        """From now on, all that requests say, and when on the engine process' clock the pass that said it was over."""
+        assert self.engine._llm is not None
+        processor = self.engine._llm.output_processor
+        honest, noted = processor.process_outputs, list[tuple[float, Tokens]]()
+
+        def noting(outputs: list[Any], made_s: float, *rest: Any, **more: Any) -> Any:
+            noted.extend((made_s, tuple(output.new_token_ids)) for output in outputs)
+            return honest(outputs, made_s, *rest, **more)
+
+        monkeypatch.setattr(processor, "process_outputs", noting)
+        return noted
 
     async def speculate(
         self,

@@ -11,9 +11,9 @@ import pytest
 import pytest_asyncio
 
 from services.verifier.engine.engine import VllmEngine
-from services.verifier.engine.types import BlockStatus, EngineOutput
+from services.verifier.engine.types import UNHEARD, BlockStatus, EngineOutput
 from shared.errors import ContextLengthExceeded, EngineError, InvalidRequest, Overloaded
-from shared.protocol import FinishReason, GenerationParams, Tokens
+from shared.protocol import FinishReason, GenerationParams
 from tests.integration.engine_bench import (
     DEADLINE_S,
     DRAFTERS,
@@ -36,6 +36,9 @@ from tests.integration.engine_bench import (
 )
 from tests.integration.tiny_target import VOCABULARY, TinyTarget, random_prompt
 
+EXITS = (4, 6, 7)
+"""After which layers; see `settings_for`."""
+
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
 
 
@@ -49,7 +52,7 @@ async def test_engine_says_what_it_runs(bench: Bench) -> None:
     info = bench.info
     assert (info.num_layers, info.vocab_size, info.max_model_len) == (8, VOCABULARY, MAX_MODEL_LEN)
     assert (info.max_block, info.max_sessions, info.dtype) == (MAX_BLOCK, MAX_SESSIONS, "float32")
-    assert (info.exit_layers, info.exits, info.notes) == ((4, 6, 7), "untrained", ())
+    assert (info.exit_layers, info.exits, info.notes) == (EXITS, "untrained", ())
     assert info.kv_capacity_tokens > MAX_MODEL_LEN
     assert bench.engine.healthy()
 
@@ -107,27 +110,51 @@ async def test_stats_count_blocks_and_their_tokens(bench: Bench) -> None:
     await bench.engine.close("counted")
 
 
-async def test_exits_report_before_the_outcome_of_every_block_and_of_the_prompt(bench: Bench) -> None:
-    prompt, params = random_prompt(4, 16), endless(48)
+async def test_every_exit_speaks_once_in_the_order_of_layers_before_the_outcome_of_its_pass(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the prompt and on every block. Times are those at which the engine process sent a hint and had an outcome."""
+    prompt, params = random_prompt(4, 16), endless(64)
     truth = (await bench.answer(prompt, params)).tokens
+    outcomes = bench.note_outcomes(monkeypatch)
     bench.reports.clear()
     stream = bench.engine.open("early", prompt, (), params)
-    bases, late = [], 0
-    out: Tokens = ()
+    bases = [0]
+    out = (await next_output(stream)).tokens
     rng = random.Random(5)
-    while True:
-        if out:
-            await bench.engine.submit("early", len(out), partly_right(truth, out, rng))
-        output = await next_output(stream)
-        arrived = time.monotonic()
-        seen = {report.layer for at, report in bench.reports if report.base == len(out) and at < arrived}
-        late += seen != {4, 6, 7}
+    while len(out) < 48:
         bases.append(len(out))
-        out += output.tokens
-        if output.finish_reason is not None:
-            break
-    assert late <= len(bases) * 0.05
-    assert {report.session for _, report in bench.reports} == {"early"}
+        await bench.engine.submit("early", len(out), partly_right(truth, out, rng))
+        out += (await next_output(stream)).tokens
+    await bench.heard(bases[-1], EXITS[-1])
+    await bench.engine.close("early")
+    reports = [report for _, report in bench.reports]
+    assert [(report.session, report.base, report.layer) for report in reports] == [
+        ("early", base, layer) for base in bases for layer in EXITS
+    ]
+    assert sum((tokens for _, tokens in outcomes), ()) == out
+    assert len(outcomes) == len(bases)
+    hints = [reports[first : first + len(EXITS)] for first in range(0, len(reports), len(EXITS))]
+    emitted = []
+    for own, (over_s, _) in zip(hints, outcomes, strict=True):
+        assert 0 < own[0].elapsed_ms < own[1].elapsed_ms < own[2].elapsed_ms
+        emitted += [*(report.sent_s for report in own), over_s]
+    assert emitted == sorted(emitted)
+
+
+async def test_an_exit_ranks_different_outcomes_by_their_confidence(bench: Bench) -> None:
+    prompt, params = random_prompt(4, 16), endless(64)
+    truth = (await bench.answer(prompt, params)).tokens
+    bench.reports.clear()
+    stream = bench.engine.open("ranked", prompt, (), params)
+    out = (await next_output(stream)).tokens
+    rng = random.Random(5)
+    for _ in range(8):
+        base = len(out)
+        await bench.engine.submit("ranked", base, partly_right(truth, out, rng))
+        out += (await next_output(stream)).tokens
+    await bench.heard(base, EXITS[-1])
+    await bench.engine.close("ranked")
     for _, report in bench.reports:
         confidences = [outcome.confidence for outcome in report.outcomes]
         assert 1 <= len(report.outcomes) <= 8
@@ -136,16 +163,26 @@ async def test_exits_report_before_the_outcome_of_every_block_and_of_the_prompt(
         assert len({(outcome.accepted, outcome.next_token) for outcome in report.outcomes}) == len(
             report.outcomes
         )
-        assert report.elapsed_ms > 0
 
 
-async def test_later_exits_report_later_in_the_pass(bench: Bench) -> None:
+async def test_exits_are_silent_on_a_block_whose_hints_nobody_waits_for(bench: Bench) -> None:
+    prompt, params = random_prompt(4, 16), endless()
+    truth = (await bench.answer(prompt, params)).tokens
     bench.reports.clear()
-    stream = bench.engine.open("order", random_prompt(6, 16), (), endless(8))
-    await next_output(stream)
-    await bench.engine.close("order")
-    elapsed = {report.layer: report.elapsed_ms for _, report in bench.reports}
-    assert elapsed[4] < elapsed[6] < elapsed[7]
+    stream = bench.engine.open("unheard", prompt, (), params)
+    out = (await next_output(stream)).tokens
+    heard = [0]
+    for number in range(6):
+        base, block = len(out), always_right(truth, out, random.Random())[:3]
+        unheard = number % 2 == 0
+        await bench.engine.submit("unheard", base, block, (UNHEARD,) * 3 if unheard else ())
+        out += (await next_output(stream)).tokens
+        heard += [] if unheard else [base]
+    await bench.heard(heard[-1], EXITS[-1])
+    await bench.engine.close("unheard")
+    assert [(report.base, report.layer) for _, report in bench.reports] == [
+        (base, layer) for base in heard for layer in EXITS
+    ]
 
 
 async def test_eos_inside_an_accepted_block_ends_the_answer(bench: Bench, tiny_target: TinyTarget) -> None:
@@ -339,6 +376,7 @@ async def test_restored_session_reports_exits_with_the_sessions_base(bench: Benc
     await next_output(stream)
     await bench.engine.submit("bases", 11, truth[11:14])
     await next_output(stream)
+    await bench.heard(11, EXITS[-1])
     assert {report.base for _, report in bench.reports} == {10, 11}
     assert await bench.engine.submit("bases", 9, truth[9:14]) is BlockStatus.STALE
     await bench.engine.close("bases")

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from tests.simulation.choices import Choices
@@ -29,6 +36,10 @@ WORLDS: Final[Mapping[str, Faults]] = {
 
 ATTEMPTS: Final = 3_000
 """Schedules run to make one that breaks an invariant shorter."""
+PART: Final = 1_000
+"""Schedules that a process runs before it takes the next."""
+EVERY: Final = 10 * PART
+"""After how many schedules a search tells how far it is."""
 
 
 @dataclass(frozen=True)
@@ -78,27 +89,80 @@ def run(
     worlds: Sequence[str] = tuple(WORLDS),
     stop_after: int = 3,
     attempts: int = ATTEMPTS,
+    processes: int = 1,
     every: Callable[[Report], None] | None = None,
 ) -> Report:
     """Run so many schedules, the first of seed `seed`, in `worlds` by turns; stop after so many violations.
 
-    `every` hears of each 10,000.
+    What is reported, but for the time, is the same with any number of `processes`. `every` hears of each 10,000.
     """
     report = Report()
     began = time.monotonic()
-    for number in range(seed, seed + schedules):
+    end = seed + schedules
+    parts = [range(first, min(first + PART, end)) for first in range(seed, end, PART)]
+    search = partial(_search, worlds=worlds, stop_after=stop_after, attempts=attempts)
+    with closing(_results(search, parts, processes)) as results:
+        for stretches in results:
+            for counts, violation in stretches:
+                report.counts.add(counts)
+                if violation is not None:
+                    report.violations.append(violation)
+                if len(report.violations) == stop_after:
+                    report.seconds = time.monotonic() - began
+                    return report
+            report.seconds = time.monotonic() - began
+            if every is not None and report.counts.schedules % EVERY == 0:
+                every(report)
+    return report
+
+
+_Stretch = tuple[Counts, Violation | None]
+"""What schedules in a row have covered, and how the last of them ended."""
+
+
+def _search(part: range, worlds: Sequence[str], stop_after: int, attempts: int) -> list[_Stretch]:
+    """A part's schedules: a stretch up to each violation, one for what is left; nothing after `stop_after` violations."""
+    stretches: list[_Stretch] = []
+    counts = Counts()
+    for number in part:
         name = worlds[number % len(worlds)]
         world, said = _run_one(Choices(number), WORLDS[name])
-        report.counts.add(world.counts)
+        counts.add(world.counts)
         if said is not None:
-            report.violations.append(_explain(name, number, world, said, attempts))
-            if len(report.violations) == stop_after:
-                break
-        if every is not None and report.counts.schedules % 10_000 == 0:
-            report.seconds = time.monotonic() - began
-            every(report)
-    report.seconds = time.monotonic() - began
-    return report
+            stretches.append((counts, _explain(name, number, world, said, attempts)))
+            if len(stretches) == stop_after:
+                return stretches
+            counts = Counts()
+    return [*stretches, (counts, None)]
+
+
+def _results(
+    search: Callable[[range], list[_Stretch]], parts: Sequence[range], processes: int
+) -> Iterator[list[_Stretch]]:
+    """What each part came to, in their order; closing it ends the search."""
+    processes = min(processes, len(parts))
+    if processes <= 1:
+        yield from map(search, parts)
+        return
+    # forked: a process has what this one has, a bug that a test has put in included
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _stay_with_parent)
+    try:
+        yield from pool.map(search, parts)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _stay_with_parent() -> None:
+    """Die when the search does, even by SIGKILL; what Ctrl-C means is for the search to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="search-watch", daemon=True).start()
 
 
 def _run_one(choices: Choices, faults: Faults, trace: list[str] | None = None) -> tuple[World, str | None]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from loadtest import compare
 from loadtest.compare_clients import Answer
 from loadtest.compare_modes import MODES, Place, chosen
+from loadtest.compare_parts import Carried, Parts
 from loadtest.compare_report import Batch, Setting, by_prompt, differences, figures, percentile, ratio, table
 from shared.errors import InvalidRequest
+from shared.protocol import Tokens
 
 TRUTH = ((10, 11, 12, 13, 14), (20, 21, 22, 23, 24))
 
@@ -216,3 +222,66 @@ def test_what_is_written_is_the_json_a_table_and_a_chart(tmp_path: Path) -> None
     assert json.loads((tmp_path / "compare.json").read_text())["runs"] == runs
     assert "a note" in (tmp_path / "compare.md").read_text()
     assert "<svg" in (tmp_path / "ms-per-token-1.svg").read_text()
+
+
+# --- what is asked of whom ----------------------------------------------------------------------------------------
+
+QUESTIONS = [compare.Question("qa", (1, n)) for n in range(3)]
+
+
+@dataclass
+class _Parts:
+    """What serves, in so far as it is asked: `asked` holds the place, the prompt, and the tokens that were wanted."""
+
+    serving: Sequence[Place]
+    asked: list[tuple[Place, Tokens, int]] = field(default_factory=list)
+    busy: int = 0
+    most_busy: int = 0
+
+    @property
+    def places(self) -> dict[Place, Any]:
+        return {place: SimpleNamespace(reader=_Reader(self, place)) for place in self.serving}
+
+    async def set_round_trip(self, rtt_ms: float) -> None:
+        pass
+
+    async def link_bytes(self, place: Place) -> Carried:
+        return Carried(0, 0, 0)
+
+    def cpu_ms(self, place: Place) -> float:
+        return 0.0
+
+
+@dataclass
+class _Reader:
+    parts: _Parts
+    place: Place
+
+    async def ask(self, prompt: Tokens, max_tokens: int, options: Mapping[str, Any]) -> Answer:
+        self.parts.asked.append((self.place, prompt, max_tokens))
+        self.parts.busy += 1
+        self.parts.most_busy = max(self.parts.most_busy, self.parts.busy)
+        await asyncio.sleep(0)
+        self.parts.busy -= 1
+        return answer(TRUTH[0][:max_tokens], *((float(n), n) for n in range(1, min(max_tokens, 5) + 1)))
+
+
+async def test_caches_are_filled_where_the_reference_was_not_asked_by_each_prompt_once_and_alone() -> None:
+    parts = _Parts((Place.STOCK, Place.NGRAM, Place.EDGE, Place.WRONG))
+    options = options_of("--modes", "ar,vllm_ngram,full,full_cost")
+    await compare.fill_caches(cast(Parts, parts), QUESTIONS, options)
+    assert parts.most_busy == 1
+    assert sorted((place, prompt) for place, prompt, _ in parts.asked) == sorted(
+        (place, question.tokens) for place in (Place.NGRAM, Place.EDGE) for question in QUESTIONS
+    )
+    assert {tokens for _, _, tokens in parts.asked} == {2}, "a longer answer would be no quicker to come by"
+
+
+async def test_no_prompt_is_new_to_an_engine_once_it_is_measured() -> None:
+    parts = _Parts((Place.STOCK, Place.EDGE))
+    options = options_of("--modes", "ar,full", "--rtt", "5,50", "--sessions", "1,2", "--max-tokens", "5")
+    await compare.measure(cast(Parts, parts), QUESTIONS, [TRUTH[0]] * 3, options, lambda _: None)
+    edge = [(prompt, tokens) for place, prompt, tokens in parts.asked if place is Place.EDGE]
+    assert edge[:3] == [(question.tokens, 2) for question in QUESTIONS]
+    assert all(tokens > 2 for _, tokens in edge[3:])
+    assert parts.asked.index((Place.STOCK, QUESTIONS[0].tokens, compare.WARM_UP_TOKENS)) >= 3

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from services.verifier.engine.types import BlockStatus, Engine, EngineOutput
-from services.verifier.session_shell import Chain, Passes, SessionShell
+from services.verifier.session_shell import FLOOR_LENGTH, LOOKUP_ACCEPTANCE, Chain, Passes, SessionShell
 from shared.bus import Bus, Received
 from shared.errors import BrokerUnavailable, StoreUnavailable
 from shared.protocol import (
@@ -335,3 +335,65 @@ async def test_a_defect_in_the_stream_is_a_fault_that_keeps_the_log_to_itself(
     assert fault.code == "internal_error"
     assert "NoneType" not in fault.message
     assert "NoneType" in caplog.text
+
+
+# --- what passes take, and what they are worth --------------------------------------------------------------------
+
+
+def looked_up(*right: bool, **known: Any) -> Passes:
+    """Passes, and whether each token that was looked up was right."""
+    passes = Passes(**known)
+    for each in right:
+        passes.lookup.saw(float(each))
+    return passes
+
+
+def quickest(acceptance: float, sessions: int, fixed_ms: float, row_ms: float) -> int:
+    """The length at which a token takes least, tried out: 1 + α + α² + … tokens a pass that all sessions share alike."""
+
+    def ms_per_token(length: int) -> float:
+        pass_ms = fixed_ms + row_ms * sessions * (length + 1)
+        return pass_ms / sum(acceptance**n for n in range(length + 1))
+
+    return min(range(FLOOR_LENGTH + 1), key=ms_per_token)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 96])
+def test_what_a_pass_usually_takes_is_the_engines_line_at_its_rows(rows: int) -> None:
+    assert Passes(fixed_ms=20.0, row_ms=1.5).usual_ms(rows) == 20.0 + 1.5 * rows
+
+
+def test_what_a_pass_usually_takes_is_not_known_before_the_engine_says_it() -> None:
+    assert Passes().usual_ms(3) is None
+    assert Passes(fixed_ms=20.0).usual_ms(3) is None, "the engine has seen no passes of different rows yet"
+
+
+def test_before_anything_is_known_of_passes_the_floor_looks_up_as_much_as_it_may() -> None:
+    assert looked_up(*[False] * 50, sessions=30).lookup_length() == FLOOR_LENGTH
+
+
+@pytest.mark.parametrize("sessions", [1, 2, 4, 16])
+@pytest.mark.parametrize("row_ms", [0.02, 0.5, 2.0, 9.0])
+def test_the_floor_looks_up_what_is_quickest_for_all_who_share_the_pass(sessions: int, row_ms: float) -> None:
+    """One session more than are under way: the one that looks up is not."""
+    passes = Passes(sessions=sessions - 1, fixed_ms=20.0, row_ms=row_ms)
+    assert passes.lookup_length() == quickest(LOOKUP_ACCEPTANCE, sessions, 20.0, row_ms)
+    passes = looked_up(True, True, sessions=sessions - 1, fixed_ms=20.0, row_ms=row_ms)
+    assert passes.lookup_length() == quickest(1.0, sessions, 20.0, row_ms)
+
+
+def test_the_lengths_that_are_quickest_are_different_ones() -> None:
+    found = {
+        Passes(sessions=sessions, fixed_ms=20.0, row_ms=row_ms).lookup_length()
+        for sessions in (0, 1, 3, 15)
+        for row_ms in (0.02, 0.5, 2.0, 9.0)
+    }
+    assert {0, 1, 2, FLOOR_LENGTH} <= found
+
+
+def test_how_much_the_floor_looks_up_follows_how_often_it_was_right() -> None:
+    passes = looked_up(*[False] * 20, fixed_ms=20.0, row_ms=2.0)
+    assert passes.lookup_length() == 0
+    for _ in range(100):
+        passes.lookup.saw(1.0)
+    assert passes.lookup_length() == FLOOR_LENGTH

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -31,11 +32,15 @@ class Outlook(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ExitMessage(msgspec.Struct, frozen=True, array_like=True, tag="exit"):
-    """One exit's outlooks on all sessions of a pass, `elapsed_ms` after the pass began."""
+    """One exit's outlooks on all sessions of a pass, `elapsed_ms` after the pass began.
+
+    `sent_s` is the sender's monotonic clock; `Sender.send` sets it.
+    """
 
     layer: int
     elapsed_ms: float
     outlooks: list[Outlook]
+    sent_s: float = 0.0
 
 
 class FailureMessage(msgspec.Struct, frozen=True, array_like=True, tag="failure"):
@@ -61,7 +66,9 @@ class Sender:
         self._socket.connect(address)
 
     def send(self, message: ChannelMessage) -> None:
-        """Send at once or drop."""
+        """Send at once or drop; what an exit foresees carries the time."""
+        if isinstance(message, ExitMessage):
+            message = msgspec.structs.replace(message, sent_s=time.monotonic())
         try:
             self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
         except zmq.Again:

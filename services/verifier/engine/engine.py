@@ -384,6 +384,7 @@ class VllmEngine:
                     for accepted, token, confidence in outlook.outcomes
                 ),
                 elapsed_ms=message.elapsed_ms,
+                sent_s=message.sent_s,
             )
             for outlook in message.outlooks
             if (opened := self._by_key.get(outlook.key)) is not None

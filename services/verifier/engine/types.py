@@ -56,7 +56,8 @@ class ExitReport:
     """What the exit after `layer` foresees for the block that a session is having verified.
 
     `base` counts the session's output tokens (committed ones included) before that block. `outcomes` are ranked, most
-    likely first. `elapsed_ms` runs from the start of the pass.
+    likely first. `elapsed_ms` runs from the start of the pass; `sent_s` is when the engine sent it, on the monotonic clock
+    of its machine, and 0 where an engine does not tell.
     """
 
     session: str
@@ -64,6 +65,7 @@ class ExitReport:
     layer: int
     outcomes: tuple[Outcome, ...]
     elapsed_ms: float
+    sent_s: float = 0.0
 
 
 class BlockStatus(StrEnum):
