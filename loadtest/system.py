@@ -24,7 +24,7 @@ import asyncio
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -266,8 +266,11 @@ def wanted_of(target: Path, exits: Path, layers: Sequence[int], options: Options
     )
 
 
-async def measure(options: Options, prompts: Path, folder: Path) -> dict[str, Any]:
-    """Make the target, bring everything up, measure, take it down; what system.json holds."""
+async def measure(
+    options: Options, prompts: Path, folder: Path, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Make the target, bring everything up, measure, take it down; what system.json holds. `keep` is called with that of
+    what is there so far, after each number of sessions."""
     began_s = time.monotonic()
     config = config_of(options.shapes)
     with tempfile.TemporaryDirectory(
@@ -298,10 +301,18 @@ async def measure(options: Options, prompts: Path, folder: Path) -> dict[str, An
             for sessions in options.sessions:
                 found = await bench.measure(sessions)
                 runs += runs_of(found, [answer.tokens for answer in said], options, sessions)
+                keep(held(options, config, layers, runs))
                 print(f"  {sessions} at a time: done after {time.monotonic() - began_s:.0f} s", flush=True)
+    return held(options, config, layers, runs)
+
+
+def held(
+    options: Options, config: Mapping[str, Any], layers: Sequence[int], runs: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What system.json holds."""
     return {
         "synthetic": True,
-        "device": await asyncio.to_thread(device_name),
+        "device": device_name(),
         "shapes": options.shapes,
         "vocabulary": config["vocab_size"],
         "acceptance": options.acceptance,
@@ -312,7 +323,7 @@ async def measure(options: Options, prompts: Path, folder: Path) -> dict[str, An
         "prompt_tokens": options.prompt_tokens,
         "exit_layers": layers,
         "target": WANTED_RATIO,
-        "runs": runs,
+        "runs": list(runs),
     }
 
 
@@ -448,10 +459,16 @@ def run(arguments: argparse.Namespace) -> int:
         folder = (arguments.logs or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         with asyncio.Runner(loop_factory=precise_loop) as runner:
-            found = runner.run(measure(options, arguments.prompts, folder))
+            found = runner.run(
+                measure(options, arguments.prompts, folder, lambda told: write(arguments.out, told))
+            )
     print(report(found))
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "system.json").write_text(json.dumps(found, indent=1) + "\n")
-        (arguments.out / "system.md").write_text(report(found) + "\n")
     return 0
+
+
+def write(out: Path | None, found: Mapping[str, Any]) -> None:
+    """`system.json` and `system.md`, where they are wanted."""
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "system.json").write_text(json.dumps(found, indent=1) + "\n")
+        (out / "system.md").write_text(report(found) + "\n")

@@ -226,6 +226,88 @@ def test_a_session_that_has_ended_is_not_waited_for(steps: Steps) -> None:
     assert steps.wait_ms == 0.0
 
 
+# --- patient sessions ---------------------------------------------------------------------------------------------
+
+RETURN_MS = 50.0
+
+
+def apart(steps: Steps, *keys: str, fixed_ms: float = STEP_MS) -> None:
+    """Sessions under policy `cost` that have spoken one after the other, 10 ms apart; how long a return takes is known."""
+    steps.open(*keys, eager=False)
+    steps.step()
+    steps.scheduler.counters.fixed_ms = fixed_ms
+    companions = steps.scheduler._companions
+    for _ in range(200):  # until the deviation has faded
+        companions.spoke("known", 0.0)
+        companions.returned("known", RETURN_MS / 1000)
+    for number, key in enumerate(keys):
+        companions.spoke(key, (steps.now_ms + 10.0 * number) / 1000)
+
+
+def test_a_step_waits_for_patient_sessions_whose_blocks_are_due(steps: Steps) -> None:
+    apart(steps, "a", "b", "c")
+    steps.now_ms += RETURN_MS
+    steps.block("a")
+    assert steps.wait_ms == pytest.approx(10.0, abs=0.1)
+    loop = Loop(steps, b=10.0, c=20.0)
+    assert loop.gather() == 20.0
+    assert steps.step() == {"a", "b", "c"}
+
+
+def test_a_patient_session_that_is_late_is_given_up_and_the_next_one_waited_for(steps: Steps) -> None:
+    apart(steps, "a", "late", "c")
+    steps.now_ms += RETURN_MS
+    steps.block("a")
+    assert Loop(steps, c=20.0, late=90.0).gather() == 20.0
+    assert steps.step() == {"a", "c"}
+
+
+def test_a_step_does_not_wait_longer_than_its_pass_is_worth(steps: Steps) -> None:
+    apart(
+        steps, "a", "b", fixed_ms=4.9
+    )  # ten ms for one that is ready, against a pass of the engine that two share
+    steps.now_ms += RETURN_MS
+    steps.block("a")
+    assert steps.wait_ms == 0.0
+    steps.scheduler.counters.fixed_ms = 5.1
+    assert steps.wait_ms == pytest.approx(10.0, abs=0.1)
+
+
+def test_no_block_waits_longer_than_a_return_takes(steps: Steps) -> None:
+    keys = [f"s{number}" for number in range(12)]
+    apart(steps, *keys, fixed_ms=1000.0)
+    steps.now_ms += RETURN_MS
+    steps.block("s0")
+    arrivals = {key: 10.0 * number for number, key in enumerate(keys) if number}
+    assert Loop(steps, **arrivals).gather() == pytest.approx(RETURN_MS, abs=0.1)
+    assert steps.step() == set(keys[:6])
+
+
+def test_patient_sessions_hold_up_neither_eager_ones_nor_prompts(steps: Steps) -> None:
+    apart(steps, "a", "b")
+    steps.open("eager")
+    steps.step()
+    steps.now_ms += RETURN_MS - STEP_MS
+    steps.block("a")
+    assert steps.wait_ms > 0.0
+    steps.open("new", eager=False)
+    assert steps.wait_ms == 0.0, "a prompt is there"
+    steps.step()
+    steps.block("eager")
+    steps.block("a")
+    assert steps.wait_ms == 0.0, "an eager session is ready"
+
+
+def test_a_patient_session_that_has_ended_is_not_waited_for(steps: Steps) -> None:
+    from vllm.v1.request import RequestStatus
+
+    apart(steps, "a", "b")
+    steps.now_ms += RETURN_MS
+    steps.block("a")
+    steps.scheduler.finish_requests("b", RequestStatus.FINISHED_ABORTED)
+    assert steps.wait_ms == 0.0
+
+
 # --- how the engine's loop waits ----------------------------------------------------------------------------------
 
 

@@ -51,7 +51,7 @@ def _gathering(process_input_queue: Callable[[EngineCoreProc], None]) -> Callabl
             try:
                 request = core.input_queue.get(timeout=left_s)
             except queue.Empty:
-                return
+                continue
             core._handle_client_request(*request)
 
     return gathered

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from services.verifier.engine.companions import Companions
 from services.verifier.engine.grammar import Grammars
 from services.verifier.engine.options import (
     DRAFT_LENGTHS,
@@ -84,6 +85,8 @@ class Session:
     """Preempted while it had nothing to compute: in no queue, without KV."""
     armed: Block | None = None
     """To be verified in the next step."""
+    armed_s: float = 0.0
+    """Since when."""
     drafts: int = 0
     """How many of the tokens to be verified are a draft's; padding follows them."""
     pending: Block | None = None
@@ -140,6 +143,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         self._grammars = Grammars(self.structured_output_manager)
         self._awaited: set[str] = set()  # eager sessions that spoke in the last step and have no block yet
         self._heard_s = 0.0
+        self._companions = Companions()
 
     # --- blocks -------------------------------------------------------------------------------------------------
 
@@ -200,10 +204,11 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         session.request.spec_token_ids = drafts
         session.request.next_decode_eligible_step = 0
         session.parked_at = None
-        session.armed = block
+        session.armed, session.armed_s = block, time.monotonic()
+        self._companions.returned(session.key, session.armed_s)
         if session.key in self._awaited:
             self._awaited.discard(session.key)
-            self._heard_s = time.monotonic()
+            self._heard_s = session.armed_s
         return True
 
     def _even_out(self) -> None:
@@ -224,8 +229,12 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if session.pending is not None:
             pending, session.pending = session.pending, None
             self._arm(session, pending)
-        if session.eager and session.armed is None:
+        if session.armed is not None:
+            return
+        if session.eager:
             self._awaited.add(session.key)
+        else:
+            self._companions.spoke(session.key, time.monotonic())
 
     def gather_s(self) -> float:
         """For how long the next step may still wait, so that sessions that have just spoken share it; 0 when none is
@@ -235,10 +244,21 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         the others are waited for. A step without them would make each run in every other step, alternating with those
         that were quicker: half the speed, for all of them.
         """
-        if not self._awaited:
-            return 0.0
+        now = time.monotonic()
         most_s = min(MOST_GATHERED_S, GATHERED_SHARE * self.counters.step_ms / 1000)
-        return max(0.0, self._heard_s + most_s - time.monotonic())
+        eager_s = self._heard_s + most_s - now if self._awaited else 0.0
+        return max(0.0, eager_s, self._patient_s(now))
+
+    def _patient_s(self, now: float) -> float:
+        """For how long patient sessions' step waits for more of them (`Companions`); it holds up nobody else."""
+        patient = [session for session in self._by_request.values() if not session.eager]
+        ready = [session.armed_s for session in patient if session.armed is not None]
+        if not ready or self.waiting or any(request.is_prefill_chunk for request in self.running):
+            return 0.0
+        if any(session.eager and session.armed is not None for session in self._by_request.values()):
+            return 0.0
+        fixed_s = self.counters.fixed_ms / 1000
+        return self._companions.wait_s(now, ready_since=ready, sessions=len(patient), fixed_s=fixed_s)
 
     # --- a step -------------------------------------------------------------------------------------------------
 
@@ -439,6 +459,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if session is not None:
             self._by_key.pop(session.key, None)
             self._awaited.discard(session.key)
+            self._companions.left(session.key)
         return super()._free_request(request, delay_free_blocks)
 
     # --- what others ask ----------------------------------------------------------------------------------------

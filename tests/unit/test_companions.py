@@ -1,0 +1,92 @@
+"""Sharing a pass: what waiting for companions brings, and what it costs, in virtual time."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from services.verifier.engine.companions import Companions
+
+RETURN_S = 0.06
+FIXED_S = 0.006
+ROW_S = 0.00014
+"""What a pass takes on a large GPU, and a session in it."""
+LASTS_S = 10.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it: sessions a pass, the engine's time a round of a session, how long a round takes."""
+
+    together: float
+    busy_s: float
+    round_s: float
+
+
+def simulate(sessions: int, *, gather: bool, jitter_s: float, spread: float = 0.0) -> Outcome:
+    """Sessions whose blocks come back a while after each pass; `spread` of them by how far they are away."""
+    chance, companions = random.Random(1), Companions()
+    away = [RETURN_S * (1 + spread * (chance.random() - 0.5)) for _ in range(sessions)]
+    coming = [(chance.random() * RETURN_S, number) for number in range(sessions)]
+    heapq.heapify(coming)
+    ready: dict[int, float] = {}
+    now_s = busy_s = 0.0
+    passes = rounds = 0
+    while now_s < LASTS_S:
+        while coming and coming[0][0] <= now_s:
+            at_s, number = heapq.heappop(coming)
+            ready[number] = at_s
+            companions.returned(str(number), at_s)
+        if not ready:
+            now_s = coming[0][0]
+            continue
+        since = list(ready.values())
+        wait_s = companions.wait_s(now_s, ready_since=since, sessions=sessions, fixed_s=FIXED_S)
+        if gather and wait_s > 0.0:
+            now_s = min([now_s + wait_s + 1e-9, *(at_s for at_s, _ in coming[:1])])
+            continue
+        took_s = FIXED_S + ROW_S * len(ready)
+        now_s, busy_s = now_s + took_s, busy_s + took_s
+        passes, rounds = passes + 1, rounds + len(ready)
+        for number in ready:
+            companions.spoke(str(number), now_s)
+            heapq.heappush(coming, (now_s + away[number] + chance.expovariate(1 / jitter_s), number))
+        ready.clear()
+    return Outcome(rounds / passes, busy_s / rounds, LASTS_S * sessions / rounds)
+
+
+@pytest.mark.parametrize("sessions", [4, 16, 64])
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+@pytest.mark.parametrize("jitter_s", [0.002, 0.01])
+def test_sessions_share_passes_and_their_rounds_take_little_longer(
+    sessions: int, spread: float, jitter_s: float
+) -> None:
+    alone = simulate(sessions, gather=False, jitter_s=jitter_s, spread=spread)
+    shared = simulate(sessions, gather=True, jitter_s=jitter_s, spread=spread)
+    assert shared.together > 1.6 * alone.together
+    assert shared.busy_s < 0.6 * alone.busy_s
+    assert shared.round_s < 1.4 * alone.round_s
+
+
+def test_a_session_alone_waits_for_nobody() -> None:
+    assert simulate(1, gather=True, jitter_s=0.002) == simulate(1, gather=False, jitter_s=0.002)
+
+
+def test_nothing_is_waited_for_before_a_return_was_seen() -> None:
+    companions = Companions()
+    companions.spoke("a", 0.0)
+    assert companions.wait_s(0.01, ready_since=[0.01], sessions=9, fixed_s=1.0) == 0.0
+
+
+def test_the_usual_time_follows_what_sessions_take() -> None:
+    companions = Companions()
+    for number in range(100):
+        companions.spoke("a", float(number))
+        companions.returned("a", number + (0.2 if number < 50 else 0.1))
+    assert companions.usual_s == pytest.approx(0.1, rel=0.02)
+    companions.returned("a", 1000.0)
+    companions.returned("unknown", 1000.0)
+    assert companions.usual_s == pytest.approx(0.1, rel=0.02), "only what was told something comes back"
