@@ -137,6 +137,11 @@ SYMBOLS: Final[tuple[Symbol, ...]] = (
         ("discard_request_mask", "_calc_spec_decode_metadata"),
     ),
     Symbol(
+        _RUNNER, "GPUModelRunner._update_states", ("self", "scheduler_output"), ("num_computed_tokens_cpu",)
+    ),
+    Symbol(_RUNNER, "GPUModelRunner.take_draft_token_ids", ("self",), ("_draft_token_req_ids",)),
+    Symbol(_RUNNER, "ExecuteModelState", (), ()),
+    Symbol(
         _RUNNER,
         "GPUModelRunner._calc_spec_decode_metadata",
         ("self", "num_draft_tokens", "cu_num_scheduled_tokens"),
@@ -216,6 +221,46 @@ CUDA_SYMBOLS: Final = (
     Symbol("vllm.v1.worker.gpu_worker", "Worker._make_model_runner", ("self",)),
     Symbol("vllm.v1.worker.gpu_worker", "Worker.load_model", ("self", "load_dummy_weights")),
     Symbol("vllm.forward_context", "get_forward_context", ()),
+    Symbol(
+        _RUNNER,
+        "GPUModelRunner._capture_cudagraphs",
+        ("self", "batch_descriptors", "cudagraph_runtime_mode", "profiler"),
+        ("_warmup_and_capture",),
+    ),
+    Symbol(
+        _RUNNER,
+        "GPUModelRunner._warmup_and_capture",
+        (
+            "self",
+            "desc",
+            "cudagraph_runtime_mode",
+            "profile_seq_lens",
+            "allow_microbatching",
+            "num_warmups",
+            "profiler",
+        ),
+        ("_dummy_run",),
+    ),
+    Symbol(
+        _RUNNER,
+        "GPUModelRunner._dummy_run",
+        (),
+        ("uniform_decode_query_len", "_determine_batch_execution_and_padding"),
+    ),
+    Symbol(
+        "vllm.v1.cudagraph_dispatcher",
+        "CudagraphDispatcher.dispatch",
+        (
+            "self",
+            "num_tokens",
+            "uniform_decode",
+            "has_lora",
+            "num_active_loras",
+            "valid_modes",
+            "invalid_modes",
+        ),
+    ),
+    Symbol("vllm.v1.worker.utils", "AttentionGroup.build_metadata", ()),
     Symbol(_RUNNER, "GPUModelRunner._is_uniform_decode", (), ("uniform_decode_query_len",)),
 )
 
