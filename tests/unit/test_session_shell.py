@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 
 from services.verifier.engine.types import BlockStatus, Engine, EngineOutput
+from services.verifier.lookups import PRIOR
 from services.verifier.session_shell import Chain, Passes, SessionShell
 from shared.bus import Bus, Received
 from shared.errors import BrokerUnavailable, StoreUnavailable
@@ -95,6 +96,8 @@ class _Store:
     most_notes: int = 0
     released: list[int] = field(default_factory=list)
     away: bool = False
+    policy: Policy = Policy.COST
+    prompt: Tokens = (1,)
 
     async def claim(self, session: str, *, epoch: int, owner: str) -> Claim:
         if self.away:
@@ -105,7 +108,7 @@ class _Store:
             epoch=epoch,
             base=0,
             prompt_length=1,
-            params=GenerationParams(max_tokens=100, policy=Policy.COST),
+            params=GenerationParams(max_tokens=100, policy=self.policy),
             model="m",
             verifier="v",
             partition=0,
@@ -117,7 +120,7 @@ class _Store:
             created_ms=0,
             touched_ms=0,
         )
-        return Claim(state, (1,), (), False)
+        return Claim(state, self.prompt, (), False)
 
     async def commit(self, session: str, *, base: int, tokens: Tokens, **_: object) -> CommitResult:
         self.committed[base:] = tokens
@@ -156,6 +159,7 @@ class _Engine:
 
     outputs: asyncio.Queue[EngineOutput] = field(default_factory=asyncio.Queue)
     closed: list[str] = field(default_factory=list)
+    submitted: list[Tokens] = field(default_factory=list)
     silent: bool = False
 
     async def open(
@@ -173,6 +177,7 @@ class _Engine:
         confidences: Sequence[int] = (),
         rows: Sequence[SparseRow] = (),
     ) -> BlockStatus:
+        self.submitted.append(tokens)
         if not self.silent:
             self.outputs.put_nowait(EngineOutput((10 + base,)))
         return BlockStatus.ARMED
@@ -335,3 +340,36 @@ async def test_a_defect_in_the_stream_is_a_fault_that_keeps_the_log_to_itself(
     assert fault.code == "internal_error"
     assert "NoneType" not in fault.message
     assert "NoneType" in caplog.text
+
+
+# --- what the floor looks up --------------------------------------------------------------------------------------
+
+
+def test_a_row_has_to_bring_what_all_who_share_the_pass_would_get_meanwhile() -> None:
+    passes = Passes()
+    assert passes.least_worth() == 0.0
+    passes.fixed_ms, passes.row_ms = 50.0, 5.0
+    assert passes.least_worth() == pytest.approx(5 / 55)
+    passes.tokens.saw(2.0)
+    assert passes.least_worth() == pytest.approx(2 * 5 / 55)
+    passes.sessions, passes.rows = 15, 29
+    assert passes.least_worth() == pytest.approx(16 * 2 * 5 / 200)
+
+
+@pytest.mark.parametrize(
+    ("row_ms", "looked_up"), [(0.0, (11, 12, 13, 14)), (5.0, (11, 12)), (50.0, ())], ids=str
+)
+async def test_the_floor_looks_up_what_is_worth_its_rows_and_learns_from_all_that_was_found(
+    dialogue: Dialogue, row_ms: float, looked_up: Tokens
+) -> None:
+    """The engine says 10, which 11, 12, 13 and 14 have followed: one token is found again, and blocks have four."""
+    host = dialogue.host
+    host.redis.policy, host.redis.prompt = Policy.LATENCY, (5, 10, 11, 12, 13, 14)
+    host.passes.fixed_ms, host.passes.row_ms = 50.0, row_ms
+    host.model.silent = True
+    dialogue.prompt()
+    await until(lambda: host.model.submitted)
+    assert host.model.submitted == [looked_up]
+    assert host.passes.lookups.right(1) == PRIOR[1]
+    host.model.outputs.put_nowait(EngineOutput((11,)))
+    await until(lambda: host.passes.lookups.right(1) > PRIOR[1])
