@@ -44,7 +44,6 @@ from shared.speculation.pace import (
     Common,
     Mean,
     best_length,
-    floor_share,
     lanes_in,
     least_worth,
     length_in,
@@ -625,20 +624,26 @@ class EdgeSession:
         return 0
 
     def _needed_length(self) -> int:
-        """Tokens to draft for a block that the verifier has nothing else to do than wait for, or to say alone."""
-        clocks = self._clocks()
-        wasted = 1.0 - floor_share(clocks, self._config.block_length)
-        return length_in(clocks, self._config.block_length, lambda length: length * clocks.draft_ms * wasted)
+        """Tokens to draft for a block that is waited for."""
+        return self._length_in(lambda length: length * self._step(1))
 
     def _lane_length(self, parent: _Lane, now_ms: float) -> int:
-        """Tokens to draft for a lane that follows `parent`: as many as a block has that is worth its rows, and fewer where
-        the pass of its parent would have to be over before they are all there."""
-        longest = self._config.block_length
-        if not self._config.adaptive:
-            return max(1, longest)
+        """Tokens to draft for a lane that follows `parent`: the pass of its parent may be over before they are all there."""
         beside = 1 + sum(lane.tokens is None for lane in self._lanes.values())
         step_ms, left_ms = self._step(beside), self._due(parent) - now_ms
-        return length_in(self._clocks(), longest, lambda length: max(0.0, length * step_ms - left_ms))
+        return self._length_in(lambda length: max(0.0, length * step_ms - left_ms))
+
+    def _length_in(self, delay_ms: Callable[[int], float]) -> int:
+        """Tokens to draft where verification waits so long for a draft.
+
+        Nothing happens meanwhile under policy `cost`: what a token brings is weighed against the wait. Under `latency` the
+        target goes on, so that a draft is as long as it may be: which of its tokens are worth their rows is known
+        once they are there (`_cut`).
+        """
+        longest = self._config.block_length
+        if not self._config.adaptive or self._config.policy is Policy.LATENCY:
+            return max(1, longest)
+        return length_in(self._clocks(), longest, delay_ms)
 
     def _due(self, lane: _Lane) -> float:
         """When a forward that follows `lane` has to leave, to be there when its pass ends."""

@@ -183,7 +183,9 @@ def length_in(clocks: Clocks, longest: int, delay_ms: Callable[[int], float]) ->
 
         worth(γ) = E(γ) - rate · (pass(γ) + delay(γ))
 
-    A draft that is ready in time is as long as rows allow; one that others wait for is shorter.
+    A draft that is ready in time is as long as rows allow; one that others wait for is shorter. E rests on the mean
+    acceptance, which the draft's own confidences in its tokens outdo: where waiting costs little, a draft had better be as
+    long as it may be and be cut when they are known (`least_worth`).
     """
     if clocks.pass_ms(clocks.sharers) <= 0.0:
         return max(1, longest)
@@ -194,13 +196,6 @@ def length_in(clocks: Clocks, longest: int, delay_ms: Callable[[int], float]) ->
         return expected_tokens(clocks.acceptance, length) - rate * cost_ms
 
     return max(range(1, max(1, longest) + 1), key=worth)
-
-
-def floor_share(clocks: Clocks, longest: int) -> float:
-    """The rate at which the target goes on by itself while a block is waited for, as a share of the best one."""
-    if not clocks.floor or clocks.pass_ms(clocks.sharers) <= 0.0:
-        return 0.0
-    return _rate(clocks, 0) / _rate(clocks, best_length(clocks, longest))
 
 
 def _rate(clocks: Clocks, length: int) -> float:

@@ -15,7 +15,6 @@ from shared.speculation.pace import (
     PassCost,
     best_length,
     expected_tokens,
-    floor_share,
     lanes_in,
     least_worth,
     length_in,
@@ -200,7 +199,6 @@ def test_before_anything_is_known_a_draft_is_as_long_as_it_may_be() -> None:
     unknown = Clocks(0.7, Line(), 1.0, 0.0, 0.0, 0.5)
     assert length_in(unknown, LONGEST, lambda length: 100.0 * length) == LONGEST
     assert least_worth(unknown, LONGEST) == 0.0
-    assert floor_share(unknown, LONGEST) == 0.0
 
 
 def test_a_row_has_to_bring_what_all_who_share_the_pass_lose_by_it() -> None:
@@ -209,9 +207,3 @@ def test_a_row_has_to_bring_what_all_who_share_the_pass_lose_by_it() -> None:
     crowd = least_worth(clocks(acceptance=0.0, row_ms=1.0, sharers=50.0), LONGEST)
     assert crowd == pytest.approx(50 / 100)
     assert least_worth(clocks(row_ms=0.0), LONGEST) == 0.0
-
-
-def test_the_floor_is_worth_all_where_no_block_is_and_nothing_where_it_waits() -> None:
-    assert floor_share(clocks(acceptance=0.0), LONGEST) == pytest.approx(1.0)
-    assert 0.0 < floor_share(clocks(acceptance=0.9), LONGEST) < 1.0
-    assert floor_share(clocks(floor=False), LONGEST) == 0.0
