@@ -43,6 +43,7 @@ from shared.speculation.pace import (
     Clocks,
     Common,
     Mean,
+    Rate,
     best_length,
     lanes_in,
     least_worth,
@@ -440,6 +441,7 @@ class EdgeSession:
         self._rested = False
         self._acceptance = Mean()
         self._missed = Mean()
+        self._rate = Rate()
         self._threshold: float | None = None  # after the rows of what is committed
         common = config.common or Common()
         self._sharers = common.sharers
@@ -538,11 +540,15 @@ class EdgeSession:
         return self._expand(now_ms)
 
     def _cut(self, lane: _Lane) -> None:
-        """Keep of a draft what is worth verifying: tokens that are likely enough to be reached and accepted."""
+        """Keep of a draft what is worth verifying: tokens that are likely enough to be reached and accepted.
+
+        What their rows have to bring rests on the rate at which tokens came: the acceptance of those that were kept would
+        promise too much.
+        """
         if not self._config.adaptive or len(lane.confidences) != len(lane.tokens or ()):
             return
         accept, share = self._config.foresight.own.accept, 1.0
-        least = least_worth(self._clocks(), self._config.block_length)
+        least = least_worth(self._rate(), self._pass, self._sharers(1.0))
         for kept, confidence in enumerate(lane.confidences):
             share *= sigmoid(accept(logit(confidence)))
             if share < least:
@@ -1073,6 +1079,8 @@ class EdgeSession:
             # A round that is over is not asked for again, though all that it said was known already.
             return self._next(answers, taken, now_ms) if verified else self._ask_again()
         first_new = self.base
+        if new and self._phase is not Phase.PREFILL:
+            self._rate.saw(len(new), now_ms - self._progress_ms)
         self._committed.extend(new)
         self._progress_ms = now_ms
         self.statistics.tokens += len(new) if self._phase is not Phase.PREFILL else 0

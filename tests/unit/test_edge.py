@@ -674,10 +674,19 @@ def test_a_hint_for_a_forward_of_an_older_epoch_starts_nothing() -> None:
 
 
 def where_rows_cost(row_ms: float, **changes: Any) -> EdgeConfig:
-    """A pass takes 50 ms and so much a row: with 10 ms a row has to bring 0.28 tokens, at 0.7 acceptance."""
+    """A pass takes 50 ms and so much a row."""
     common = Common()
     common.pass_ms.told(50.0, row_ms)
     return replace(AHEAD, block_length=4, adaptive=True, common=common, **changes)
+
+
+def going(config: EdgeConfig) -> EdgeSession:
+    """A session that got two tokens in 72 ms and drafts lane 1: a row of 10 ms has to bring 0.28 tokens."""
+    edge = drafting(config)
+    edge.handle(plain(0, 11), 2.0)
+    edge.handle(verdict(1, 1, 1, 11, 12), 73.0)
+    assert edge.phase is Phase.DRAFTING
+    return edge
 
 
 def unsure(lane: int, *confidences: float) -> Drafted:
@@ -694,37 +703,42 @@ def blocks(actions: list[EdgeAction]) -> list[Tokens]:
 
 
 def test_of_a_draft_those_tokens_go_up_that_are_likely_enough_to_be_reached_and_right() -> None:
-    edge = drafting(where_rows_cost(10.0))
-    actions = edge.handle(unsure(0, 0.9, 0.9, 0.3, 0.9), 2.0)
+    edge = going(where_rows_cost(10.0))
+    actions = edge.handle(unsure(1, 0.9, 0.9, 0.3, 0.9), 80.0)
     assert blocks(actions) == [(11, 12)]
-    assert edge.statistics.drafted_in_all == 4
+    assert edge.statistics.drafted_in_all == 5
 
 
 def test_what_may_stand_after_the_tokens_that_are_kept_is_guessed() -> None:
-    edge = drafting(where_rows_cost(10.0))
-    actions = edge.handle(unsure(0, 0.9, 0.9, 0.3, 0.9), 2.0)
+    edge = going(where_rows_cost(10.0))
+    actions = edge.handle(unsure(1, 0.9, 0.9, 0.3, 0.9), 80.0)
     assert [start.assumed for start in starts(actions)] == [(11, 12, 53), (11, 12, 13)]
 
 
 def test_a_block_that_is_waited_for_keeps_its_first_token_and_a_lane_may_lose_all() -> None:
-    edge = drafting(where_rows_cost(10.0))
-    actions = edge.handle(unsure(0, 0.1, 0.1), 2.0)
+    edge = going(where_rows_cost(10.0))
+    actions = edge.handle(unsure(1, 0.1, 0.1), 80.0)
     assert blocks(actions) == [(11,)]
     (first, *_) = starts(actions)
-    assert of_kind(SendForward, edge.handle(unsure(first.lane, 0.1, 0.1), 3.0)) == []
+    assert of_kind(SendForward, edge.handle(unsure(first.lane, 0.1, 0.1), 81.0)) == []
 
 
 @pytest.mark.parametrize(
     "config", [where_rows_cost(0.0), replace(where_rows_cost(10.0), adaptive=False)], ids=["free", "fixed"]
 )
 def test_where_rows_cost_nothing_or_lengths_are_fixed_all_of_a_draft_goes_up(config: EdgeConfig) -> None:
-    edge = drafting(config)
+    edge = going(config)
+    assert blocks(edge.handle(unsure(1, 0.9, 0.1, 0.1, 0.1), 80.0)) == [(11, 12, 13, 14)]
+
+
+def test_before_anything_was_said_all_of_a_draft_goes_up() -> None:
+    edge = drafting(where_rows_cost(10.0))
     assert blocks(edge.handle(unsure(0, 0.9, 0.1, 0.1, 0.1), 2.0)) == [(11, 12, 13, 14)]
 
 
 def test_a_draft_that_says_nothing_of_its_tokens_is_not_cut() -> None:
-    edge = drafting(where_rows_cost(10.0))
-    assert blocks(edge.handle(plain(0, 11, 12, 13, 14), 2.0)) == [(11, 12, 13, 14)]
+    edge = going(where_rows_cost(10.0))
+    assert blocks(edge.handle(plain(1, 11, 12, 13, 14), 80.0)) == [(11, 12, 13, 14)]
 
 
 def after_a_miss(config: EdgeConfig) -> int:
@@ -756,10 +770,10 @@ def test_the_tokens_of_a_draft_are_used_before_what_may_follow_them_is_known() -
 
 
 def test_what_follows_a_draft_of_which_less_went_up_is_not_what_follows_the_block() -> None:
-    edge = drafting(where_rows_cost(10.0, max_lanes=8, lane_threshold=0.0))
-    whole = unsure(0, 0.9, 0.9, 0.3, 0.9)
-    edge.handle(replace(whole, alternatives=whole.alternatives[:4]), 2.0)
-    assert edge.handle(whole, 3.0) == []
+    edge = going(where_rows_cost(10.0, max_lanes=8, lane_threshold=0.0))
+    whole = unsure(1, 0.9, 0.9, 0.3, 0.9)
+    edge.handle(replace(whole, alternatives=whole.alternatives[:4]), 80.0)
+    assert edge.handle(whole, 81.0) == []
 
 
 def test_what_follows_a_draft_whose_front_the_floor_has_said_follows_the_rest_of_it() -> None:
