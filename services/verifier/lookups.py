@@ -16,7 +16,8 @@ from shared.lookup import LONGEST
 from shared.speculation.pace import MEMORY
 
 PRIOR: Final = (0.0, 0.2, 0.6, 0.75, 0.8, 0.8, 0.9)
-"""How often the token after a match of so many is right: measured on answers of the target that ships (Spec-Bench)."""
+"""How often the token after a match of so many is right: rounded from 1,805 places in answers of the target that ships
+(dev prompts of Spec-Bench)."""
 
 
 class Lookups:
