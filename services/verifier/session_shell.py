@@ -16,6 +16,7 @@ from typing import Protocol
 
 from services.verifier import metrics
 from services.verifier.engine.types import UNHEARD, BlockStatus, Engine, EngineOutput, ExitReport
+from services.verifier.lookups import Lookups
 from shared import timeline
 from shared.bus import Bus, Received
 from shared.errors import OutriderError
@@ -34,7 +35,7 @@ from shared.protocol import (
 )
 from shared.session import SessionState
 from shared.speculation import verifier as core
-from shared.speculation.pace import Clocks, Mean, best_length
+from shared.speculation.pace import Mean
 from shared.store import CommitConflict, StaleClaim, Store
 from shared.telemetry import TraceContext
 
@@ -44,10 +45,6 @@ Step = Callable[[], Coroutine[None, None, None]]
 RETRY_AFTER_S = 0.5
 FLOOR_LENGTH = 5
 """Tokens that the floor looks up at a time."""
-LOOKUP_ACCEPTANCE = 0.6
-"""How often a token that is looked up is taken to be right, before it has been measured."""
-FLOOR_MATCH = 4
-"""Tokens at the text's end that must have been found again: shorter matches are not worth the rows."""
 
 
 @dataclass(slots=True)
@@ -58,26 +55,19 @@ class Passes:
     sessions: int = 0
     fixed_ms: float = 0.0
     row_ms: float = 0.0
-    lookup: Mean = field(default_factory=Mean)
-    """How often a token that the floor looked up is right, if those before it are."""
+    tokens: Mean = field(default_factory=Mean)
+    """What a session gets by a pass."""
+    lookups: Lookups = field(default_factory=Lookups)
 
     def usual_ms(self, rows: int) -> float | None:
         """What a pass of so many rows takes; None before the engine knows."""
         return self.fixed_ms + self.row_ms * rows if self.row_ms > 0.0 else None
 
-    def lookup_length(self) -> int:
-        """Tokens that the floor may look up: as many as are worth their rows to all who share the pass."""
-        if self.row_ms <= 0.0:
-            return FLOOR_LENGTH
-        clocks = Clocks(
-            acceptance=self.lookup(LOOKUP_ACCEPTANCE),
-            pass_ms=lambda rows: self.fixed_ms + self.row_ms * rows,
-            sharers=self.sessions + 1,
-            draft_ms=0.0,
-            round_trip_ms=0.0,
-            missed=0.0,
-        )
-        return best_length(clocks, FLOOR_LENGTH)
+    def least_worth(self) -> float:
+        """Tokens that a row of one more session has to bring, to be worth it: those that all who share the pass would get
+        in the time that it takes. 0 before the engine knows that."""
+        pass_ms = self.usual_ms(self.rows + 1)
+        return (self.sessions + 1) * self.tokens(1.0) * self.row_ms / pass_ms if pass_ms else 0.0
 
 
 class Host(Protocol):
@@ -469,7 +459,7 @@ class SessionShell:
         try:
             async for output in stream:
                 self._stop_clock(answered=True)
-                self._judge_lookup(output.tokens)
+                self._judge(output.tokens)
                 usual_ms = self._host.passes.usual_ms(self._answered[-1].rows)
                 self.handle(
                     core.EngineAnswered(output.tokens, output.finish_reason, output.logprobs, usual_ms)
@@ -513,22 +503,22 @@ class SessionShell:
             self._answered.append(clock)
 
     def _look_up(self, said: Sequence[int]) -> Tokens:
-        """What followed the newest earlier occurrence of a long enough end of the text; nothing where there is none."""
+        """What followed the newest earlier occurrence of the text's end, as far as it is worth its rows."""
         if self._lookup is None:
             self._lookup = Lookup()
-        text = (*self._prompt, *said)
-        self._lookup.follow(text)
-        found, _ = self._lookup.draft(self._host.passes.lookup_length())
-        self._looked_up = found if self._lookup.matched >= FLOOR_MATCH else ()
-        return self._looked_up
+        self._lookup.follow((*self._prompt, *said))
+        self._looked_up, _ = self._lookup.draft(FLOOR_LENGTH)
+        passes = self._host.passes
+        worth = passes.lookups.worth(self._lookup.matched, FLOOR_LENGTH, passes.least_worth())
+        return self._looked_up[:worth]
 
-    def _judge_lookup(self, said: Tokens) -> None:
-        """Learn from what the target said after what was looked up."""
-        looked_up, self._looked_up = self._looked_up, ()
-        for found, token in zip(looked_up, said, strict=False):
-            self._host.passes.lookup.saw(float(found == token))
-            if found != token:
-                return
+    def _judge(self, said: Tokens) -> None:
+        """Learn from what a pass said: how much that is, and whether it is what was looked up."""
+        passes = self._host.passes
+        passes.tokens.saw(len(said))
+        if self._lookup is not None and self._looked_up:
+            passes.lookups.saw(self._lookup.matched, self._looked_up, said)
+        self._looked_up = ()
 
     async def _close_engine(self) -> None:
         try:

@@ -43,8 +43,8 @@ from shared.speculation.pace import (
     Clocks,
     Common,
     Mean,
+    Rate,
     best_length,
-    floor_share,
     lanes_in,
     least_worth,
     length_in,
@@ -441,6 +441,7 @@ class EdgeSession:
         self._rested = False
         self._acceptance = Mean()
         self._missed = Mean()
+        self._rate = Rate()
         self._threshold: float | None = None  # after the rows of what is committed
         common = config.common or Common()
         self._sharers = common.sharers
@@ -539,11 +540,15 @@ class EdgeSession:
         return self._expand(now_ms)
 
     def _cut(self, lane: _Lane) -> None:
-        """Keep of a draft what is worth verifying: tokens that are likely enough to be reached and accepted."""
+        """Keep of a draft what is worth verifying: tokens that are likely enough to be reached and accepted.
+
+        What their rows have to bring rests on the rate at which tokens came: the acceptance of those that were kept would
+        promise too much.
+        """
         if not self._config.adaptive or len(lane.confidences) != len(lane.tokens or ()):
             return
         accept, share = self._config.foresight.own.accept, 1.0
-        least = least_worth(self._clocks(), self._config.block_length)
+        least = least_worth(self._rate(), self._pass, self._sharers(1.0))
         for kept, confidence in enumerate(lane.confidences):
             share *= sigmoid(accept(logit(confidence)))
             if share < least:
@@ -625,20 +630,26 @@ class EdgeSession:
         return 0
 
     def _needed_length(self) -> int:
-        """Tokens to draft for a block that the verifier has nothing else to do than wait for, or to say alone."""
-        clocks = self._clocks()
-        wasted = 1.0 - floor_share(clocks, self._config.block_length)
-        return length_in(clocks, self._config.block_length, lambda length: length * clocks.draft_ms * wasted)
+        """Tokens to draft for a block that is waited for."""
+        return self._length_in(lambda length: length * self._step(1))
 
     def _lane_length(self, parent: _Lane, now_ms: float) -> int:
-        """Tokens to draft for a lane that follows `parent`: as many as a block has that is worth its rows, and fewer where
-        the pass of its parent would have to be over before they are all there."""
-        longest = self._config.block_length
-        if not self._config.adaptive:
-            return max(1, longest)
+        """Tokens to draft for a lane that follows `parent`: the pass of its parent may be over before they are all there."""
         beside = 1 + sum(lane.tokens is None for lane in self._lanes.values())
         step_ms, left_ms = self._step(beside), self._due(parent) - now_ms
-        return length_in(self._clocks(), longest, lambda length: max(0.0, length * step_ms - left_ms))
+        return self._length_in(lambda length: max(0.0, length * step_ms - left_ms))
+
+    def _length_in(self, delay_ms: Callable[[int], float]) -> int:
+        """Tokens to draft where verification waits so long for a draft.
+
+        Nothing happens meanwhile under policy `cost`: what a token brings is weighed against the wait. Under `latency` the
+        target goes on, so that a draft is as long as it may be: which of its tokens are worth their rows is known
+        once they are there (`_cut`).
+        """
+        longest = self._config.block_length
+        if not self._config.adaptive or self._config.policy is Policy.LATENCY:
+            return max(1, longest)
+        return length_in(self._clocks(), longest, delay_ms)
 
     def _due(self, lane: _Lane) -> float:
         """When a forward that follows `lane` has to leave, to be there when its pass ends."""
@@ -1068,6 +1079,8 @@ class EdgeSession:
             # A round that is over is not asked for again, though all that it said was known already.
             return self._next(answers, taken, now_ms) if verified else self._ask_again()
         first_new = self.base
+        if new and self._phase is not Phase.PREFILL:
+            self._rate.saw(len(new), now_ms - self._progress_ms)
         self._committed.extend(new)
         self._progress_ms = now_ms
         self.statistics.tokens += len(new) if self._phase is not Phase.PREFILL else 0

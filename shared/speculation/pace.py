@@ -34,6 +34,23 @@ class Mean:
 
 
 @dataclass(slots=True)
+class Rate:
+    """Tokens a ms, of late: both fade as a `Mean` does; 0 before the first were counted."""
+
+    tokens: float = 0.0
+    ms: float = 0.0
+
+    def saw(self, tokens: int, elapsed_ms: float) -> None:
+        """So many came in so long."""
+        self.tokens = MEMORY * self.tokens + tokens
+        self.ms = MEMORY * self.ms + elapsed_ms
+
+    def __call__(self) -> float:
+        """The rate."""
+        return self.tokens / self.ms if self.ms > 0.0 else 0.0
+
+
+@dataclass(slots=True)
 class Line:
     """A running least-squares line y = a + b x that never falls: what a pass costs by its rows, a step by its lanes.
 
@@ -162,17 +179,13 @@ def best_length(clocks: Clocks, longest: int) -> int:
     return max(range(longest + 1), key=lambda length: round(_rate(clocks, length) / alone, 6))
 
 
-def least_worth(clocks: Clocks, longest: int) -> float:
+def least_worth(rate: float, pass_ms: Callable[[float], float], sharers: float) -> float:
     """How likely a draft token has to be accepted, and all before it, for its row to be worth verifying.
 
-    A row makes the pass of every session that shares it longer. What they would have said in that time, at the best rate
-    that there is, is what the row has to bring: rate · sharers · (pass(n + 1) - pass(n)).
+    A row makes the pass of every session that shares it longer. What they would have said in that time is what the row has
+    to bring, if each gets `rate` tokens a ms: rate · sharers · (pass(n + 1) - pass(n)).
     """
-    rows = clocks.sharers
-    if clocks.pass_ms(rows) <= 0.0:
-        return 0.0
-    rate = _rate(clocks, best_length(clocks, longest))
-    return rate * rows * (clocks.pass_ms(2.0 * rows) - clocks.pass_ms(rows)) / rows
+    return rate * (pass_ms(2.0 * sharers) - pass_ms(sharers))
 
 
 def length_in(clocks: Clocks, longest: int, delay_ms: Callable[[int], float]) -> int:
@@ -183,7 +196,9 @@ def length_in(clocks: Clocks, longest: int, delay_ms: Callable[[int], float]) ->
 
         worth(γ) = E(γ) - rate · (pass(γ) + delay(γ))
 
-    A draft that is ready in time is as long as rows allow; one that others wait for is shorter.
+    A draft that is ready in time is as long as rows allow; one that others wait for is shorter. E rests on the mean
+    acceptance, which the draft's own confidences in its tokens outdo: where waiting costs little, a draft had better be as
+    long as it may be and be cut when they are known (`least_worth`).
     """
     if clocks.pass_ms(clocks.sharers) <= 0.0:
         return max(1, longest)
@@ -194,13 +209,6 @@ def length_in(clocks: Clocks, longest: int, delay_ms: Callable[[int], float]) ->
         return expected_tokens(clocks.acceptance, length) - rate * cost_ms
 
     return max(range(1, max(1, longest) + 1), key=worth)
-
-
-def floor_share(clocks: Clocks, longest: int) -> float:
-    """The rate at which the target goes on by itself while a block is waited for, as a share of the best one."""
-    if not clocks.floor or clocks.pass_ms(clocks.sharers) <= 0.0:
-        return 0.0
-    return _rate(clocks, 0) / _rate(clocks, best_length(clocks, longest))
 
 
 def _rate(clocks: Clocks, length: int) -> float:

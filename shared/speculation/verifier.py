@@ -22,7 +22,8 @@ the outcome that it assumes has come true. Of several, the newest goes first: it
 
 With nothing to verify, the policy decides. Under `cost` the session waits. Under `latency` the *AR floor* takes over: the
 target goes on by itself, with what the verifier finds by prompt lookup, else one token a pass. It waits for a block that
-comes before a pass of its own would end (`patience_ms`), and goes on no longer than a gateway is heard from (`MOST_AHEAD`).
+comes long before a pass of its own would end (`patience_ms`), and goes on no longer than a gateway is heard from
+(`MOST_AHEAD`).
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ TOKEN_IDS: Final = 1 << 31
 NO_ROUND: Final = -1
 """The round of a pass that no draft asked for."""
 MOST_READY: Final = 0.9
+LEAST_AGREES: Final = 1e-6
+"""Bounds of what `patience_ms` divides by."""
 MEMORY: Final = 0.8
 """How much of a running mean is kept a step."""
 
@@ -377,23 +380,28 @@ def patience_ms(
 ) -> float:
     """How long to wait for a block before the floor takes over; all times in ms.
 
-    A pass of the floor is free where it ends before the block comes: the block is cut by what it said, or drafted anew
-    from it. Where the block finds the engine busy it has to wait for the end of the pass, may be of no use then, and its
-    draft was for nothing. So the floor waits for a block that comes within a pass T' of the floor, if that is worth it:
-    with T a block's pass, E the tokens that it yields, w the wait, and a share h of passes at whose end the next draft is
-    there, a block leads to n = 1 / (1 - h) passes, and who waits gets
+    With T a block's pass, E the tokens that it yields, w the wait, and a share h of passes at whose end the next draft is
+    there, a block leads to n = 1 / (1 - h) passes, so that who waits gets
 
-        E n / (w + n T)
+        R = E n / (w + n T)
 
-    tokens a ms, which has to be more than the F / T' of the floor alone. It is waited for no longer than T': whatever
-    becomes of it, no more than one pass of the floor is lost. Before the floor has been measured F is 1 and T' is T.
+    tokens a ms. A pass of the floor, F tokens in T', is worth F - R T' beside that: less than nothing where it is slower.
+    But a block that comes meanwhile is verified at once after it, if it agrees with what was said, with probability
+    a = ((E - 1) / E)^F: then no wait is left, else all of it is still to come. There are 1 / a such passes before the
+    next block is verified, instead of one wait, so that waiting is worth its while where
+
+        w R < (R T' - F) / a
+
+    It is waited for no longer than T': whatever becomes of it, no more than one pass of the floor is lost. A block that
+    takes longer is not waited for at all. Before the floor has been measured F is 1 and T' is T.
     """
     if not pass_ms or not tokens or wait_ms is None or ready is None:
         return 0.0
     alone_ms, alone = floor_ms or pass_ms, floor_tokens or 1.0
     passes = 1.0 / (1.0 - min(ready, MOST_READY))
-    waiting = tokens * passes / (wait_ms + passes * pass_ms)
-    return alone_ms if wait_ms < alone_ms and waiting > alone / alone_ms else 0.0
+    rate = tokens * passes / (wait_ms + passes * pass_ms)
+    agrees = max(((tokens - 1.0) / tokens) ** alone, LEAST_AGREES)
+    return alone_ms if wait_ms < min(alone_ms, (alone_ms - alone / rate) / agrees) else 0.0
 
 
 class VerifierSession:

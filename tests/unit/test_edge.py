@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,7 @@ from shared.speculation.edge import (
     TimerFired,
     VerdictArrived,
 )
+from shared.speculation.pace import Common
 
 CONFIG = EdgeConfig(
     gateway="g", max_tokens=100, block_length=3, stop_tokens=frozenset({2}), max_lanes=2, lane_threshold=0.2
@@ -666,6 +668,120 @@ def test_a_hint_for_a_forward_of_an_older_epoch_starts_nothing() -> None:
     edge.handle(plain(1, 14, 15), 3.0)
     edge.handle(Relocated(2), 4.0)
     assert edge.handle(hint(2, 4, (1, 99, 0.95), epoch=2), 5.0) == []
+
+
+# --- what of a draft is worth its rows ------------------------------------------------------------------------------
+
+
+def where_rows_cost(row_ms: float, **changes: Any) -> EdgeConfig:
+    """A pass takes 50 ms and so much a row."""
+    common = Common()
+    common.pass_ms.told(50.0, row_ms)
+    return replace(AHEAD, block_length=4, adaptive=True, common=common, **changes)
+
+
+def going(config: EdgeConfig) -> EdgeSession:
+    """A session that got two tokens in 72 ms and drafts lane 1: a row of 10 ms has to bring 0.28 tokens."""
+    edge = drafting(config)
+    edge.handle(plain(0, 11), 2.0)
+    edge.handle(verdict(1, 1, 1, 11, 12), 73.0)
+    assert edge.phase is Phase.DRAFTING
+    return edge
+
+
+def unsure(lane: int, *confidences: float) -> Drafted:
+    """Tokens 11, 12, ... of which the draft is so sure, and what else might stand in their places and after them."""
+    tokens = tuple(range(11, 11 + len(confidences)))
+    places = tuple(
+        ((token, sure), (token + 40, 1.0 - sure)) for token, sure in zip(tokens, confidences, strict=True)
+    )
+    return Drafted(lane, tokens, confidences, (*places, ((11 + len(tokens), 0.9),)))
+
+
+def blocks(actions: list[EdgeAction]) -> list[Tokens]:
+    return [action.tokens for action in actions if isinstance(action, SendBlock)]
+
+
+def test_of_a_draft_those_tokens_go_up_that_are_likely_enough_to_be_reached_and_right() -> None:
+    edge = going(where_rows_cost(10.0))
+    actions = edge.handle(unsure(1, 0.9, 0.9, 0.3, 0.9), 80.0)
+    assert blocks(actions) == [(11, 12)]
+    assert edge.statistics.drafted_in_all == 5
+
+
+def test_what_may_stand_after_the_tokens_that_are_kept_is_guessed() -> None:
+    edge = going(where_rows_cost(10.0))
+    actions = edge.handle(unsure(1, 0.9, 0.9, 0.3, 0.9), 80.0)
+    assert [start.assumed for start in starts(actions)] == [(11, 12, 53), (11, 12, 13)]
+
+
+def test_a_block_that_is_waited_for_keeps_its_first_token_and_a_lane_may_lose_all() -> None:
+    edge = going(where_rows_cost(10.0))
+    actions = edge.handle(unsure(1, 0.1, 0.1), 80.0)
+    assert blocks(actions) == [(11,)]
+    (first, *_) = starts(actions)
+    assert of_kind(SendForward, edge.handle(unsure(first.lane, 0.1, 0.1), 81.0)) == []
+
+
+@pytest.mark.parametrize(
+    "config", [where_rows_cost(0.0), replace(where_rows_cost(10.0), adaptive=False)], ids=["free", "fixed"]
+)
+def test_where_rows_cost_nothing_or_lengths_are_fixed_all_of_a_draft_goes_up(config: EdgeConfig) -> None:
+    edge = going(config)
+    assert blocks(edge.handle(unsure(1, 0.9, 0.1, 0.1, 0.1), 80.0)) == [(11, 12, 13, 14)]
+
+
+def test_before_anything_was_said_all_of_a_draft_goes_up() -> None:
+    edge = drafting(where_rows_cost(10.0))
+    assert blocks(edge.handle(unsure(0, 0.9, 0.1, 0.1, 0.1), 2.0)) == [(11, 12, 13, 14)]
+
+
+def test_a_draft_that_says_nothing_of_its_tokens_is_not_cut() -> None:
+    edge = going(where_rows_cost(10.0))
+    assert blocks(edge.handle(plain(1, 11, 12, 13, 14), 80.0)) == [(11, 12, 13, 14)]
+
+
+def after_a_miss(config: EdgeConfig) -> int:
+    """Tokens that are drafted after a round of which a draft step took 200 ms and a pass 54."""
+    edge = drafting(config)
+    edge.handle(unsure(0, 0.9, 0.9, 0.9, 0.9), 801.0)
+    told = verdict(1, 1, 2, 11, 12, 77).verdict.model_copy(
+        update={"verify_ms": 54.0, "rows": 5, "fixed_ms": 50.0, "row_ms": 1.0}
+    )
+    (start, *_) = starts(edge.handle(VerdictArrived(told), 860.0))
+    return start.length
+
+
+def test_a_draft_is_as_long_as_it_may_be_where_the_target_goes_on_and_shorter_where_it_waits() -> None:
+    config = where_rows_cost(1.0, guesses=False)
+    waiting = replace(where_rows_cost(1.0, guesses=False), policy=Policy.COST)
+    assert after_a_miss(config) >= config.block_length > after_a_miss(waiting)
+
+
+def test_the_tokens_of_a_draft_are_used_before_what_may_follow_them_is_known() -> None:
+    config = replace(AHEAD, max_lanes=3)
+    edge = drafting(config)
+    whole = draft(0)
+    actions = edge.handle(replace(whole, alternatives=whole.alternatives[:2]), 2.0)
+    assert blocks(actions) == [(11, 12)]
+    assert [start.assumed for start in starts(actions)] == [(11, 60), (11, 61)]
+    assert [start.assumed for start in starts(edge.handle(whole, 4.0))] == [(11, 12, 13)]
+    assert edge.handle(whole, 5.0) == []
+
+
+def test_what_follows_a_draft_of_which_less_went_up_is_not_what_follows_the_block() -> None:
+    edge = going(where_rows_cost(10.0, max_lanes=8, lane_threshold=0.0))
+    whole = unsure(1, 0.9, 0.9, 0.3, 0.9)
+    edge.handle(replace(whole, alternatives=whole.alternatives[:4]), 80.0)
+    assert edge.handle(whole, 81.0) == []
+
+
+def test_what_follows_a_draft_whose_front_the_floor_has_said_follows_the_rest_of_it() -> None:
+    edge = drafting(replace(AHEAD, block_length=3))
+    edge.handle(floor(1, 11), 2.0)
+    whole = unsure(0, 0.9, 0.9, 0.9)
+    assert blocks(edge.handle(replace(whole, alternatives=whole.alternatives[:3]), 3.0)) == [(12, 13)]
+    assert (12, 13, 14) in [start.assumed for start in starts(edge.handle(whole, 4.0))]
 
 
 # --- ratio mode ---------------------------------------------------------------------------------------------------

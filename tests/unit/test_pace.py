@@ -13,9 +13,9 @@ from shared.speculation.pace import (
     Line,
     Mean,
     PassCost,
+    Rate,
     best_length,
     expected_tokens,
-    floor_share,
     lanes_in,
     least_worth,
     length_in,
@@ -199,19 +199,24 @@ def test_the_more_a_token_keeps_others_waiting_the_shorter_the_draft() -> None:
 def test_before_anything_is_known_a_draft_is_as_long_as_it_may_be() -> None:
     unknown = Clocks(0.7, Line(), 1.0, 0.0, 0.0, 0.5)
     assert length_in(unknown, LONGEST, lambda length: 100.0 * length) == LONGEST
-    assert least_worth(unknown, LONGEST) == 0.0
-    assert floor_share(unknown, LONGEST) == 0.0
 
 
 def test_a_row_has_to_bring_what_all_who_share_the_pass_lose_by_it() -> None:
-    """Alone 1 / 51 tokens a ms at the least; the row takes 1 ms of each of them."""
-    assert least_worth(clocks(acceptance=0.0, row_ms=1.0), LONGEST) == pytest.approx(1 / 51)
-    crowd = least_worth(clocks(acceptance=0.0, row_ms=1.0, sharers=50.0), LONGEST)
-    assert crowd == pytest.approx(50 / 100)
-    assert least_worth(clocks(row_ms=0.0), LONGEST) == 0.0
+    """A row takes 1 ms of each of them, who get 0.02 tokens in it."""
+    cost = PassCost()
+    assert least_worth(0.02, cost, 1.0) == 0.0
+    cost.told(50.0, 1.0)
+    assert least_worth(0.02, cost, 1.0) == pytest.approx(0.02)
+    assert least_worth(0.02, cost, 50.0) == pytest.approx(1.0)
+    assert least_worth(0.0, cost, 50.0) == 0.0
 
 
-def test_the_floor_is_worth_all_where_no_block_is_and_nothing_where_it_waits() -> None:
-    assert floor_share(clocks(acceptance=0.0), LONGEST) == pytest.approx(1.0)
-    assert 0.0 < floor_share(clocks(acceptance=0.9), LONGEST) < 1.0
-    assert floor_share(clocks(floor=False), LONGEST) == 0.0
+def test_a_rate_is_that_of_late_and_no_single_value_is_all_of_it() -> None:
+    rate = Rate()
+    assert rate() == 0.0
+    rate.saw(5, 1.0)
+    rate.saw(1, 99.0)
+    assert rate() == pytest.approx(0.06, rel=0.05)
+    for _ in range(200):
+        rate.saw(1, 10.0)
+    assert rate() == pytest.approx(0.1, rel=1e-3)

@@ -11,7 +11,8 @@ from typing import Any, cast
 import pytest
 
 from services.verifier.engine.types import BlockStatus, Engine, EngineOutput
-from services.verifier.session_shell import FLOOR_LENGTH, LOOKUP_ACCEPTANCE, Chain, Passes, SessionShell
+from services.verifier.lookups import PRIOR
+from services.verifier.session_shell import Chain, Passes, SessionShell
 from shared.bus import Bus, Received
 from shared.errors import BrokerUnavailable, StoreUnavailable
 from shared.protocol import (
@@ -95,6 +96,8 @@ class _Store:
     most_notes: int = 0
     released: list[int] = field(default_factory=list)
     away: bool = False
+    policy: Policy = Policy.COST
+    prompt: Tokens = (1,)
 
     async def claim(self, session: str, *, epoch: int, owner: str) -> Claim:
         if self.away:
@@ -105,7 +108,7 @@ class _Store:
             epoch=epoch,
             base=0,
             prompt_length=1,
-            params=GenerationParams(max_tokens=100, policy=Policy.COST),
+            params=GenerationParams(max_tokens=100, policy=self.policy),
             model="m",
             verifier="v",
             partition=0,
@@ -117,7 +120,7 @@ class _Store:
             created_ms=0,
             touched_ms=0,
         )
-        return Claim(state, (1,), (), False)
+        return Claim(state, self.prompt, (), False)
 
     async def commit(self, session: str, *, base: int, tokens: Tokens, **_: object) -> CommitResult:
         self.committed[base:] = tokens
@@ -156,6 +159,7 @@ class _Engine:
 
     outputs: asyncio.Queue[EngineOutput] = field(default_factory=asyncio.Queue)
     closed: list[str] = field(default_factory=list)
+    submitted: list[Tokens] = field(default_factory=list)
     silent: bool = False
 
     async def open(
@@ -173,6 +177,7 @@ class _Engine:
         confidences: Sequence[int] = (),
         rows: Sequence[SparseRow] = (),
     ) -> BlockStatus:
+        self.submitted.append(tokens)
         if not self.silent:
             self.outputs.put_nowait(EngineOutput((10 + base,)))
         return BlockStatus.ARMED
@@ -337,25 +342,7 @@ async def test_a_defect_in_the_stream_is_a_fault_that_keeps_the_log_to_itself(
     assert "NoneType" in caplog.text
 
 
-# --- what passes take, and what they are worth --------------------------------------------------------------------
-
-
-def looked_up(*right: bool, **known: Any) -> Passes:
-    """Passes, and whether each token that was looked up was right."""
-    passes = Passes(**known)
-    for each in right:
-        passes.lookup.saw(float(each))
-    return passes
-
-
-def quickest(acceptance: float, sessions: int, fixed_ms: float, row_ms: float) -> int:
-    """The length at which a token takes least, tried out: 1 + α + α² + … tokens a pass that all sessions share alike."""
-
-    def ms_per_token(length: int) -> float:
-        pass_ms = fixed_ms + row_ms * sessions * (length + 1)
-        return pass_ms / sum(acceptance**n for n in range(length + 1))
-
-    return min(range(FLOOR_LENGTH + 1), key=ms_per_token)
+# --- what passes take ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [1, 6, 96])
@@ -368,32 +355,34 @@ def test_what_a_pass_usually_takes_is_not_known_before_the_engine_says_it() -> N
     assert Passes(fixed_ms=20.0).usual_ms(3) is None, "the engine has seen no passes of different rows yet"
 
 
-def test_before_anything_is_known_of_passes_the_floor_looks_up_as_much_as_it_may() -> None:
-    assert looked_up(*[False] * 50, sessions=30).lookup_length() == FLOOR_LENGTH
+# --- what the floor looks up --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sessions", [1, 2, 4, 16])
-@pytest.mark.parametrize("row_ms", [0.02, 0.5, 2.0, 9.0])
-def test_the_floor_looks_up_what_is_quickest_for_all_who_share_the_pass(sessions: int, row_ms: float) -> None:
-    """One session more than are under way: the one that looks up is not."""
-    passes = Passes(sessions=sessions - 1, fixed_ms=20.0, row_ms=row_ms)
-    assert passes.lookup_length() == quickest(LOOKUP_ACCEPTANCE, sessions, 20.0, row_ms)
-    passes = looked_up(True, True, sessions=sessions - 1, fixed_ms=20.0, row_ms=row_ms)
-    assert passes.lookup_length() == quickest(1.0, sessions, 20.0, row_ms)
+def test_a_row_has_to_bring_what_all_who_share_the_pass_would_get_meanwhile() -> None:
+    passes = Passes()
+    assert passes.least_worth() == 0.0
+    passes.fixed_ms, passes.row_ms = 50.0, 5.0
+    assert passes.least_worth() == pytest.approx(5 / 55)
+    passes.tokens.saw(2.0)
+    assert passes.least_worth() == pytest.approx(2 * 5 / 55)
+    passes.sessions, passes.rows = 15, 29
+    assert passes.least_worth() == pytest.approx(16 * 2 * 5 / 200)
 
 
-def test_the_lengths_that_are_quickest_are_different_ones() -> None:
-    found = {
-        Passes(sessions=sessions, fixed_ms=20.0, row_ms=row_ms).lookup_length()
-        for sessions in (0, 1, 3, 15)
-        for row_ms in (0.02, 0.5, 2.0, 9.0)
-    }
-    assert {0, 1, 2, FLOOR_LENGTH} <= found
-
-
-def test_how_much_the_floor_looks_up_follows_how_often_it_was_right() -> None:
-    passes = looked_up(*[False] * 20, fixed_ms=20.0, row_ms=2.0)
-    assert passes.lookup_length() == 0
-    for _ in range(100):
-        passes.lookup.saw(1.0)
-    assert passes.lookup_length() == FLOOR_LENGTH
+@pytest.mark.parametrize(
+    ("row_ms", "looked_up"), [(0.0, (11, 12, 13, 14)), (5.0, (11, 12)), (50.0, ())], ids=str
+)
+async def test_the_floor_looks_up_what_is_worth_its_rows_and_learns_from_all_that_was_found(
+    dialogue: Dialogue, row_ms: float, looked_up: Tokens
+) -> None:
+    """The engine says 10, which 11, 12, 13 and 14 have followed: one token is found again, and blocks have four."""
+    host = dialogue.host
+    host.redis.policy, host.redis.prompt = Policy.LATENCY, (5, 10, 11, 12, 13, 14)
+    host.passes.fixed_ms, host.passes.row_ms = 50.0, row_ms
+    host.model.silent = True
+    dialogue.prompt()
+    await until(lambda: host.model.submitted)
+    assert host.model.submitted == [looked_up]
+    assert host.passes.lookups.right(1) == PRIOR[1]
+    host.model.outputs.put_nowait(EngineOutput((11,)))
+    await until(lambda: host.passes.lookups.right(1) > PRIOR[1])

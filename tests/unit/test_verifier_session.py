@@ -578,19 +578,30 @@ def test_under_the_cost_policy_a_session_waits() -> None:
     assert session.handle(EngineAnswered((11, 12))) == [Commit(1, 1, 1, (11, 12), None, 1, 1)]
 
 
-def test_the_floor_waits_for_a_block_that_comes_within_a_pass_and_is_worth_it() -> None:
+def test_the_floor_waits_for_a_block_that_comes_soon_and_is_worth_it() -> None:
     """A pass takes 100 ms and yields 3 tokens; it is waited for as long as a pass of the floor takes."""
-    assert patience_ms(100.0, 3.0, 40.0, 0.5) == 100.0
-    assert patience_ms(100.0, 3.0, 90.0, 0.5, 95.0, 1.0) == 95.0
-    assert patience_ms(100.0, 3.0, 60.0, 0.5, 60.0) == 0.0  # the floor's pass has ended before it is there
-    assert patience_ms(100.0, 3.0, 110.0, 0.5) == 0.0
-    assert patience_ms(100.0, 1.0, 40.0, 0.0) == 0.0  # it is never right
+    assert patience_ms(100.0, 3.0, 20.0, 0.5) == 100.0
+    assert patience_ms(100.0, 3.0, 20.0, 0.5, 95.0, 1.0) == 95.0
+    assert patience_ms(100.0, 1.0, 20.0, 0.0) == 0.0  # it is never right
     assert (
-        patience_ms(100.0, 1.5, 90.0, 0.0) == 0.0
-    )  # one and a half tokens in 190 ms, the floor says almost two
-    assert patience_ms(100.0, 1.5, 90.0, 0.8) > 0.0  # the next ones follow at once
-    assert patience_ms(100.0, 3.0, 90.0, 0.5, 95.0, 4.0) == 0.0  # what the floor looks up is longer
+        patience_ms(100.0, 1.5, 80.0, 0.0) == 0.0
+    )  # one and a half tokens in 180 ms, the floor says almost two
+    assert patience_ms(100.0, 1.5, 60.0, 0.0) == 0.0
+    assert patience_ms(100.0, 1.5, 60.0, 0.8) > 0.0  # the next ones follow at once
+    assert patience_ms(100.0, 3.0, 20.0, 0.5, 95.0, 4.0) == 0.0  # what the floor looks up is longer
     assert patience_ms(None, None, None, None) == 0.0
+
+
+def test_a_block_that_comes_after_the_floors_pass_is_not_waited_for_however_much_it_is_worth() -> None:
+    assert patience_ms(100.0, 50.0, 99.0, 0.9) == 100.0
+    assert patience_ms(100.0, 50.0, 101.0, 0.9) == 0.0
+    assert patience_ms(100.0, 50.0, 60.0, 0.9, 50.0) == 0.0
+
+
+def test_the_longer_the_wait_the_less_it_takes_for_the_floor_to_go_on() -> None:
+    """Six tokens in w + 200 ms, two of three blocks agree: w = (100 - (w + 200) / 6) · 3 / 2, that is 80 ms."""
+    assert patience_ms(100.0, 3.0, 79.9, 0.5) == 100.0
+    assert patience_ms(100.0, 3.0, 80.1, 0.5) == 0.0
 
 
 def test_when_its_patience_ends_the_floor_takes_over() -> None:
