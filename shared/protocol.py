@@ -118,7 +118,8 @@ class GenerationParams(_Frozen):
 
     `stop` are strings that end the answer where they appear in its text; only a gateway knows text. `logprobs` asks for
     the log-probability of each token and of so many likeliest ones. `json_schema` is one that the answer must satisfy,
-    as JSON; `{}` asks for any JSON object.
+    as JSON; `{}` asks for any JSON object. `unheard` says that nobody waits for what early exits foresee, so that they need
+    not foresee anything.
     """
 
     max_tokens: Annotated[int, Field(ge=1)]
@@ -129,6 +130,7 @@ class GenerationParams(_Frozen):
     stop: tuple[str, ...] = ()
     logprobs: Count | None = None
     json_schema: str = ""
+    unheard: bool = False
 
 
 class TokenLogprobs(_Frozen):

@@ -17,7 +17,13 @@ from typing import Final, Protocol
 from services.draft_gateway.answer_text import AnswerText, Ending, TextDecoder
 from services.draft_gateway.drafting import Drafter
 from services.draft_gateway.generation import Generation, Replay, TokenStream, logged
-from services.draft_gateway.openai_api import SEED_LIMIT, GenerationRequest, ResponseForm, check_model
+from services.draft_gateway.openai_api import (
+    SEED_LIMIT,
+    GenerationRequest,
+    OutriderOptions,
+    ResponseForm,
+    check_model,
+)
 from services.draft_gateway.settings import GatewaySettings
 from services.draft_gateway.streams import Position, Reading, Text
 from services.draft_gateway.uplink import Uplink
@@ -378,11 +384,20 @@ class Sessions:
         rules = Rules(params.sampling, len(prompt), tuple(sorted(stops)))
         return None if rules.plain else rules
 
+    def _block_length(self, options: OutriderOptions) -> int:
+        """The longest block of an answer; 0 where nothing is drafted."""
+        settings = self._settings
+        length = settings.block_length if options.block_length is None else options.block_length
+        drafts = options.draft != "none" and settings.draft != "none"
+        return min(length, settings.max_block) if drafts else 0
+
+    def _hints_wanted(self, options: OutriderOptions) -> bool:
+        wanted = self._settings.hints if options.hints is None else options.hints
+        return wanted and self._block_length(options) > 0
+
     def _edge_config(self, form: ResponseForm, params: GenerationParams) -> EdgeConfig:
         settings, options = self._settings, form.options
-        length = settings.block_length if options.block_length is None else options.block_length
-        if options.draft == "none" or settings.draft == "none":
-            length = 0
+        length = self._block_length(options)
 
         def chosen(asked: bool | None, setting: bool) -> bool:
             return length > 0 and (setting if asked is None else asked)
@@ -391,11 +406,11 @@ class Sessions:
         return EdgeConfig(
             gateway=self._uplink.reply.gateway,
             max_tokens=params.max_tokens,
-            block_length=min(length, settings.max_block),
+            block_length=length,
             adaptive=chosen(options.adaptive, settings.adaptive),
             stop_tokens=stops | frozenset(params.stop_token_ids),
             policy=params.policy,
-            hints=chosen(options.hints, settings.hints),
+            hints=self._hints_wanted(options),
             guesses=chosen(options.guesses, settings.guesses),
             forwards=chosen(options.forwards, settings.forwards),
             lane_threshold=settings.lane_threshold,
@@ -469,6 +484,7 @@ class Sessions:
             stop=request.stop,
             logprobs=request.logprobs,
             json_schema=request.json_schema,
+            unheard=not self._hints_wanted(request.options),
         )
 
     def _sampling(self, request: GenerationRequest, seed: int | None) -> Sampling:

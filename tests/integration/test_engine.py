@@ -185,6 +185,19 @@ async def test_exits_are_silent_on_a_block_whose_hints_nobody_waits_for(bench: B
     ]
 
 
+async def test_exits_foresee_nothing_for_a_session_that_nobody_listens_for(bench: Bench) -> None:
+    prompts, params = [random_prompt(14, 16), random_prompt(15, 16)], endless(40)
+    truths = [await bench.answer(prompt, params) for prompt in prompts]
+    bench.reports.clear()
+    deaf = params.model_copy(update={"unheard": True})
+    found = await asyncio.gather(
+        bench.speculate("deaf", prompts[0], truths[0].tokens, deaf, always_right),
+        bench.speculate("hearing", prompts[1], truths[1].tokens, params, always_right),
+    )
+    assert found == truths
+    assert {report.session for _, report in bench.reports} == {"hearing"}
+
+
 async def test_eos_inside_an_accepted_block_ends_the_answer(bench: Bench, tiny_target: TinyTarget) -> None:
     truth = (await bench.answer(tiny_target.prompt, endless(64))).tokens
     assert truth[: len(tiny_target.answer)] == tiny_target.answer

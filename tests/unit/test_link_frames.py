@@ -118,7 +118,7 @@ measured = {
 }  # fmt: skip
 params = st.builds(
     GenerationParams,
-    max_tokens=st.integers(1, 10**6), stop_token_ids=tokens, ignore_eos=st.booleans(),
+    max_tokens=st.integers(1, 10**6), stop_token_ids=tokens, ignore_eos=st.booleans(), unheard=st.booleans(),
     policy=st.sampled_from(Policy), logprobs=st.none() | st.integers(0, 20),
     stop=st.lists(st.text(min_size=1, max_size=10), max_size=4).map(tuple), json_schema=st.sampled_from(["", "{}"]),
     sampling=st.builds(

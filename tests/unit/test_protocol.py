@@ -63,6 +63,7 @@ generation_params = st.builds(
     max_tokens=st.integers(1, 2**20),
     stop_token_ids=token_lists,
     ignore_eos=st.booleans(),
+    unheard=st.booleans(),
     seed=st.integers(-(2**63), 2**63),
     policy=st.sampled_from(Policy),
 )

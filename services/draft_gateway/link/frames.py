@@ -251,6 +251,7 @@ PARAMS: Final = Layout(
         "stop": (7, TEXTS),
         "logprobs": (8, NUMBER),
         "json_schema": (9, TEXT),
+        "unheard": (10, FLAG),
     },
 )
 

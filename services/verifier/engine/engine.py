@@ -27,6 +27,7 @@ from services.verifier.engine.options import (
     EAGER_KEY,
     SCHEMA_KEY,
     SESSION_KEY,
+    UNHEARD_KEY,
     EngineOptions,
     rules_as_argument,
 )
@@ -232,6 +233,7 @@ class VllmEngine:
             **(sampling.extra_args or {}),
             SESSION_KEY: opened.key,
             EAGER_KEY: params.policy is Policy.LATENCY,
+            UNHEARD_KEY: params.unheard,
         }
         self._open[session] = self._by_key[opened.key] = opened
         return self._session_stream(opened, (*prompt, *committed), sampling)

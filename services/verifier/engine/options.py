@@ -24,6 +24,9 @@ SESSION_KEY: Final = "outrider_session"
 EAGER_KEY: Final = "outrider_eager"
 """In `extra_args` of a session: its next block follows its output at once, so that a step may wait for it."""
 
+UNHEARD_KEY: Final = "outrider_unheard"
+"""In `extra_args` of a session: nobody waits for what exits foresee of it."""
+
 RULES_KEY: Final = "outrider_rules"
 """In `extra_args` of a session or a plain request: how its tokens are drawn (`shared.sampling`); greedily without it."""
 
@@ -81,6 +84,11 @@ def session_key(extra_args: Mapping[str, Any] | None) -> str | None:
 def is_eager(extra_args: Mapping[str, Any] | None) -> bool:
     """Whether a session's blocks follow its outputs at once."""
     return bool(extra_args and extra_args.get(EAGER_KEY))
+
+
+def is_unheard(extra_args: Mapping[str, Any] | None) -> bool:
+    """Whether nobody waits for a session's hints."""
+    return bool(extra_args and extra_args.get(UNHEARD_KEY))
 
 
 def schema_of(extra_args: Mapping[str, Any] | None) -> tuple[str, int] | None:

@@ -25,6 +25,7 @@ from services.verifier.engine.options import (
     DRAFT_LEVELS,
     DRAFT_ROWS,
     is_eager,
+    is_unheard,
     rules_of,
     session_key,
 )
@@ -75,6 +76,7 @@ class Speaker(NamedTuple):
     rules: Rules | None
     key: str | None
     eager: bool
+    unheard: bool
     prompt: int
 
 
@@ -199,7 +201,14 @@ class SessionRows:
         if known is not None and known.state is state:
             return known
         extra = state.sampling_params.extra_args
-        return Speaker(state, rules_of(extra), session_key(extra), is_eager(extra), state.num_prompt_tokens)
+        return Speaker(
+            state,
+            rules_of(extra),
+            session_key(extra),
+            is_eager(extra),
+            is_unheard(extra),
+            state.num_prompt_tokens,
+        )
 
     def _sample(
         self, logits: Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
@@ -240,7 +249,7 @@ class SessionRows:
             speaker = self._speakers[own.request]
             # nobody waits for a hint on the floor's pass, with a block that was looked up for it or without one
             unheard = UNHEARD in levels.get(own.request, ()) if own.block else speaker.eager
-            if speaker.key is not None and not unheard:
+            if speaker.key is not None and not (unheard or speaker.unheard):
                 yield own, speaker.key, own.known - speaker.prompt
 
 

@@ -40,6 +40,7 @@ from services.verifier.engine.options import (
     EVEN_ROWS,
     EngineOptions,
     is_eager,
+    is_unheard,
     schema_of,
     session_key,
 )
@@ -93,6 +94,8 @@ class Session:
     """To be looked at when what runs now has ended."""
     eager: bool = False
     """Its next block follows at once: the verifier lets it go on by itself where no client's block is there."""
+    unheard: bool = False
+    """Nobody waits for what exits foresee of it."""
     reached: int = 0
     """Prompt tokens whose KV was computed, or found in the prefix cache, at some time."""
 
@@ -216,7 +219,8 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         whole CUDA graph. Where there is no draft at all, and nobody waits for what exits say, that of one row a session.
         A request with a grammar stays as it is, for a grammar knows no padding."""
         armed = [session for session in self._by_request.values() if session.armed is not None]
-        longest = 0 if all(session.eager and not session.drafts for session in armed) else self.max_block
+        bare = all(not session.drafts and (session.eager or session.unheard) for session in armed)
+        longest = 0 if bare else self.max_block
         for session in armed:
             request = session.request
             if not request.use_structured_output:
@@ -450,7 +454,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             self._grammars.begin(request, schema, said)
         if (key := session_key(extra)) is not None:
             eager = is_eager(extra)
-            session = Session(key=key, request=request, eager=eager)
+            session = Session(key=key, request=request, eager=eager, unheard=is_unheard(extra))
             self._by_key[key] = self._by_request[request.request_id] = session
         super().add_request(request)
 
