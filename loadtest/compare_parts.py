@@ -26,6 +26,7 @@ import psutil
 from loadtest.compare_clients import GatewayReader, Reader, StockReader
 from loadtest.compare_modes import STOCK, Place
 from loadtest.export_draft import export_draft
+from services.draft_gateway.link.channel import LEAST_S
 from shared.errors import Unavailable
 from shared.stack.delay import Conditions, DelayProxy
 from shared.stack.health import ask
@@ -126,11 +127,12 @@ class Parts:
     # --- while it runs --------------------------------------------------------------------------------------------
 
     async def set_round_trip(self, rtt_ms: float, seed: int = 0) -> None:
-        """Have every proxy delay by so much from now on; returns when what was on its way is through."""
+        """Have every proxy delay by so much from now on; returns when what was on its way is through, and links no longer
+        take what is usual now for a delay by queues."""
         before_ms = max((served.proxy.conditions.rtt_ms for served in self.places.values()), default=0.0)
         for served in self.places.values():
             served.proxy.conditions = Conditions(rtt_ms, min(self._wanted.jitter_ms, rtt_ms), seed=seed)
-        await asyncio.sleep((before_ms + rtt_ms) / 1000)
+        await asyncio.sleep((before_ms + rtt_ms) / 1000 + (LEAST_S if before_ms != rtt_ms else 0.0))
 
     async def link_bytes(self, place: Place) -> Carried:
         """Payload so far, as the socket at the edge counts it. All that goes up to stock vLLM is the request."""

@@ -11,6 +11,7 @@ import pytest
 from services.draft_gateway.link.channel import (
     FAULTY,
     GOING_AWAY,
+    LEAST_S,
     TOO_SLOW,
     WINDOW,
     Channel,
@@ -21,7 +22,7 @@ from services.draft_gateway.link.codec import UnknownSession
 from services.draft_gateway.link.frames import Frame, Ping, Pong, decode, encode
 from services.draft_gateway.link.metrics import Meter
 from shared.errors import ProtocolError, Unavailable
-from shared.protocol import Hint, ReplyRoute, Tokens, Verdict
+from shared.protocol import Forward, Hint, ReplyRoute, Tokens, Verdict
 
 SESSIONS = ("cmpl-a", "cmpl-b")
 LONG = tuple(range(70_000, 70_700))
@@ -76,7 +77,9 @@ class Wire:
 
     def rounds(self) -> list[tuple[str, int]]:
         return [
-            (type(frame).__name__, frame.round) for frame in self.sent if isinstance(frame, Hint | Verdict)
+            (type(frame).__name__, frame.round)
+            for frame in self.sent
+            if isinstance(frame, Forward | Hint | Verdict)
         ]
 
 
@@ -90,6 +93,20 @@ class Clock:
 
 def hint(number: int, session: str = SESSIONS[0]) -> Hint:
     return Hint(session=session, epoch=1, round=number, base=1, layer=3, outcomes=())
+
+
+def forward(number: int, session: str = SESSIONS[0]) -> Forward:
+    return Forward(
+        session=session,
+        epoch=1,
+        reply=NAMES.reply,
+        round=number,
+        base=4,
+        parent=0,
+        accepted=1,
+        next_token=7,
+        tokens=(5,),
+    )
 
 
 def verdict(number: int, session: str = SESSIONS[0], tokens: Tokens = (5,)) -> Verdict:
@@ -175,6 +192,47 @@ async def test_a_slow_link_drops_hints_and_no_verdict_until_it_is_quick_again() 
         await it.measure(0.010)
         it.channel.push(hint(4), 1)
         await until(lambda: ("Hint", 4) in it.wire.rounds())
+
+
+async def test_a_slow_link_keeps_forwards_whose_senders_count_on_them() -> None:
+    async with running() as it:
+        it.clock.now_s += 0.010
+        it.wire.answer_ping()
+        await until(lambda: it.channel.round_trip is not None)
+        await it.measure(0.300)
+        assert it.channel.slow
+        it.channel.push(hint(1), 1)
+        it.channel.push(forward(1), 1)
+        await until(lambda: ("Forward", 1) in it.wire.rounds())
+        assert it.meter.dropped.value == 1
+
+
+async def test_a_way_that_has_become_longer_is_not_slow_for_ever() -> None:
+    async with running() as it:
+        it.clock.now_s += 0.010
+        it.wire.answer_ping()
+        await until(lambda: it.channel.round_trip is not None)
+        await it.measure(0.200)
+        assert it.channel.slow
+        it.clock.now_s += LEAST_S
+        await it.measure(0.200)
+        assert not it.channel.slow
+        trip = it.channel.round_trip
+        assert trip is not None and trip.minimum_ms == pytest.approx(200)
+
+
+async def test_where_a_queue_is_full_forwards_make_room_after_hints() -> None:
+    async with running(queue=3) as it:
+        it.wire.takes.clear()
+        it.channel.push(verdict(0), 1)  # the one that the writer holds in its hands
+        await asyncio.sleep(0)
+        for frame in (forward(1), hint(2), verdict(3), verdict(4), verdict(5)):
+            it.channel.push(frame, 1)
+        assert it.meter.dropped.value == 2
+        assert not it.channel.lost
+        it.wire.takes.set()
+        await until(lambda: len(it.wire.rounds()) == 4)
+        assert [number for _, number in it.wire.rounds()] == [0, 3, 4, 5]
 
 
 async def test_a_ping_that_stays_out_makes_a_link_slow_before_its_answer() -> None:

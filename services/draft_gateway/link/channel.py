@@ -3,8 +3,11 @@
 Every session has a bounded queue of its own and they take turns, so that one cannot starve another. A ping goes out
 every second and after every 2 KiB; its pong tells the round trip and that all sent before it has arrived. From that
 follow the bytes on their way (no more than a window, so that what waits, waits here, where it can still be dropped) and
-the delay by queues in between. When that delay grows beyond `slow_ms` advice is dropped; nothing else ever is: when it
-can't be delivered in time the connection is given up, and the edge catches up over the next one.
+the delay by queues in between: by how much the round trip is above its least of late (a way may change, so that the least
+is that of the last `LEAST_S`, as in BBR, draft-ietf-ccwg-bbr). When that delay grows beyond `slow_ms` hints are dropped,
+which are of no use late. A forward is: its sender counts on it, since it becomes the next block where it comes true; it
+goes only where its session's queue overflows. Nothing else is ever dropped: when it can't be delivered in time the
+connection is given up, and the edge catches up over the next one.
 
 What the frames mean is for `client.py` and `server.py`.
 """
@@ -25,10 +28,12 @@ from services.draft_gateway.link.frames import ADVICE, Frame, Ping, Pong, decode
 from services.draft_gateway.link.metrics import Meter
 from services.draft_gateway.uplink import RoundTrip
 from shared.errors import ProtocolError, Unavailable
+from shared.protocol import Hint
 
 PING_S: Final = 1.0
 PING_BYTES: Final = 2048
 WINDOW: Final = 64 << 10
+LEAST_S: Final = 10.0
 CLOSE_S: Final = 1.0
 
 # Close codes of RFC 6455.
@@ -66,7 +71,7 @@ class Socket(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`queue`: frames a session may have waiting. `slow_ms`: delay by queues from which advice is dropped. `timeout_s`:
+    """`queue`: frames a session may have waiting. `slow_ms`: delay by queues from which hints are dropped. `timeout_s`:
     how long a ping, or a frame that waits for its turn, may take before the connection is given up."""
 
     queue: int
@@ -78,6 +83,7 @@ class Limits:
 class _Waiting:
     payload: bytes
     advice: bool
+    fleeting: bool
     since_s: float
 
 
@@ -111,6 +117,7 @@ class Channel:
         self._sent = 0
         self._arrived = 0  # of what was sent, as far as we know
         self._round_trip: RoundTrip | None = None
+        self._samples: deque[tuple[float, float]] = deque()  # when, and how long it took, ms
         self._lost: asyncio.Future[LinkLost] = self._loop.create_future()
 
     # --- what is known of it -----------------------------------------------------------------------
@@ -139,7 +146,7 @@ class Channel:
 
     @property
     def slow(self) -> bool:
-        """Advice is dropped now."""
+        """Hints are dropped now."""
         return self.queued_ms > self._limits.slow_ms
 
     # --- sending -----------------------------------------------------------------------------------
@@ -149,7 +156,7 @@ class Channel:
         be dropped. Queue 0 is unbounded: for what is bounded by who asks for it."""
         payload = encode(frame, self._names)
         if self._make_room(queue, advice=isinstance(frame, ADVICE)):
-            self._enqueue(payload, queue, advice=isinstance(frame, ADVICE))
+            self._enqueue(frame, payload, queue)
 
     async def put(self, frame: Frame, queue: int) -> None:
         """Send, after waiting for room. Raises `LinkLost`, `Unavailable` when there is no room in time."""
@@ -163,7 +170,7 @@ class Channel:
             raise Unavailable(f"the link took nothing for {self._limits.timeout_s:g} s") from None
         if self.lost:
             raise self._lost.result()
-        self._enqueue(payload, queue, advice=isinstance(frame, ADVICE))
+        self._enqueue(frame, payload, queue)
 
     def _full(self, queue: int) -> bool:
         return queue != 0 and len(self._queues.get(queue, ())) >= self._limits.queue
@@ -172,7 +179,8 @@ class Channel:
         if not self._full(queue):
             return True
         waiting = self._queues[queue]
-        oldest = next((frame for frame in waiting if frame.advice), None)
+        oldest = next((frame for frame in waiting if frame.fleeting), None)
+        oldest = oldest or next((frame for frame in waiting if frame.advice), None)
         if oldest is not None:
             waiting.remove(oldest)
             self._meter.dropped.inc()
@@ -183,11 +191,11 @@ class Channel:
             self.give_up(f"{len(waiting)} frames of one session wait already", TOO_SLOW)
         return False
 
-    def _enqueue(self, payload: bytes, queue: int, *, advice: bool) -> None:
+    def _enqueue(self, frame: Frame, payload: bytes, queue: int) -> None:
         if self.lost:
             return
-        frame = _Waiting(payload, advice, self._now_s())
-        self._queues.setdefault(queue, deque()).append(frame)
+        waiting = _Waiting(payload, isinstance(frame, ADVICE), isinstance(frame, Hint), self._now_s())
+        self._queues.setdefault(queue, deque()).append(waiting)
         self._wake.set()
 
     def forget(self, queue: int) -> None:
@@ -293,7 +301,7 @@ class Channel:
             if waiting:
                 self._queues[queue] = waiting  # behind the others
             self._room.set()
-            if frame is not None and not (frame.advice and self.slow):
+            if frame is not None and not (frame.fleeting and self.slow):
                 return frame.payload
             if frame is not None:
                 self._meter.dropped.inc()
@@ -306,12 +314,16 @@ class Channel:
             _, (sent_s, sent) = self._pings.popitem(last=False)
         self._arrived = sent
         sample_ms = (self._now_s() - sent_s) * 1000
+        self._samples.append((self._now_s(), sample_ms))
+        while self._samples[0][0] < self._now_s() - LEAST_S:
+            self._samples.popleft()
+        least_ms = min(taken_ms for _, taken_ms in self._samples)
         before = self._round_trip
         if before is None:
-            self._round_trip = RoundTrip(sample_ms, sample_ms, sample_ms)
+            self._round_trip = RoundTrip(sample_ms, sample_ms, least_ms)
         else:  # smoothed as TCP does it, RFC 6298
             smoothed_ms = before.smoothed_ms + (sample_ms - before.smoothed_ms) / 8
-            self._round_trip = RoundTrip(sample_ms, smoothed_ms, min(before.minimum_ms, sample_ms))
+            self._round_trip = RoundTrip(sample_ms, smoothed_ms, least_ms)
         self._meter.measured(sample_ms)
         self._wake.set()
 
