@@ -33,6 +33,8 @@ from tests.integration.tiny_target import TinyTarget, random_prompt
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
 
+ROOM = MAX_SESSIONS * (MAX_BLOCK + 1)
+"""Rows of a step: as on CUDA, all sessions' blocks fit, padding included."""
 WORKER = "tests.integration.steady_worker.SteadyWorker"
 
 
@@ -46,7 +48,8 @@ async def bench(tiny_target: TinyTarget) -> AsyncIterator[Bench]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "_on_cpu", even)
-        async with Bench.over(VllmEngine(settings_for(tiny_target))) as bench:
+        settings = settings_for(tiny_target, max_batched_tokens=ROOM)
+        async with Bench.over(VllmEngine(settings)) as bench:
             yield bench
 
 

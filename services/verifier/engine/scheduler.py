@@ -309,7 +309,8 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         lengths: dict[str, int] = {}
         levels: dict[str, list[int]] = {}
         rows: dict[str, list[SparseRow]] = {}
-        sizes = set()
+        sizes: set[int] = set()
+        known: set[int] = set()
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
             session, block = self._by_request.get(request_id), verified.get(request_id, ())
             drafts = len(block) if session is None else min(len(block), session.drafts)
@@ -321,12 +322,11 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 if session.armed.rows:
                     rows[request_id] = _drawn_from(session, session.armed, drafts)
             sizes.add(scheduled)
+            known.add(scheduled - len(block))
             self._count(self.requests[request_id], session, scheduled - len(block) + drafts, drafts)
-        even = (
-            self.uniform
-            and len(sizes) == 1
-            and len(self._step.verified) == len(scheduler_output.num_scheduled_tokens)
-        )
+        # a session that is computed anew may have as many rows as the others' blocks
+        even = self.uniform and len(sizes) == 1 and known == {1}
+        even = even and len(self._step.verified) == len(scheduler_output.num_scheduled_tokens)
         setattr(scheduler_output, DRAFT_LENGTHS, lengths if self.uniform else {})
         setattr(scheduler_output, DRAFT_LEVELS, levels)
         setattr(scheduler_output, DRAFT_ROWS, rows)
