@@ -290,6 +290,20 @@ async def measure(
         kv_cache_mb = (options.places * options.length * described.kv_elements * element >> 20) + 64
         wanted = wanted_of(target, exits, layers, options, kv_cache_mb)
         answers = folder / "answers.json"
+        facts = {
+            "synthetic": True,
+            "device": await asyncio.to_thread(device_name),
+            "shapes": options.shapes,
+            "vocabulary": config["vocab_size"],
+            "acceptance": options.acceptance,
+            "draft_ms_per_token": options.draft_ms,
+            "gamma": options.gamma,
+            "rtt_ms": options.rtt_ms,
+            "max_tokens": options.max_tokens,
+            "prompt_tokens": options.prompt_tokens,
+            "exit_layers": layers,
+            "target": WANTED_RATIO,
+        }
         runs: list[dict[str, Any]] = []
         async with Parts(folder, wanted) as parts:
             bench = Bench(parts, asked, options)
@@ -301,30 +315,9 @@ async def measure(
             for sessions in options.sessions:
                 found = await bench.measure(sessions)
                 runs += runs_of(found, [answer.tokens for answer in said], options, sessions)
-                keep(held(options, config, layers, runs))
+                keep({**facts, "runs": runs})
                 print(f"  {sessions} at a time: done after {time.monotonic() - began_s:.0f} s", flush=True)
-    return held(options, config, layers, runs)
-
-
-def held(
-    options: Options, config: Mapping[str, Any], layers: Sequence[int], runs: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """What system.json holds."""
-    return {
-        "synthetic": True,
-        "device": device_name(),
-        "shapes": options.shapes,
-        "vocabulary": config["vocab_size"],
-        "acceptance": options.acceptance,
-        "draft_ms_per_token": options.draft_ms,
-        "gamma": options.gamma,
-        "rtt_ms": options.rtt_ms,
-        "max_tokens": options.max_tokens,
-        "prompt_tokens": options.prompt_tokens,
-        "exit_layers": layers,
-        "target": WANTED_RATIO,
-        "runs": list(runs),
-    }
+    return {**facts, "runs": runs}
 
 
 # --- what it says -------------------------------------------------------------------------------------------------

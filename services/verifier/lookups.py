@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from shared.lookup import LONGEST
-from shared.speculation.pace import MEMORY
+from shared.speculation.pace import Mean
 
 PRIOR: Final = (0.0, 0.2, 0.6, 0.75, 0.8, 0.8, 0.9)
 """How often the token after a match of so many is right: rounded from 1,805 places in answers of the target that ships
@@ -24,17 +24,16 @@ class Lookups:
     """Shares of looked-up tokens that were right, by matched length; `LONGEST` and more are one."""
 
     def __init__(self) -> None:
-        self._right = list(PRIOR)
+        self._right = [Mean(share) for share in PRIOR]
 
     def right(self, matched: int) -> float:
         """How often the token after a match of so many is right."""
-        return self._right[min(matched, LONGEST)]
+        return self._right[min(matched, LONGEST)](0.0)
 
     def saw(self, matched: int, found: Sequence[int], said: Sequence[int]) -> None:
         """The target said so much where `found` had been looked up after a match of so many tokens."""
         for place, (token, truth) in enumerate(zip(found, said, strict=False), matched):
-            at = min(place, LONGEST)
-            self._right[at] += (1.0 - MEMORY) * (float(token == truth) - self._right[at])
+            self._right[min(place, LONGEST)].saw(float(token == truth))
             if token != truth:
                 return
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-WEIGHT: Final = 0.1
-"""How far one return moves the mean, and the mean deviation from it."""
+from shared.speculation.pace import Mean
+
+MEMORY: Final = 0.9
+"""How much of the mean, and of the mean deviation from it, is kept a return."""
 SPREAD: Final = 3.0
 """Mean deviations after which a block is late, and no longer waited for (some 98 of 100 normal returns are in time)."""
 
@@ -21,10 +23,14 @@ SPREAD: Final = 3.0
 class Companions:
     """When sessions' next blocks come, learned from how long they took so far. Times are in seconds, on one clock."""
 
-    usual_s: float = 0.0
-    """Between what a session is told and its next block, the mean of all; 0 before the first."""
-    deviation_s: float = 0.0
+    _usual: Mean = field(default_factory=lambda: Mean(memory=MEMORY))
+    _deviation: Mean = field(default_factory=lambda: Mean(memory=MEMORY))
     _spoke: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def usual_s(self) -> float:
+        """Between what a session is told and its next block, the mean of all; 0 before the first."""
+        return self._usual(0.0)
 
     def spoke(self, key: str, now_s: float) -> None:
         """A session was told what its block came to; the next one is on its way from now on."""
@@ -37,11 +43,8 @@ class Companions:
         if since is None:
             return
         took = now_s - since
-        if not self.usual_s:
-            self.usual_s, self.deviation_s = took, took / 2
-            return
-        self.deviation_s += WEIGHT * (abs(took - self.usual_s) - self.deviation_s)
-        self.usual_s += WEIGHT * (took - self.usual_s)
+        self._deviation.saw(abs(took - self.usual_s) if self.usual_s else took / 2)
+        self._usual.saw(took)
 
     def left(self, key: str) -> None:
         """It has ended."""
@@ -54,13 +57,14 @@ class Companions:
         `fixed_s` of the engine that all `sessions` share: it is waited for where the first is not more than the second.
         No block waits longer than a round usually takes on its way.
         """
-        if not (ready_since and self.usual_s):
+        usual_s, deviation_s = self.usual_s, self._deviation(0.0)
+        if not (ready_since and usual_s):
             return 0.0
-        allowed_s = self.usual_s + SPREAD * self.deviation_s
+        allowed_s = usual_s + SPREAD * deviation_s
         since = next((since for since in self._spoke.values() if since + allowed_s > now_s), None)
         if since is None:
             return 0.0
-        expected_s = max(since + self.usual_s - now_s, self.deviation_s)
+        expected_s = max(since + usual_s - now_s, deviation_s)
         if expected_s * len(ready_since) > fixed_s * sessions:
             return 0.0
-        return max(0.0, min(since + allowed_s, min(ready_since) + self.usual_s) - now_s)
+        return max(0.0, min(since + allowed_s, min(ready_since) + usual_s) - now_s)

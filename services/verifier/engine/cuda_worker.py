@@ -94,17 +94,12 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
         self._floor_graphs = sizes
 
     def _find_graph(self, sessions: int, width: int) -> Graph | None:
-        if width == 1:
-            fitting = next((size for size in self._floor_graphs if size >= sessions), None)
-            if fitting is None:
-                return None
-            return Graph(CUDAGraphMode.FULL, _floor_batch(fitting), fitting, fitting, width)
-        if width != self.uniform_decode_query_len:
+        if width != 1:
+            return super()._find_graph(sessions, width)
+        fitting = next((size for size in self._floor_graphs if size >= sessions), None)
+        if fitting is None:
             return None
-        mode, batch = self.cudagraph_dispatcher.dispatch(num_tokens=sessions * width, uniform_decode=True)
-        if mode != CUDAGraphMode.FULL or batch.num_reqs is None:
-            return None
-        return Graph(mode, batch, batch.num_reqs, batch.num_tokens, width)
+        return Graph(CUDAGraphMode.FULL, _floor_batch(fitting), fitting, fitting, width)
 
     def _hand_over(self, sessions: int, graph: Graph) -> tuple[ByLayer, ByLayer]:
         key = graph.sessions, graph.width

@@ -100,8 +100,15 @@ class SteadySteps(SessionRows):
         return self._graphs[key]
 
     def _find_graph(self, sessions: int, width: int) -> Graph | None:
-        """Where so many sessions of so many rows each fit."""
-        raise NotImplementedError
+        """Where so many sessions of so many rows each fit: vLLM's whole graphs are of K + 1 rows a session."""
+        from vllm.config import CUDAGraphMode
+
+        if width != self.uniform_decode_query_len:
+            return None
+        mode, batch = self.cudagraph_dispatcher.dispatch(num_tokens=sessions * width, uniform_decode=True)
+        if mode != CUDAGraphMode.FULL or batch.num_reqs is None:
+            return None
+        return Graph(mode, batch, batch.num_reqs, batch.num_tokens, width)
 
     # --- before the forward ---------------------------------------------------------------------------
 
