@@ -18,7 +18,6 @@ import argparse
 import importlib
 import json
 import math
-import os
 import platform
 import subprocess
 import tempfile
@@ -266,9 +265,6 @@ def measure(
     from loadtest.engine_steps import Ear
 
     torch.set_num_threads(options.threads)
-    os.environ["NUMBA_NUM_THREADS"] = str(
-        options.threads
-    )  # n-gram speculation's; a second one would spin beside all modes
     target = find_target(options.shapes, folder)
     device = device_of(options.device)
     passes = Passes.of(options.steps, options.k)

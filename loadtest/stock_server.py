@@ -220,8 +220,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runner = os.environ.get(RUNNER_CHOICE)
     with engine_environment(parsed.threads):
         os.environ["VLLM_PLUGINS"] = ""
-        # n-gram speculation's threads: more than there are cores would spin, and hold each other up
-        os.environ["NUMBA_NUM_THREADS"] = str(parsed.threads)
         if runner is None and not _on_cpu():
             del os.environ[
                 RUNNER_CHOICE

@@ -35,7 +35,7 @@ from shared.protocol import (
 )
 from shared.session import SessionState
 from shared.speculation import verifier as core
-from shared.speculation.pace import Mean
+from shared.speculation.pace import Mean, least_worth
 from shared.store import CommitConflict, StaleClaim, Store
 from shared.telemetry import TraceContext
 
@@ -61,13 +61,18 @@ class Passes:
 
     def usual_ms(self, rows: int) -> float | None:
         """What a pass of so many rows takes; None before the engine knows."""
-        return self.fixed_ms + self.row_ms * rows if self.row_ms > 0.0 else None
+        return self._line(rows) if self.row_ms > 0.0 else None
 
     def least_worth(self) -> float:
         """Tokens that a row of one more session has to bring, to be worth it: those that all who share the pass would get
         in the time that it takes. 0 before the engine knows that."""
         pass_ms = self.usual_ms(self.rows + 1)
-        return (self.sessions + 1) * self.tokens(1.0) * self.row_ms / pass_ms if pass_ms else 0.0
+        if not pass_ms:
+            return 0.0
+        return least_worth(self.tokens(1.0) / pass_ms, self._line, self.sessions + 1)
+
+    def _line(self, rows: float) -> float:
+        return self.fixed_ms + self.row_ms * rows
 
 
 class Host(Protocol):

@@ -126,6 +126,12 @@ class Running:
         self.wire, self.clock, self.channel, self.received, self.meter = wire, clock, channel, received, meter
         self.ended = asyncio.create_task(channel.run(received.append))
 
+    async def measure_first(self, round_trip_s: float) -> None:
+        """Have the ping that a connection begins with answered after so long."""
+        self.clock.now_s += round_trip_s
+        self.wire.answer_ping()
+        await until(lambda: self.channel.round_trip is not None)
+
     async def measure(self, round_trip_s: float) -> None:
         """Have a ping answered after so long."""
         pings = len(self.wire.pings())
@@ -165,9 +171,7 @@ async def test_what_is_pushed_is_sent_at_once_and_in_order() -> None:
 async def test_pings_tell_the_round_trip_last_smoothed_and_least() -> None:
     async with running() as it:
         assert it.channel.round_trip is None
-        it.clock.now_s += 0.050
-        it.wire.answer_ping()
-        await until(lambda: it.channel.round_trip is not None)
+        await it.measure_first(0.050)
         await it.measure(0.090)
         trip = it.channel.round_trip
         assert trip is not None
@@ -177,9 +181,7 @@ async def test_pings_tell_the_round_trip_last_smoothed_and_least() -> None:
 
 async def test_a_slow_link_drops_hints_and_no_verdict_until_it_is_quick_again() -> None:
     async with running() as it:
-        it.clock.now_s += 0.010
-        it.wire.answer_ping()
-        await until(lambda: it.channel.round_trip is not None)
+        await it.measure_first(0.010)
         assert not it.channel.slow
         await it.measure(0.300)  # 290 ms of it in queues
         assert it.channel.slow
@@ -196,9 +198,7 @@ async def test_a_slow_link_drops_hints_and_no_verdict_until_it_is_quick_again() 
 
 async def test_a_slow_link_keeps_forwards_whose_senders_count_on_them() -> None:
     async with running() as it:
-        it.clock.now_s += 0.010
-        it.wire.answer_ping()
-        await until(lambda: it.channel.round_trip is not None)
+        await it.measure_first(0.010)
         await it.measure(0.300)
         assert it.channel.slow
         it.channel.push(hint(1), 1)
@@ -209,9 +209,7 @@ async def test_a_slow_link_keeps_forwards_whose_senders_count_on_them() -> None:
 
 async def test_a_way_that_has_become_longer_is_not_slow_for_ever() -> None:
     async with running() as it:
-        it.clock.now_s += 0.010
-        it.wire.answer_ping()
-        await until(lambda: it.channel.round_trip is not None)
+        await it.measure_first(0.010)
         await it.measure(0.200)
         assert it.channel.slow
         it.clock.now_s += LEAST_S

@@ -55,11 +55,13 @@ DEFAULT_ENVIRONMENT: Final[Mapping[str, str]] = {  # what vLLM warns of here is 
 
 @contextmanager
 def engine_environment(threads: int) -> Iterator[None]:
-    """The environment that vLLM and the engine process need; put back afterwards, with what vLLM changed in it."""
+    """The environment that vLLM and the engine process need; put back afterwards, with what vLLM changed in it.
+
+    `threads` are those of each library: where they are more than the cores they spin, and hold each other up.
+    """
     before = dict(os.environ)
-    os.environ.update(
-        {**DEFAULT_ENVIRONMENT, **before, **REQUIRED_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
-    )
+    pools = dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
+    os.environ.update({**DEFAULT_ENVIRONMENT, **before, **REQUIRED_ENVIRONMENT, **pools})
     for name in REFUSED_ENVIRONMENT:
         os.environ.pop(name, None)
     try:

@@ -90,9 +90,6 @@ class SessionRows:
     device: torch.device
     uniform_decode_query_len: int
 
-    _padded = False
-    """Whether the step's blocks may hold padding, and so are known by their lengths."""
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.step_clock = StepClock()
@@ -126,11 +123,10 @@ class SessionRows:
     def _prepare_inputs(
         self, scheduler_output: SchedulerOutput, num_scheduled_tokens: npt.NDArray[np.int32]
     ) -> Any:
-        self._padded = bool(getattr(scheduler_output, DRAFT_LENGTHS, None))
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
         logits_indices, metadata = prepared[0], prepared[1]
         rows = self._rows(scheduler_output, num_scheduled_tokens, metadata.num_draft_tokens)
-        if self._padded:
+        if getattr(scheduler_output, DRAFT_LENGTHS, None):
             metadata.draft_token_ids = self._without_padding(rows, metadata.num_draft_tokens)
         self._drawn = self._draws(rows, getattr(scheduler_output, DRAFT_ROWS, {}))
         self._show_exits(rows, logits_indices, getattr(scheduler_output, DRAFT_LEVELS, {}))
@@ -167,14 +163,11 @@ class SessionRows:
 
     def _without_padding(self, rows: Sequence[RequestRows], num_draft_tokens: list[int]) -> Tensor:
         """The draft tokens of all requests as the sampler sees them, padding as `NO_TOKEN`."""
-        return torch.from_numpy(self._told_apart(rows, num_draft_tokens)).to(self.device)
-
-    def _told_apart(self, rows: Sequence[RequestRows], num_draft_tokens: list[int]) -> npt.NDArray[np.int32]:
         starts = [0, *itertools.accumulate(num_draft_tokens)]
         drafts = np.full(starts[-1], NO_TOKEN, dtype=np.int32)
         for own in rows:
             drafts[starts[own.at] : starts[own.at] + len(own.block)] = own.block
-        return drafts
+        return torch.from_numpy(drafts).to(self.device)
 
     # --- what the rows yield --------------------------------------------------------------------------
 
