@@ -10,6 +10,7 @@ import json
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ pytestmark = [pytest.mark.kafka]
 
 PROMPT = tuple(b"Sing!")
 STOPS = ["Schnee ☃ u", "😀, im Sch", "saß es"]
+
+
+async def has_status(cloud: Cloud, session: str, status: SessionStatus) -> bool:
+    """Whether the store says so of the session; kv-session closes one by a message of its own."""
+    return (await cloud.state(session)).status is status
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +134,7 @@ async def test_a_stop_string_across_blocks_ends_the_answer_at_its_character_and_
             assert [end["stop_reason"] for end in finishes(rest)] == [found] * (read < len(events) - 3)
             assert rest[-1].data == "[DONE]"
         await eventually(lambda own=session: own in freed(cloud), "the KV is freed")
-        assert (await cloud.state(session)).status is SessionStatus.CLOSED
+        await eventually(partial(has_status, cloud, session, SessionStatus.CLOSED), "the session is closed")
 
 
 async def test_a_stream_left_before_its_stop_string_ends_at_it_on_another_gateway(
@@ -142,10 +148,7 @@ async def test_a_stream_left_before_its_stop_string_ends_at_it_on_another_gatewa
     events = await read_some(first, body, 5)
     session = session_of(events)
 
-    async def detached() -> bool:
-        return (await cloud.state(session)).status is SessionStatus.DETACHED
-
-    await eventually(detached, "the session is detached")
+    await eventually(partial(has_status, cloud, session, SessionStatus.DETACHED), "the session is detached")
     rest = await resume(second, session, events[-1].id)
     assert said(events) + said(rest) == text
     assert rest[-2].json["usage"]["completion_tokens"] == count
@@ -163,10 +166,7 @@ async def test_tokens_that_were_committed_behind_a_stop_string_belong_to_no_answ
     events = await read_some(first, completion(max_tokens=300, stop=stop), 3)
     session = session_of(events)
 
-    async def detached() -> bool:
-        return (await cloud.state(session)).status is SessionStatus.DETACHED
-
-    await eventually(detached, "the session is detached")
+    await eventually(partial(has_status, cloud, session, SessionStatus.DETACHED), "the session is detached")
     state = await cloud.state(session)
     await cloud.store.commit(
         session, epoch=state.epoch, round=900, base=state.base, tokens=truth[state.base : count + 40]
@@ -177,11 +177,7 @@ async def test_tokens_that_were_committed_behind_a_stop_string_belong_to_no_answ
     assert finishes(rest)[0]["stop_reason"] == stop
     ahead = await second.get(f"/v1/streams/{session}", headers={"Last-Event-ID": f"{session}:{count + 1}"})
     assert (position < count, ahead.status_code) == (True, 400)
-
-    async def closed() -> bool:
-        return (await cloud.state(session)).status is SessionStatus.CLOSED
-
-    await eventually(closed, "the session is closed")
+    await eventually(partial(has_status, cloud, session, SessionStatus.CLOSED), "the session is closed")
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------
