@@ -55,6 +55,11 @@ class VerifierSettings(ModelSettings):
         True,
         description="Let a session that goes on by itself draft by prompt lookup where its match is long.",
     )
+    floor_ahead: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="Tokens that a session that goes on by itself may say before those before them are committed; "
+        "they are committed and sent together. Unset: 32 on CUDA, 0 on CPU.",
+    )
     session_queue: Positive = Field(
         32, description="Messages that wait for one session; more are answered as faults."
     )

@@ -24,9 +24,11 @@ class EngineClient(AsyncLLM):  # type: ignore[misc]
         tokens: list[int],
         levels: list[int],
         rows: list[tuple[list[int], list[int]]],
+        number: int,
     ) -> str:
         """A `BlockStatus`; see `SessionScheduler.submit_block`."""
-        return str(await self.engine_core.call_utility_async(SUBMIT_CALL, key, base, tokens, levels, rows))
+        block = (key, base, tokens, levels, rows, number)
+        return str(await self.engine_core.call_utility_async(SUBMIT_CALL, *block))
 
     async def session_stats(self) -> dict[str, Any]:
         """The fields of `EngineStats`."""

@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import StrEnum
 from itertools import count
 from pathlib import Path
@@ -23,7 +22,9 @@ from services.verifier.engine.channel import ChannelMessage, ExitMessage, Failur
 from services.verifier.engine.checkpoint import Checkpoint, read_checkpoint
 from services.verifier.engine.exit_choice import ExitChoice, choose_exits
 from services.verifier.engine.grammar import as_schema
+from services.verifier.engine.opened import Opened
 from services.verifier.engine.options import (
+    AHEAD_KEY,
     EAGER_KEY,
     SCHEMA_KEY,
     SESSION_KEY,
@@ -70,22 +71,14 @@ class _State(StrEnum):
     STOPPED = "has been stopped"
 
 
-@dataclass(frozen=True, slots=True)
-class _Open:
-    """An open session: its request's name in the engine, and how many committed tokens it was opened with."""
-
-    session: str
-    key: str
-    offset: int
-
-
 class VllmEngine:
     """A target model on vLLM that verifies blocks for many sessions (see `types.Engine`)."""
 
     def __init__(self, settings: VerifierSettings) -> None:
         self._settings = settings
-        self._open: dict[str, _Open] = {}
-        self._by_key: dict[str, _Open] = {}
+        self._ahead = 0
+        self._open: dict[str, Opened] = {}
+        self._by_key: dict[str, Opened] = {}
         self._numbers = count()
         self._calls: set[asyncio.Future[Any]] = set()
         self._state = _State.NEW
@@ -107,6 +100,7 @@ class VllmEngine:
             raise EngineError(f"the engine {self._state} and can't be started; make a new one")
         self._on_exit = on_exit
         checkpoint = self._checkpoint = read_checkpoint(self._settings.model)
+        self._ahead = launch.floor_ahead(self._settings)
         exits = choose_exits(self._settings, checkpoint)
         self._state = _State.RUNNING
         try:
@@ -189,6 +183,8 @@ class VllmEngine:
             call.cancel()
         if self._llm is not None:
             self._llm.fail_streams()
+        for opened in self._open.values():
+            opened.wanted.set()
 
     async def stop(self) -> None:
         """See `Engine.stop`."""
@@ -228,21 +224,24 @@ class VllmEngine:
                 f"all {self._settings.max_sessions} sessions of this verifier (OUTRIDER_MAX_SESSIONS) are taken",
                 retry_after_s=1.0,
             )
-        opened = _Open(session, f"{session}.{next(self._numbers)}", len(committed))
+        eager = params.policy is Policy.LATENCY
+        ahead = self._ahead if eager else 0
+        opened = Opened(session, f"{session}.{next(self._numbers)}", len(committed), ahead)
         sampling.extra_args = {
             **(sampling.extra_args or {}),
             SESSION_KEY: opened.key,
-            EAGER_KEY: params.policy is Policy.LATENCY,
+            EAGER_KEY: eager,
             UNHEARD_KEY: params.unheard,
+            AHEAD_KEY: ahead,
         }
         self._open[session] = self._by_key[opened.key] = opened
         return self._session_stream(opened, (*prompt, *committed), sampling)
 
     async def _session_stream(
-        self, opened: _Open, tokens: Tokens, sampling: SamplingParams
+        self, opened: Opened, tokens: Tokens, sampling: SamplingParams
     ) -> AsyncIterator[EngineOutput]:
         try:
-            async for output in self._generate(opened.key, tokens, sampling):
+            async for output in self._generate(opened.key, tokens, sampling, opened):
                 if opened.key not in self._by_key:
                     return
                 yield output
@@ -279,8 +278,18 @@ class VllmEngine:
             return BlockStatus.STALE
         levels = list(confidences) if len(confidences) == len(tokens) else []
         drawn_from = [(list(row.tokens), list(row.counts)) for row in rows]
-        call = llm.submit_block(opened.key, own_base, list(tokens), levels, drawn_from)
-        return BlockStatus(await self._call(call))
+        unread = opened.unread()
+        answered = opened.ask(tokens)
+        if answered:
+            if not opened.falls_behind(own_base + len(unread)):
+                return BlockStatus.QUEUED
+            own_base, tokens, levels, drawn_from = own_base + len(unread), (), [], []
+        opened.taken = own_base
+        call = llm.submit_block(opened.key, own_base, list(tokens), levels, drawn_from, opened.submitted)
+        status = BlockStatus(await self._call(call))
+        if status is BlockStatus.STALE:
+            opened.asked = 0  # it went on by itself
+        return status if not answered else BlockStatus.QUEUED
 
     async def close(self, session: str) -> None:
         """See `Engine.close`."""
@@ -314,17 +323,20 @@ class VllmEngine:
     # --- the engine process -------------------------------------------------------------------------------------
 
     async def _generate(
-        self, key: str, tokens: Tokens, sampling: SamplingParams
+        self, key: str, tokens: Tokens, sampling: SamplingParams, opened: Opened | None = None
     ) -> AsyncIterator[EngineOutput]:
-        """A request's outputs until it finishes or is aborted (then without a finish reason)."""
+        """A request's outputs until it finishes or is aborted (then without a finish reason); those of a session when
+        they are asked for."""
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
             queue = await self._alive().add_request(key, tokens_input(list(tokens)), sampling)
             self._alive()
+            if opened is not None:
+                opened.outputs = queue
             while True:
-                found = queue.get_nowait() or await queue.get()
+                found = await (opened.answer() if opened is not None else queue.get())
                 completion = found.outputs[0]
                 finish_reason = _FINISH_REASONS.get(completion.finish_reason)
                 if completion.token_ids or finish_reason:
@@ -412,7 +424,8 @@ class VllmEngine:
             raise EngineError(f"the engine {self._state}")
         return self._llm
 
-    def _forget(self, opened: _Open) -> None:
+    def _forget(self, opened: Opened) -> None:
+        opened.wanted.set()
         if self._open.get(opened.session) is opened:
             del self._open[opened.session]
         self._by_key.pop(opened.key, None)

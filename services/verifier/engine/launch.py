@@ -43,6 +43,7 @@ REQUIRED_ENVIRONMENT: Final[Mapping[str, str]] = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "TOKENIZERS_PARALLELISM": "false",
 }
+FLOOR_AHEAD_ON_CUDA: Final = 32
 REFUSED_ENVIRONMENT: Final = ("VLLM_CPU_KVCACHE_SPACE",)  # would win over kv_cache_mb
 DEFAULT_ENVIRONMENT: Final[Mapping[str, str]] = {  # what vLLM warns of here is what was chosen here
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -102,6 +103,14 @@ def build(settings: VerifierSettings, checkpoint: Checkpoint, options: EngineOpt
             log_stats=False,
             log_requests=False,
         )
+
+
+def floor_ahead(settings: VerifierSettings) -> int:
+    """How many tokens sessions may say by themselves beyond those that are committed: on a GPU a pass takes less time than
+    the way to the store and back, on a CPU far more."""
+    if settings.floor_ahead is not None:
+        return settings.floor_ahead
+    return FLOOR_AHEAD_ON_CUDA if on_cuda() else 0
 
 
 def on_cuda() -> bool:

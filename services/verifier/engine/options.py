@@ -27,6 +27,12 @@ EAGER_KEY: Final = "outrider_eager"
 UNHEARD_KEY: Final = "outrider_unheard"
 """In `extra_args` of a session: nobody waits for what exits foresee of it."""
 
+AHEAD_KEY: Final = "outrider_ahead"
+"""In `extra_args` of a session: tokens that it may say by itself beyond those that the verifier has taken; 0 for none."""
+
+ANSWERED: Final = "outrider_answered"
+"""In the `kv_transfer_params` of such a session's outputs: the number of the last block that they answer."""
+
 RULES_KEY: Final = "outrider_rules"
 """In `extra_args` of a session or a plain request: how its tokens are drawn (`shared.sampling`); greedily without it."""
 
@@ -89,6 +95,11 @@ def is_eager(extra_args: Mapping[str, Any] | None) -> bool:
 def is_unheard(extra_args: Mapping[str, Any] | None) -> bool:
     """Whether nobody waits for a session's hints."""
     return bool(extra_args and extra_args.get(UNHEARD_KEY))
+
+
+def ahead_of(extra_args: Mapping[str, Any] | None) -> int:
+    """How many tokens a session may say by itself beyond those that the verifier has taken."""
+    return int(extra_args.get(AHEAD_KEY, 0)) if extra_args else 0
 
 
 def schema_of(extra_args: Mapping[str, Any] | None) -> tuple[str, int] | None:

@@ -64,8 +64,9 @@ def _submit(
     tokens: list[int],
     levels: list[int],
     rows: list[tuple[list[int], list[int]]],
+    number: int,
 ) -> str:
-    return str(core.scheduler.submit_block(key, base, tokens, levels, rows))
+    return str(core.scheduler.submit_block(key, base, tokens, levels, rows, number))
 
 
 def _stats(core: EngineCore) -> dict[str, Any]:

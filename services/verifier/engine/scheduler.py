@@ -20,6 +20,10 @@ otherwise, and why it is overridden:
 - it would pad a one-token prefill with placeholder drafts (`num_spec_tokens` is 0 here for that);
 - it would keep stepping while every session is parked: those do not count as unfinished.
 
+A session may also *go on* by itself, one token a step, while its verifier commits and tells what it has said: a few tokens
+ahead of that (`Session.ahead`), and only while no block is there. Its outputs say which of the blocks that were submitted
+they answer (`ANSWERED`), since some were asked for by nobody.
+
 It does not decide what a block's outcome is, and it knows nothing of epochs or commits.
 """
 
@@ -34,11 +38,13 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from services.verifier.engine.companions import Companions
 from services.verifier.engine.grammar import Grammars
 from services.verifier.engine.options import (
+    ANSWERED,
     DRAFT_LENGTHS,
     DRAFT_LEVELS,
     DRAFT_ROWS,
     EVEN_ROWS,
     EngineOptions,
+    ahead_of,
     is_eager,
     is_unheard,
     schema_of,
@@ -66,12 +72,13 @@ PADDING: Final = 0
 class Block(NamedTuple):
     """Draft tokens, how sure the draft was of them (`levels`, or nothing), and what they were drawn from (`rows`, tokens
     and counts of each, or nothing; one more if the next token was refused); the base counts the request's own output
-    tokens."""
+    tokens. `number` counts the session's blocks; 0 for one that nobody has submitted."""
 
     base: int
     tokens: list[int]
     levels: list[int]
     rows: list[tuple[list[int], list[int]]]
+    number: int = 0
 
 
 @dataclass(slots=True)
@@ -96,6 +103,14 @@ class Session:
     """Its next block follows at once: the verifier lets it go on by itself where no client's block is there."""
     unheard: bool = False
     """Nobody waits for what exits foresee of it."""
+    ahead: int = 0
+    """Tokens that it may say by itself beyond those that the verifier has taken."""
+    taken: int = 0
+    """Output tokens that the verifier has taken, as far as it has said."""
+    verified: int = 0
+    """The number of the block under way."""
+    answered: int = 0
+    """The number of the last block whose outcome is known; those before it are answered, too."""
     reached: int = 0
     """Prompt tokens whose KV was computed, or found in the prefix cache, at some time."""
 
@@ -147,6 +162,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         self._awaited: set[str] = set()  # eager sessions that spoke in the last step and have no block yet
         self._heard_s = 0.0
         self._companions = Companions()
+        self._going_on: set[str] = set()  # parked sessions that say another token in the next step
 
     # --- blocks -------------------------------------------------------------------------------------------------
 
@@ -157,20 +173,28 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         tokens: list[int],
         levels: list[int],
         rows: list[tuple[list[int], list[int]]],
+        number: int = 0,
     ) -> BlockStatus:
         """Take a block that continues the session's first `base` output tokens.
 
-        A newer block takes the place of one that has not been looked at yet.
+        A newer block takes the place of one that has not been looked at yet. Without tokens it asks a session that goes on
+        by itself to do so, wherever it has come to.
         """
         session = self._by_key.get(key)
         if session is None:
             return BlockStatus.GONE
-        block = Block(base, tokens, levels, rows)
+        session.taken = max(session.taken, base)
+        block = Block(base, tokens, levels, rows, number)
+        only_on = session.ahead and not tokens
         if session.parked_at is None and not session.resting:
-            session.pending = block
+            session.pending = session.pending if only_on else block
             return BlockStatus.QUEUED
+        if only_on:
+            block = block._replace(base=session.request.num_output_tokens)
         if self._trim(session, block) is None:
             self.counters.stale_blocks += 1
+            if session.ahead:  # what it says next is the answer
+                self._going_on.add(session.key)
             return BlockStatus.STALE
         if session.resting:
             session.pending = block
@@ -208,6 +232,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         session.request.next_decode_eligible_step = 0
         session.parked_at = None
         session.armed, session.armed_s = block, time.monotonic()
+        self._going_on.discard(session.key)
         self._companions.returned(session.key, session.armed_s)
         if session.key in self._awaited:
             self._awaited.discard(session.key)
@@ -227,18 +252,25 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 drafts = request.spec_token_ids[: session.drafts]
                 request.spec_token_ids = drafts + [PADDING] * (longest - len(drafts))
 
+    def _let_go_on(self, session: Session) -> None:
+        """Have a parked session say another token in the next step, if no block comes and it isn't too far ahead."""
+        if session.request.num_output_tokens - session.taken < session.ahead:
+            self._going_on.add(session.key)
+
     def _park(self, session: Session) -> None:
         session.request.next_decode_eligible_step = NEVER
         session.parked_at = self.current_step
         if session.pending is not None:
             pending, session.pending = session.pending, None
-            self._arm(session, pending)
+            if not self._arm(session, pending):
+                session.answered = max(session.answered, pending.number)
         if session.armed is not None:
             return
-        if session.eager:
-            self._awaited.add(session.key)
-        else:
+        self._let_go_on(session)
+        if not session.eager:
             self._companions.spoke(session.key, time.monotonic())
+        elif not session.ahead or session.verified:  # what follows a token of its own is not worth a wait
+            self._awaited.add(session.key)
 
     def gather_s(self) -> float:
         """For how long the next step may still wait, so that sessions that have just spoken share it; 0 when none is
@@ -270,6 +302,9 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         """One step's work: blocks first, then prefills. Parked sessions come last, and so are preempted first."""
         self._awaited.clear()
         self._step = _Step(began=time.monotonic())
+        for key in () if self._starved else tuple(self._going_on):  # parked ones make room
+            session = self._by_key[key]
+            self._arm(session, Block(session.request.num_output_tokens, [], [], []))
         if self._starved and self.waiting:
             self._make_room()
         self.running.sort(key=self._rank)
@@ -352,7 +387,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             counters.blocks += 1
             counters.block_tokens += drafts
             self._step.verified[request.request_id] = drafts
-            session.armed = None
+            session.verified, session.armed = session.armed.number if session.armed else 0, None
             end -= 1
         known = request.num_tokens if request.num_output_tokens else session.reached
         recomputed = max(0, min(end, known) - start)
@@ -386,8 +421,11 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 counters.accepted_tokens += max(0, len(model_runner_output.sampled_token_ids[row]) - 1)
         outputs: dict[int, Any] = super().update_from_output(scheduler_output, model_runner_output)
         for session in spoken:
+            session.answered = max(session.answered, session.verified)
             if self._by_key.get(session.key) is session:
                 self._park(session)
+            session.verified = 0
+        _tell_answered(outputs, {each.request.request_id: each for each in spoken if each.ahead})
         self._heard_s = time.monotonic()
         if scheduler_output.num_scheduled_tokens:
             elapsed_ms = (time.monotonic() - step.began) * 1000
@@ -412,6 +450,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if session.armed is not None:
             session.pending = session.pending or session.armed
             session.armed = None
+        self._going_on.discard(session.key)  # it rests until its verifier asks again
         session.parked_at = None
         request.next_decode_eligible_step = 0
         super()._preempt_request(request, timestamp, drop_stale_output)
@@ -440,8 +479,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
 
     def get_num_unfinished_requests(self) -> int:
         """Requests with something to compute; none is left when all sessions park, and the engine sleeps."""
-        parked = sum(session.parked_at is not None for session in self._by_request.values())
-        return int(super().get_num_unfinished_requests()) - parked
+        return int(super().get_num_unfinished_requests()) - self._parked
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -453,8 +491,13 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             said = request.prompt_token_ids[request.num_prompt_tokens - committed :]
             self._grammars.begin(request, schema, said)
         if (key := session_key(extra)) is not None:
-            eager = is_eager(extra)
-            session = Session(key=key, request=request, eager=eager, unheard=is_unheard(extra))
+            session = Session(
+                key=key,
+                request=request,
+                eager=is_eager(extra),
+                unheard=is_unheard(extra),
+                ahead=ahead_of(extra),
+            )
             self._by_key[key] = self._by_request[request.request_id] = session
         super().add_request(request)
 
@@ -463,10 +506,17 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if session is not None:
             self._by_key.pop(session.key, None)
             self._awaited.discard(session.key)
+            self._going_on.discard(session.key)
             self._companions.left(session.key)
         return super()._free_request(request, delay_free_blocks)
 
     # --- what others ask ----------------------------------------------------------------------------------------
+
+    @property
+    def _parked(self) -> int:
+        """Sessions with nothing to compute."""
+        parked = sum(session.parked_at is not None for session in self._by_request.values())
+        return parked - len(self._going_on)
 
     @property
     def kv_capacity_tokens(self) -> int:
@@ -475,8 +525,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
 
     def session_stats(self) -> dict[str, int | float]:
         """The fields of `EngineStats` that the scheduler knows."""
-        sessions = self._by_request.values()
-        parked = sum(session.parked_at is not None for session in sessions)
+        parked = self._parked
         counters = {name: getattr(self.counters, name) for name in Counters.__dataclass_fields__}
         return {
             **counters,
@@ -485,6 +534,17 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             "waiting": len(self.waiting),
             "kv_usage": float(self.get_kv_cache_usage()),
         }
+
+
+def _tell_answered(outputs: dict[int, Any], sessions: dict[str, Session]) -> None:
+    """Have the outputs of sessions (by request) say which blocks they answer, in a place that vLLM hands on."""
+    if not sessions:
+        return
+    for several in outputs.values():
+        for output in several.outputs:
+            session = sessions.get(output.request_id)
+            if session is not None:
+                output.kv_transfer_params = {ANSWERED: session.answered}
 
 
 def _drawn_from(session: Session, block: Block, drafts: int) -> list[SparseRow]:

@@ -1,0 +1,74 @@
+"""An open session as the verifier's process sees it: what was asked of the engine, and which of its outputs answers that."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from services.verifier.engine.options import ANSWERED
+from shared.protocol import Tokens
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+
+@dataclass(slots=True, eq=False)
+class Opened:
+    """A session's request in the engine (`key`), and how many committed tokens it was opened with (`offset`).
+
+    One that may say tokens `ahead` by itself is only read while something is asked of it. What it says besides waits,
+    merged by vLLM into one output: it answers what is asked next, or is the first part of the answer.
+    """
+
+    session: str
+    key: str
+    offset: int
+    ahead: int = 0
+    submitted: int = 0
+    """Blocks so far, which is the number of the last one."""
+    asked: int = 0
+    """The block that the answer has to be of; 0 where any tokens will do."""
+    taken: int = 0
+    """Own output tokens that the engine knows to be taken."""
+    wanted: asyncio.Event = field(default_factory=asyncio.Event)
+    outputs: RequestOutputCollector | None = None
+
+    def __post_init__(self) -> None:
+        self.wanted.set()  # the first token is waited for
+
+    def unread(self) -> Tokens:
+        """What it has said and nobody has asked for yet."""
+        waiting = self.outputs.output if self.ahead and self.outputs is not None else None
+        completions = getattr(waiting, "outputs", None)  # it may be an exception
+        return tuple(completions[0].token_ids) if completions else ()
+
+    def ask(self, tokens: Tokens) -> bool:
+        """Ask for what a block comes to that follows all that was read; whether what is unread says it already."""
+        unread = self.unread()
+        reaches_on = len(tokens) > len(unread) and tokens[: len(unread)] == unread
+        self.submitted += 1
+        self.asked = self.submitted if reaches_on else 0
+        self.wanted.set()
+        return bool(unread) and not reaches_on
+
+    def falls_behind(self, taken: int) -> bool:
+        """Whether the engine had better be told that so many tokens are taken, before it stops for their sake."""
+        return taken - self.taken > self.ahead // 2
+
+    async def answer(self) -> RequestOutput:
+        """The next output that answers what is asked, with all that was said before it."""
+        assert self.outputs is not None
+        await self.wanted.wait()
+        found = self.outputs.get_nowait() or await self.outputs.get()
+        while not self._answers(found):
+            found.add(await self.outputs.get(), aggregate=True)
+        if self.ahead:
+            self.asked = 0
+            self.wanted.clear()
+        return found
+
+    def _answers(self, found: RequestOutput) -> bool:
+        told = found.kv_transfer_params or {}
+        return bool(found.finished) or told.get(ANSWERED, self.asked) >= self.asked
