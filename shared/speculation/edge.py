@@ -48,6 +48,7 @@ from shared.speculation.pace import (
     lanes_in,
     least_worth,
     length_in,
+    thrifty_length,
 )
 
 
@@ -446,7 +447,7 @@ class EdgeSession:
         common = config.common or Common()
         self._sharers = common.sharers
         self._draft_acceptance = common.acceptance
-        self._floor_yield = Mean()
+        self._floor_rate = Rate()
         self._round_trip = Mean()
         self._pass = common.pass_ms
         self._step = common.step_ms
@@ -630,26 +631,28 @@ class EdgeSession:
         return 0
 
     def _needed_length(self) -> int:
-        """Tokens to draft for a block that is waited for."""
-        return self._length_in(lambda length: length * self._step(1))
+        """Tokens to draft for a block that is waited for.
 
-    def _lane_length(self, parent: _Lane, now_ms: float) -> int:
-        """Tokens to draft for a lane that follows `parent`: the pass of its parent may be over before they are all there."""
-        beside = 1 + sum(lane.tokens is None for lane in self._lanes.values())
-        step_ms, left_ms = self._step(beside), self._due(parent) - now_ms
-        return self._length_in(lambda length: max(0.0, length * step_ms - left_ms))
-
-    def _length_in(self, delay_ms: Callable[[int], float]) -> int:
-        """Tokens to draft where verification waits so long for a draft.
-
-        Nothing happens meanwhile under policy `cost`: what a token brings is weighed against the wait. Under `latency` the
-        target goes on, so that a draft is as long as it may be: which of its tokens are worth their rows is known
-        once they are there (`_cut`).
+        Under policy `latency` the target goes on meanwhile, so that a draft is as long as it may be: which of its tokens
+        are worth their rows is known once they are there (`_cut`). Under `cost` it is the verifier's time that is saved.
         """
         longest = self._config.block_length
         if not self._config.adaptive or self._config.policy is Policy.LATENCY:
             return max(1, longest)
-        return length_in(self._clocks(), longest, delay_ms)
+        return thrifty_length(self._clocks(), longest)
+
+    def _lane_length(self, parent: _Lane, now_ms: float) -> int:
+        """Tokens to draft for a lane that follows `parent`: its pass may be over before they are all there.
+
+        Under policy `cost` nothing happens then: what a token brings is weighed against the wait. In time it is worth more
+        than a block that comes after the verdict, so that it is no longer than that weighing says.
+        """
+        longest = self._config.block_length
+        if not self._config.adaptive or self._config.policy is Policy.LATENCY:
+            return max(1, longest)
+        beside = 1 + sum(lane.tokens is None for lane in self._lanes.values())
+        step_ms, left_ms = self._step(beside), self._due(parent) - now_ms
+        return length_in(self._clocks(), longest, lambda length: max(0.0, length * step_ms - left_ms))
 
     def _due(self, lane: _Lane) -> float:
         """When a forward that follows `lane` has to leave, to be there when its pass ends."""
@@ -676,7 +679,7 @@ class EdgeSession:
         late_ms = self._round_trip(0.0) + length * self._step(1)
         if pass_ms <= 0.0 or late_ms < pass_ms:  # a pass that the block would find running is waited with
             return 0
-        return min(MOST_AHEAD, math.ceil(late_ms / pass_ms * self._floor_yield(1.0)))
+        return min(MOST_AHEAD, math.ceil(late_ms * (self._floor_rate() or 1.0 / pass_ms)))
 
     def _follow(self) -> list[EdgeAction]:
         """Draft nothing: the target goes on by itself."""
@@ -966,7 +969,7 @@ class EdgeSession:
             return []
         self._enter(floor.epoch)
         self.statistics.passes += 1
-        self._floor_yield.saw(len(floor.tokens))
+        self._floor_rate.saw(len(floor.tokens), now_ms - self._progress_ms)
         self._saw_pass(floor, 1)
         before = self.statistics.tokens
         actions = self._advance(

@@ -179,6 +179,25 @@ def best_length(clocks: Clocks, longest: int) -> int:
     return max(range(longest + 1), key=lambda length: round(_rate(clocks, length) / alone, 6))
 
 
+def thrifty_length(clocks: Clocks, longest: int) -> int:
+    """The block length γ of 1 … `longest` at which a token takes least of the verifier, if the session waits for its drafts:
+    E(γ) / pass(γ) is largest. That is the longest unless rows are dear beside what a pass takes anyway.
+
+    Drafting takes no more than half of a round, so no longer than the round trip and the pass.
+    """
+    if clocks.pass_ms(clocks.sharers) <= 0.0:
+        return max(1, longest)
+
+    def tokens_a_ms(length: int) -> float:
+        return expected_tokens(clocks.acceptance, length) / clocks.pass_ms(clocks.sharers * (length + 1))
+
+    def in_time(length: int) -> bool:
+        pass_ms = clocks.pass_ms(clocks.sharers * (length + 1))
+        return length * clocks.draft_ms <= clocks.round_trip_ms + pass_ms
+
+    return max(filter(in_time, range(1, longest + 1)), key=tokens_a_ms, default=1)
+
+
 def least_worth(rate: float, pass_ms: Callable[[float], float], sharers: float) -> float:
     """How likely a draft token has to be accepted, and all before it, for its row to be worth verifying.
 
@@ -196,13 +215,14 @@ def length_in(clocks: Clocks, longest: int, delay_ms: Callable[[int], float]) ->
 
         worth(γ) = E(γ) - rate · (pass(γ) + delay(γ))
 
+    which is that of blocks: a session that waits for drafts has nothing that goes on without them.
     A draft that is ready in time is as long as rows allow; one that others wait for is shorter. E rests on the mean
     acceptance, which the draft's own confidences in its tokens outdo: where waiting costs little, a draft had better be as
     long as it may be and be cut when they are known (`least_worth`).
     """
     if clocks.pass_ms(clocks.sharers) <= 0.0:
         return max(1, longest)
-    rate = _rate(clocks, best_length(clocks, longest))
+    rate = max(_rate(clocks, length) for length in range(1, max(1, longest) + 1))
 
     def worth(length: int) -> float:
         cost_ms = clocks.pass_ms(clocks.sharers * (length + 1)) + delay_ms(length)

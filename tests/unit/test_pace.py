@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +20,7 @@ from shared.speculation.pace import (
     lanes_in,
     least_worth,
     length_in,
+    thrifty_length,
 )
 
 LONGEST = 8
@@ -199,6 +201,24 @@ def test_the_more_a_token_keeps_others_waiting_the_shorter_the_draft() -> None:
 def test_before_anything_is_known_a_draft_is_as_long_as_it_may_be() -> None:
     unknown = Clocks(0.7, Line(), 1.0, 0.0, 0.0, 0.5)
     assert length_in(unknown, LONGEST, lambda length: 100.0 * length) == LONGEST
+    assert thrifty_length(unknown, LONGEST) == LONGEST
+
+
+def test_where_passes_are_quick_a_draft_that_is_waited_for_is_still_worth_some_tokens() -> None:
+    """On a GPU a pass of one row is quicker than any block, but a session that waits for drafts has nothing else."""
+    quick = Clocks(0.8, lambda rows: 6.3 + 0.0143 * rows, 1.0, 2.5, 50.0, 0.3)
+    assert best_length(quick, LONGEST) == 0
+    assert length_in(quick, LONGEST, lambda length: 2.5 * length) >= 3
+
+
+def test_the_verifiers_time_is_saved_by_long_blocks_unless_rows_are_dear_or_drafts_slow() -> None:
+    assert thrifty_length(clocks(row_ms=0.0), LONGEST) == LONGEST
+    lengths = [thrifty_length(clocks(row_ms=row_ms, acceptance=0.6), LONGEST) for row_ms in (0, 5, 20, 1000)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > lengths[-1] == 1
+    slow = replace(clocks(row_ms=0.0), draft_ms=40.0, round_trip_ms=20.0)
+    assert thrifty_length(slow, LONGEST) * 40.0 <= 20.0 + slow.pass_ms(1.0)
+    assert thrifty_length(replace(slow, draft_ms=9999.0), LONGEST) == 1
 
 
 def test_a_row_has_to_bring_what_all_who_share_the_pass_lose_by_it() -> None:

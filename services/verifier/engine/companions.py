@@ -8,29 +8,34 @@ in every round.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
-from shared.speculation.pace import Mean
-
-MEMORY: Final = 0.9
-"""How much of the mean, and of the mean deviation from it, is kept a return."""
-SPREAD: Final = 3.0
-"""Mean deviations after which a block is late, and no longer waited for (some 98 of 100 normal returns are in time)."""
+RETURNS: Final = 128
+"""The last returns, by which it is judged how long the next ones take."""
+LATE: Final = 0.98
+"""Share of them after which a block is late, and no longer waited for."""
+MOST_USUAL: Final = 2.0
+"""Usual returns for which a block waits at most: a few sessions that are far away don't hold up the others."""
 
 
 @dataclass(slots=True)
 class Companions:
     """When sessions' next blocks come, learned from how long they took so far. Times are in seconds, on one clock."""
 
-    _usual: Mean = field(default_factory=lambda: Mean(memory=MEMORY))
-    _deviation: Mean = field(default_factory=lambda: Mean(memory=MEMORY))
+    _took: deque[float] = field(default_factory=lambda: deque(maxlen=RETURNS))
     _spoke: dict[str, float] = field(default_factory=dict)
+    _usual_s: float = 0.0
+    _longest_s: float = 0.0
+    _known: bool = True
+    """Whether the two times are those of the last returns."""
 
     @property
     def usual_s(self) -> float:
-        """Between what a session is told and its next block, the mean of all; 0 before the first."""
-        return self._usual(0.0)
+        """Between what a session is told and its next block, the mean of the last ones; 0 before the first."""
+        self._look()
+        return self._usual_s
 
     def spoke(self, key: str, now_s: float) -> None:
         """A session was told what its block came to; the next one is on its way from now on."""
@@ -40,31 +45,34 @@ class Companions:
     def returned(self, key: str, now_s: float) -> None:
         """Its next block is there."""
         since = self._spoke.pop(key, None)
-        if since is None:
-            return
-        took = now_s - since
-        self._deviation.saw(abs(took - self.usual_s) if self.usual_s else took / 2)
-        self._usual.saw(took)
+        if since is not None:
+            self._took.append(now_s - since)
+            self._known = False
 
     def left(self, key: str) -> None:
         """It has ended."""
         self._spoke.pop(key, None)
 
-    def wait_s(self, now_s: float, *, ready_since: list[float], sessions: int, fixed_s: float) -> float:
-        """For how long a step of the blocks that are there (`ready_since`) should wait for the next one, 0 for not at all.
+    def _look(self) -> None:
+        if not self._known:
+            took = sorted(self._took)
+            self._usual_s, self._longest_s = sum(took) / len(took), took[int(LATE * len(took))]
+            self._known = True
 
-        That wait holds up those that are ready. Without it the next block needs a pass of its own, which takes at least
-        `fixed_s` of the engine that all `sessions` share: it is waited for where the first is not more than the second.
-        No block waits longer than a round usually takes on its way.
+    def wait_s(self, now_s: float, *, ready_since: list[float], sessions: int, fixed_s: float) -> float:
+        """For how long a step of the blocks that are there (`ready_since`) should wait for others, 0 for not at all.
+
+        It waits until the last that are on their way should have come: some were foreseen and come at once, the others
+        after a round trip and a draft. In all no block waits longer than others take to come, and less where a pass of its
+        own would matter less: that share of the time which all `sessions` would take of the engine, `fixed_s` each.
         """
-        usual_s, deviation_s = self.usual_s, self._deviation(0.0)
-        if not (ready_since and usual_s):
+        self._look()
+        if not (ready_since and self._spoke and self._longest_s):
             return 0.0
-        allowed_s = usual_s + SPREAD * deviation_s
-        since = next((since for since in self._spoke.values() if since + allowed_s > now_s), None)
-        if since is None:
+        longest_s = self._longest_s
+        last_s = next(reversed(self._spoke.values())) + longest_s
+        if last_s <= now_s:
             return 0.0
-        expected_s = max(since + usual_s - now_s, deviation_s)
-        if expected_s * len(ready_since) > fixed_s * sessions:
-            return 0.0
-        return max(0.0, min(since + allowed_s, min(ready_since) + usual_s) - now_s)
+        load = min(1.0, sessions * fixed_s / longest_s)
+        patience_s = load * min(longest_s, MOST_USUAL * self._usual_s)
+        return max(0.0, min(last_s, min(ready_since) + patience_s) - now_s)
