@@ -1,8 +1,7 @@
 """What the comparison runs: one cloud, a delaying proxy before all that it serves, and gateways at the edge.
 
-The proxies run in this process, so that the round trip changes between runs while everything stays up. With two cores
-or more, what holds a target has the first to itself and all else shares the second: one core for the cloud's model, one
-for the edge.
+The round trip of the proxies changes between runs while everything stays up. With two cores or more, what holds a target
+has the first to itself and all else shares the second: one core for the cloud's model, one for the edge.
 """
 
 from __future__ import annotations
@@ -23,12 +22,13 @@ from typing import Final, NamedTuple, Self
 import httpx
 import psutil
 
-from loadtest.compare_clients import GatewayReader, Reader, StockReader
+from loadtest.compare_clients import GatewayReader, Reader, StockReader, TurnsReader
 from loadtest.compare_modes import STOCK, Place
+from loadtest.delay_process import DelayProcess
 from loadtest.export_draft import export_draft
 from services.draft_gateway.link.channel import LEAST_S
 from shared.errors import Unavailable
-from shared.stack.delay import Conditions, DelayProxy
+from shared.stack.delay import Conditions
 from shared.stack.health import ask
 from shared.stack.ports import HOST, free_port
 from shared.stack.processes import ManagedProcess
@@ -48,7 +48,8 @@ class Wanted:
     """What to bring up: the target, and the places that modes ask. vLLM's own modes speculate `speculate` tokens.
 
     `verifier` is a module of ours that runs in the place of the stack's own verifier; with `replayed` it comes up with the
-    gateways at the edge, since it reads what was asked for before. `timeline` is a folder for what tells where the time of
+    gateways at the edge, since it reads what was asked for before. At each place at the edge are `edges` gateways, which
+    link to the `gateways` in the cloud in turn, and answer in turn. `timeline` is a folder for what tells where the time of
     rounds goes. `environment` is for all services, `stock_options` for vLLM as it comes. Without `pinned` no process is kept
     to one core.
     """
@@ -61,18 +62,21 @@ class Wanted:
     timeline: str = ""
     verifier: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
+    edges: int = 1
+    gateways: int = 1
     stock_options: tuple[str, ...] = ()
     pinned: bool = True
 
 
 @dataclass(slots=True)
 class Served:
-    """One place that answers: its reader, the proxy before it, the process that holds its target."""
+    """One place that answers: its reader, the proxies before it, the process that holds its target, and of gateways at the
+    edge where each is and its process."""
 
     reader: Reader
-    proxy: DelayProxy
+    proxies: tuple[DelayProcess, ...]
     target: int
-    metrics_url: str = ""
+    edges: Mapping[str, int] = field(default_factory=dict)
 
 
 class Carried(NamedTuple):
@@ -107,6 +111,7 @@ class Parts:
         self._wanted = wanted
         self._exits = AsyncExitStack()
         self._processes: list[ManagedProcess] = []
+        self._proxies: list[DelayProcess] = []
         self._used: set[int] = set()
         self._stack: Stack | None = None
         self._own_verifier: tuple[ManagedProcess, str] | None = None
@@ -129,20 +134,21 @@ class Parts:
     async def set_round_trip(self, rtt_ms: float, seed: int = 0) -> None:
         """Have every proxy delay by so much from now on; returns when what was on its way is through, and links no longer
         take what is usual now for a delay by queues."""
-        before_ms = max((served.proxy.conditions.rtt_ms for served in self.places.values()), default=0.0)
-        for served in self.places.values():
-            served.proxy.conditions = Conditions(rtt_ms, min(self._wanted.jitter_ms, rtt_ms), seed=seed)
+        before_ms = max((proxy.conditions.rtt_ms for proxy in self._proxies), default=0.0)
+        for proxy in self._proxies:
+            await proxy.become(Conditions(rtt_ms, min(self._wanted.jitter_ms, rtt_ms), seed=seed))
         await asyncio.sleep((before_ms + rtt_ms) / 1000 + (LEAST_S if before_ms != rtt_ms else 0.0))
 
     async def link_bytes(self, place: Place) -> Carried:
-        """Payload so far, as the socket at the edge counts it. All that goes up to stock vLLM is the request."""
+        """Payload so far, as the sockets at the edge count it. All that goes up to stock vLLM is the request."""
         served = self.places[place]
-        if not served.metrics_url:
-            return Carried(0, served.proxy.counts.down, served.proxy.counts.up)
-        text = (await self._http.get(served.metrics_url, follow_redirects=True)).text
+        if not served.edges:
+            counts = [await proxy.counts() for proxy in served.proxies]
+            return Carried(0, sum(each.down for each in counts), sum(each.up for each in counts))
+        pages = [(await self._http.get(f"{url}/metrics", follow_redirects=True)).text for url in served.edges]
         return Carried(
             *(
-                _counted(text, way, part)
+                sum(_counted(page, way, part) for page in pages)
                 for way, part in (("up", "rounds"), ("down", "rounds"), ("up", "rest"))
             )
         )
@@ -154,12 +160,28 @@ class Parts:
 
     def cpu_ms(self, place: Place) -> float:
         """What the processes that hold the target have computed so far."""
-        total_s = 0.0
-        for process in _family(self.places[place].target):
-            with suppress(psutil.NoSuchProcess):
-                times = process.cpu_times()
-                total_s += times.user + times.system
-        return total_s * 1000
+        return sum(map(_cpu_s, _family(self.places[place].target))) * 1000
+
+    def cpu_s(self, place: Place) -> dict[str, float]:
+        """CPU seconds so far of every kind of process that has a part in the place's answers.
+
+        `server` holds the target of vLLM as it comes, `verifier` ours; `engine` is the engine process of either, and
+        `clients` is this process.
+        """
+        served = self.places[place]
+        server, engine = (family := _family(served.target))[:1], family[1:]
+        kinds = {
+            "verifier" if served.edges else "server": server,
+            "engine": engine,
+            "proxies": [each for proxy in served.proxies for each in _family(proxy.pid)],
+            "clients": [psutil.Process()],
+        }
+        if served.edges and self._stack is not None:
+            kinds["edges"] = [each for pid in served.edges.values() for each in _family(pid)]
+            for part in self._stack.record.parts:
+                if part.process is not None and part.kind != "verifier":
+                    kinds.setdefault(part.kind, []).extend(_family(part.process.pid))
+        return {kind: sum(map(_cpu_s, processes)) for kind, processes in kinds.items()}
 
     # --- up -------------------------------------------------------------------------------------------------------
 
@@ -179,7 +201,7 @@ class Parts:
             reader = StockReader(proxy.port, stops)
             self._exits.callback(reader.close)
             assert process.pid is not None
-            self.places[place] = Served(reader, proxy, process.pid)
+            self.places[place] = Served(reader, (proxy,), process.pid)
         if self._own_verifier is not None:
             await self._verifier_ready()
 
@@ -199,9 +221,11 @@ class Parts:
             verifier = await self._verifier_ready() if self._own_verifier else stack.pid("verifier-0")
             if verifier is None:
                 raise Unavailable("the verifier has no process")
-            proxy = await self._proxy(int(stack.gateway_url.rpartition(":")[2]))
+            links = [
+                await self._proxy(int(part.url.rpartition(":")[2])) for part in stack.record.of("gateway")
+            ]
             for place in self._edges:
-                await self._edge(stack, place, drafts[place], proxy, verifier)
+                await self._serve_at(stack, place, drafts[place], tuple(links), verifier)
         self.pinned = self._wanted.pinned and self._pin()
 
     def _start(
@@ -212,8 +236,10 @@ class Parts:
         self._exits.callback(process.stop)
         return process
 
-    async def _proxy(self, port: int) -> DelayProxy:
-        return await self._exits.enter_async_context(DelayProxy((HOST, port), Conditions()))
+    async def _proxy(self, port: int) -> DelayProcess:
+        proxy = await self._exits.enter_async_context(DelayProcess((HOST, port), Conditions()))
+        self._proxies.append(proxy)
+        return proxy
 
     def _port(self) -> int:
         port = free_port(self._used)
@@ -236,6 +262,7 @@ class Parts:
         options = StackOptions(
             target=self._wanted.target,
             draft="lookup",
+            gateways=self._wanted.gateways,
             verifiers=0 if self._wanted.verifier else 1,
             environment={"OUTRIDER_TIMELINE": self._wanted.timeline, **self._wanted.environment},
             die_with_parent=True,
@@ -244,24 +271,35 @@ class Parts:
         self._exits.callback(self._stack.down)
         await asyncio.to_thread(self._stack.up)
 
-    async def _edge(self, stack: Stack, place: Place, draft: str, proxy: DelayProxy, verifier: int) -> None:
-        port, name = self._port(), f"edge-{place.value}"
+    async def _serve_at(
+        self, stack: Stack, place: Place, draft: str, links: tuple[DelayProcess, ...], verifier: int
+    ) -> None:
+        """Start the place's gateways at the edge, all at once, and wait for them."""
+        names = [
+            f"edge-{place.value}" + (f"-{number}" if number else "") for number in range(self._wanted.edges)
+        ]
+        started = [self._edge(name, draft, links[number % len(links)]) for number, name in enumerate(names)]
+        for process, url in started:
+            await until(process, partial(_is_ready, url), START_S)
+        readers = [GatewayReader(url, stack.model_name) for _, url in started]
+        edges = {url: process.pid for process, url in started if process.pid is not None}
+        reader = readers[0] if len(readers) == 1 else TurnsReader(readers)
+        self.places[place] = Served(reader, links, verifier, edges)
+
+    def _edge(self, name: str, draft: str, link: DelayProcess) -> tuple[ManagedProcess, str]:
+        port = self._port()
         environment = {
             **self._wanted.environment,
             "OUTRIDER_MODEL": str(self._wanted.target),
             "OUTRIDER_DRAFT": draft,
             "OUTRIDER_UPLINK": "link",
             "OUTRIDER_TIMELINE": self._wanted.timeline,
-            "OUTRIDER_LINK": f"ws://{HOST}:{proxy.port}/v1/link",
+            "OUTRIDER_LINK": f"ws://{HOST}:{link.port}/v1/link",
             "OUTRIDER_GATEWAY_NAME": name,
             "OUTRIDER_GATEWAY_HOST": HOST,
             "OUTRIDER_GATEWAY_PORT": str(port),
         }
-        process = self._start(name, ["services.draft_gateway"], environment)
-        url = f"http://{HOST}:{port}"
-        await until(process, partial(_is_ready, url), START_S)
-        reader = GatewayReader(url, stack.model_name, self._http)
-        self.places[place] = Served(reader, proxy, verifier, f"{url}/metrics")
+        return self._start(name, ["services.draft_gateway"], environment), f"http://{HOST}:{port}"
 
     def _start_verifier(self, environment: Mapping[str, str]) -> None:
         assert self._stack is not None
@@ -377,6 +415,15 @@ def _family(pid: int) -> list[psutil.Process]:
         return [parent, *parent.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    """CPU seconds of a process so far, 0 when it has ended."""
+    try:
+        times = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(times.user + times.system)
 
 
 def _set_core(pid: int, core: int) -> None:

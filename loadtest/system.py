@@ -1,6 +1,6 @@
 """The whole system on one machine beside vLLM as it comes: `scripts/bench system`, on CUDA or CPU.
 
-Broker, Redis, kv-session, a gateway in the cloud, the verifier, and a gateway at the edge behind a proxy that delays;
+Broker, Redis, kv-session, gateways in the cloud, the verifier, and gateways at the edge behind proxies that delay;
 vLLM's own engine streams the same prompts through a link of the same kind, from the same device, in the same run. The
 target has the shapes asked for and knows its mind (`system_target`), the draft is replayed with a set acceptance and speed:
 all of it is SYNTHETIC but for the time that everything takes. Exits are computed in each pass; their hints are not used,
@@ -15,6 +15,8 @@ besides what `scripts/bench compare` says of a mode a run has
     tokens_per_busy_second     tokens that clients got by these: tokens per verifier-second
     tokens_per_wall_second     the same by the time that the mode's turns took
     per_verifier_second_to_ar  tokens_per_busy_second by that of vLLM as it comes
+    cpu_ms_per_token           what each kind of process computed for a token: `verifier` and its `engine`, `gateway` (in the
+                               cloud), `edges`, `kv-session`, `kafka`, `redis`, `proxies`, and `clients`, who measure
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -61,6 +63,7 @@ WANTED_RATIO: Final = 2.0
 WANTED_OF: Final = ("cost", 64)
 ANSWERS_A_CLIENT: Final = 2
 LEAST_ANSWERS: Final = 8
+MOST_EDGES: Final = 8
 WARM_UP_TOKENS: Final = 16
 SETTLED_S: Final = 3 * LOOK_S
 """After which the verifier has counted all its steps."""
@@ -83,6 +86,12 @@ class Options:
     max_tokens: int
     prompt_tokens: int
     cuda: bool
+    edges: int = 1
+
+    @property
+    def gateways(self) -> int:
+        """In the cloud: a relay costs about half of what a gateway at the edge does."""
+        return (self.edges + 1) // 2
 
     @property
     def most(self) -> int:
@@ -135,6 +144,7 @@ class Turns:
     busy_s: float = 0.0
     wall_s: float = 0.0
     steps: float = 0.0
+    cpu_s: dict[str, float] = field(default_factory=dict)
 
 
 class Bench:
@@ -165,9 +175,12 @@ class Bench:
 
     async def _turn(self, turns: Turns, mode: Mode, numbers: Sequence[int], sessions: int) -> None:
         carried, (busy_s, steps) = await self._parts.link_bytes(mode.place), await self._busy(mode)
-        cpu_ms, began_s = self._parts.cpu_ms(mode.place), time.monotonic()
+        cpu_ms, cpu_s = self._parts.cpu_ms(mode.place), self._parts.cpu_s(mode.place)
+        began_s = time.monotonic()
         answers = await self._ask(mode, numbers, sessions, self._options.max_tokens)
         turns.wall_s += time.monotonic() - began_s
+        for kind, spent_s in self._parts.cpu_s(mode.place).items():
+            turns.cpu_s[kind] = turns.cpu_s.get(kind, 0.0) + spent_s - cpu_s[kind]
         await asyncio.sleep(SETTLED_S)
         cpu_ms = self._parts.cpu_ms(mode.place) - cpu_ms
         now_s, now_steps = await self._busy(mode)
@@ -224,6 +237,9 @@ def runs_of(
                 "steps": round(turns.steps) or None,
                 "tokens_per_busy_second": round(told["tokens"] / turns.busy_s, 1) if turns.busy_s else None,
                 "tokens_per_wall_second": round(told["tokens"] / turns.wall_s, 1),
+                "cpu_ms_per_token": {
+                    kind: round(spent_s * 1000 / told["tokens"], 3) for kind, spent_s in turns.cpu_s.items()
+                },
             }
         )
     own = next((run for run in runs if run["mode"] == "ar"), None)
@@ -262,6 +278,8 @@ def wanted_of(target: Path, exits: Path, layers: Sequence[int], options: Options
             *("--sessions", str(options.places), "--kv-cache-mb", str(kv_cache_mb)),
             *("--max-model-len", str(length)),
         ),
+        edges=options.edges,
+        gateways=options.gateways,
         pinned=not options.cuda,
     )
 
@@ -299,6 +317,8 @@ async def measure(
             "draft_ms_per_token": options.draft_ms,
             "gamma": options.gamma,
             "rtt_ms": options.rtt_ms,
+            "edges": options.edges,
+            "gateways": options.gateways,
             "max_tokens": options.max_tokens,
             "prompt_tokens": options.prompt_tokens,
             "exit_layers": layers,
@@ -351,6 +371,18 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def cpu_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """CPU ms a token of every kind of process, as Markdown."""
+    kinds = list(dict.fromkeys(kind for run in runs for kind in run["cpu_ms_per_token"]))
+    rows = [["CPU ms/token", "sess.", *kinds], ["---"] * (2 + len(kinds))]
+    for run in runs:
+        spent = run["cpu_ms_per_token"]
+        rows.append(
+            [run["mode"], str(run["sessions"]), *(f"{spent[k]:.3g}" if k in spent else "" for k in kinds)]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def _cell(run: Mapping[str, Any], name: str) -> str:
     if name == "equal":
         return "yes" if run["equal_to_target"] else f"no: {len(run['differences'])} of {run['answers']}"
@@ -375,8 +407,10 @@ def report(found: Mapping[str, Any]) -> str:
         (
             f"SYNTHETIC: a target of the shapes of {found['shapes']} on {found['device']}, a draft that is replayed with "
             f"acceptance {found['acceptance']:g} and {found['draft_ms_per_token']:g} ms a token, blocks of up to "
-            f"{found['gamma']}; {found['rtt_ms']:g} ms of round trip, {found['max_tokens']} tokens an answer.",
+            f"{found['gamma']}; {found['rtt_ms']:g} ms of round trip, {found['max_tokens']} tokens an answer; "
+            f"{found['edges']} gateways at the edge, {found['gateways']} in the cloud.",
             table(found["runs"]),
+            cpu_table(found["runs"]),
             verdict(found),
         )
     )
@@ -405,6 +439,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rtt", type=float, default=50.0, help="round trip, ms (default: 50)")
     parser.add_argument("--max-tokens", type=int, default=128, help="of an answer (default: 128)")
     parser.add_argument("--prompt-tokens", type=int, default=96, help="longer prompts are cut (default: 96)")
+    parser.add_argument(
+        "--edges",
+        type=int,
+        help=f"gateways at the edge, over which clients are spread (default: up to {MOST_EDGES} on CUDA, 1 on CPU)",
+    )
     parser.add_argument("--logs", type=Path, help="folder for the processes' logs (default: a temporary one)")
 
 
@@ -432,6 +471,7 @@ def options_of(arguments: argparse.Namespace, *, cuda: bool) -> Options:
         max_tokens=arguments.max_tokens,
         prompt_tokens=arguments.prompt_tokens,
         cuda=cuda,
+        edges=_edges(arguments.edges, max(sessions), cuda=cuda),
     )
     config_of(options.shapes)
     if not 0 <= options.acceptance <= 1 or options.draft_ms < 0 or options.rtt_ms < 0:
@@ -440,9 +480,18 @@ def options_of(arguments: argparse.Namespace, *, cuda: bool) -> Options:
         options.max_tokens < 2
         or min(options.gamma, options.prompt_tokens) < 1
         or (options.answers is not None and options.answers < 1)
+        or options.edges < 1
     ):
-        raise InvalidRequest("--max-tokens should be at least 2, --gamma, --prompt-tokens and --answers 1")
+        raise InvalidRequest(
+            "--max-tokens should be at least 2, --gamma, --prompt-tokens, --answers and --edges 1"
+        )
     return options
+
+
+def _edges(asked: int | None, sessions: int, *, cuda: bool) -> int:
+    if asked is not None:
+        return asked
+    return min(MOST_EDGES, sessions) if cuda else 1
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from loadtest.delay_process import DelayProcess
 from shared.stack.delay import Conditions, DelayProxy
 
 
@@ -133,3 +134,16 @@ async def test_the_program_says_where_it_listens_and_what_passed() -> None:
         program.terminate()
         assert "1 connections, 5 bytes up, 5 bytes down" in (await program.stdout.read()).decode()
         assert await program.wait() == 0
+
+
+async def test_a_proxy_in_a_process_of_its_own_delays_as_it_is_told_meanwhile_and_says_what_passed() -> None:
+    async with echo() as port, DelayProcess(("127.0.0.1", port), Conditions()) as proxy:
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        for rtt_ms in (0, 40):
+            await proxy.become(Conditions(rtt_ms=rtt_ms))
+            started = time.monotonic()
+            writer.write(b"hello")
+            await reader.readexactly(5)
+            assert (time.monotonic() - started) * 1000 >= rtt_ms - 1
+        writer.close()
+        assert (await proxy.counts()).up == 10

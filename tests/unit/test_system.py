@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loadtest.bench import main
-from loadtest.compare_clients import Answer
+from loadtest.compare_clients import Answer, TurnsReader
 from loadtest.compare_report import Batch
-from loadtest.system import Options, Turns, counter, prompts_of, report, runs_of, verdict, wanted_of
+from loadtest.system import (
+    Options,
+    Turns,
+    add_arguments,
+    counter,
+    options_of,
+    prompts_of,
+    report,
+    runs_of,
+    verdict,
+    wanted_of,
+)
 from loadtest.system_target import (
     FIRST,
     TINY,
@@ -121,6 +135,38 @@ def test_one_engine_is_as_large_as_the_other_and_takes_a_few_sessions_more_than_
     assert wanted.pinned and not wanted_of(Path("t"), Path("e"), (1,), options(cuda=True), 1).pinned
 
 
+def test_clients_of_many_sessions_are_many_edges_where_there_are_cores_for_them() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+
+    def edges(*arguments: str, cuda: bool) -> tuple[int, int]:
+        found = options_of(parser.parse_args(arguments), cuda=cuda)
+        wanted = wanted_of(Path("t"), Path("e"), (1,), found, 1)
+        return wanted.edges, wanted.gateways
+
+    assert edges(cuda=True) == (8, 4)
+    assert edges("--sessions", "1,3", cuda=True) == (3, 2)
+    assert edges(cuda=False) == (1, 1)
+    assert edges("--edges", "2", cuda=False) == (2, 1)
+
+
+async def test_several_edges_answer_in_turn() -> None:
+    asked: list[tuple[int, Tokens]] = []
+
+    class Edge:
+        def __init__(self, number: int) -> None:
+            self._number = number
+
+        async def ask(self, prompt: Tokens, max_tokens: int, options: Mapping[str, Any]) -> Answer:
+            asked.append((self._number, prompt))
+            return Answer(prompt)
+
+    reader = TurnsReader([Edge(0), Edge(1)])
+    for token in range(3):
+        assert (await reader.ask((token,), 1, {})).tokens == (token,)
+    assert asked == [(0, (0,)), (1, (1,)), (0, (2,))]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -128,7 +174,8 @@ def test_one_engine_is_as_large_as_the_other_and_takes_a_few_sessions_more_than_
         (["--sessions", "0"], "numbers from 1"),
         (["--shapes", "huge"], "there are no 'huge'"),
         (["--acceptance", "1.5"], "between 0 and 1"),
-        (["--answers", "0"], "--answers 1"),
+        (["--answers", "0"], "--answers and --edges 1"),
+        (["--edges", "0"], "--answers and --edges 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
@@ -144,7 +191,7 @@ def test_what_makes_no_sense_is_refused(
 
 def turns(answer: Answer, busy_s: float, wall_s: float) -> Turns:
     batch = Batch(prompts=(0,), answers=(answer,), bytes_up=1, bytes_down=1, cpu_ms=1.0)
-    return Turns([batch, batch], busy_s, wall_s)
+    return Turns([batch, batch], busy_s, wall_s, cpu_s={"engine": busy_s, "clients": 0.008})
 
 
 def test_tokens_a_verifier_second_are_those_of_all_answers_by_the_time_that_the_engine_computed() -> None:
@@ -159,15 +206,21 @@ def test_tokens_a_verifier_second_are_those_of_all_answers_by_the_time_that_the_
     assert [run["tokens_per_wall_second"] for run in found] == [4.0, 2.0]
     assert [run["per_verifier_second_to_ar"] for run in found] == [1.0, 4.0]
     assert [run["per_wall_second_to_ar"] for run in found] == [1.0, 0.5]
+    assert [run["cpu_ms_per_token"] for run in found] == [
+        {"engine": 250.0, "clients": 1.0},
+        {"engine": 62.5, "clients": 1.0},
+    ]
     assert all(run["synthetic"] and run["equal_to_target"] for run in found)
     told = {
         **dict.fromkeys(("acceptance", "draft_ms_per_token", "gamma", "rtt_ms", "max_tokens"), 1),
+        **dict.fromkeys(("edges", "gateways"), 1),
         "shapes": TINY,
         "device": "d",
         "runs": found,
     }
     assert "4.00 × vLLM's tokens per verifier-second, reaches 2" in verdict(told)
     assert report(told).startswith("SYNTHETIC") and "| cost | 64 | 16 | 4 | 2 | 0.5 |" in report(told)
+    assert "| ar | 64 | 250 | 1 |" in report(told)
 
 
 def test_a_ratio_below_what_is_promised_is_said_and_so_is_one_that_was_not_measured() -> None:
