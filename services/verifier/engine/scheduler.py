@@ -26,8 +26,7 @@ It does not decide what a block's outcome is, and it knows nothing of epochs or 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -44,6 +43,8 @@ from services.verifier.engine.options import (
     schema_of,
     session_key,
 )
+from services.verifier.engine.sessions import PADDING, Block, Counters, Session, Step, drawn_from, stops_of
+from services.verifier.engine.steady_schedule import SteadySchedule
 from services.verifier.engine.step_costs import StepCosts
 from services.verifier.engine.types import BlockStatus
 from shared.sampling.sparse import SparseRow
@@ -59,74 +60,6 @@ STEP_MS_WEIGHT: Final = 0.1
 MOST_GATHERED_S: Final = 0.015
 GATHERED_SHARE: Final = 0.15
 """How long a step waits for the next session to share it: this share of a step, and no longer than that."""
-PADDING: Final = 0
-"""The token that fills up a block where batches are uniform."""
-
-
-class Block(NamedTuple):
-    """Draft tokens, how sure the draft was of them (`levels`, or nothing), and what they were drawn from (`rows`, tokens
-    and counts of each, or nothing; one more if the next token was refused); the base counts the request's own output
-    tokens."""
-
-    base: int
-    tokens: list[int]
-    levels: list[int]
-    rows: list[tuple[list[int], list[int]]]
-
-
-@dataclass(slots=True)
-class Session:
-    """What the scheduler knows of a session beyond vLLM's request."""
-
-    key: str
-    request: Request
-    parked_at: int | None = None
-    """The step in which it parked; None while it has something to compute."""
-    resting: bool = False
-    """Preempted while it had nothing to compute: in no queue, without KV."""
-    armed: Block | None = None
-    """To be verified in the next step."""
-    armed_s: float = 0.0
-    """Since when."""
-    drafts: int = 0
-    """How many of the tokens to be verified are a draft's; padding follows them."""
-    pending: Block | None = None
-    """To be looked at when what runs now has ended."""
-    eager: bool = False
-    """Its next block follows at once: the verifier lets it go on by itself where no client's block is there."""
-    unheard: bool = False
-    """Nobody waits for what exits foresee of it."""
-    reached: int = 0
-    """Prompt tokens whose KV was computed, or found in the prefix cache, at some time."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """See `EngineStats`."""
-
-    steps: int = 0
-    scheduled_tokens: int = 0
-    prefill_tokens: int = 0
-    recomputed_tokens: int = 0
-    plain_tokens: int = 0
-    blocks: int = 0
-    block_tokens: int = 0
-    accepted_tokens: int = 0
-    stale_blocks: int = 0
-    preemptions: int = 0
-    prefix_cache_hit_tokens: int = 0
-    step_ms: float = 0.0
-    fixed_ms: float = 0.0
-    row_ms: float = 0.0
-
-
-@dataclass(slots=True)
-class _Step:
-    """The step under way: when it began, and the draft tokens of each session (by request) that it verifies."""
-
-    began: float = 0.0
-    verified: dict[str, int] = field(default_factory=dict)
-    prefills: bool = False
 
 
 class SessionScheduler(Scheduler):  # type: ignore[misc]
@@ -142,11 +75,14 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         self._by_key: dict[str, Session] = {}
         self._by_request: dict[str, Session] = {}
         self._starved = False
-        self._step = _Step()
+        self._step = Step()
         self._grammars = Grammars(self.structured_output_manager)
         self._awaited: set[str] = set()  # eager sessions that spoke in the last step and have no block yet
         self._heard_s = 0.0
         self._companions = Companions()
+        self.departures = 0
+        """How often a request has ended or was preempted."""
+        self._steady = SteadySchedule(self)
 
     # --- blocks -------------------------------------------------------------------------------------------------
 
@@ -169,7 +105,8 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if session.parked_at is None and not session.resting:
             session.pending = block
             return BlockStatus.QUEUED
-        if self._trim(session, block) is None:
+        trimmed = self._trim(session, block)
+        if trimmed is None:
             self.counters.stale_blocks += 1
             return BlockStatus.STALE
         if session.resting:
@@ -177,7 +114,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             session.resting = False
             self._enqueue_waiting_request(session.request)
             return BlockStatus.QUEUED
-        self._arm(session, block)
+        self._arm(session, block, trimmed)
         return BlockStatus.ARMED
 
     def _trim(self, session: Session, block: Block) -> list[int] | None:
@@ -189,12 +126,18 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             return None
         return tokens[len(since) :][: self.max_block]
 
-    def _arm(self, session: Session, block: Block) -> bool:
+    def _arm_pending(self, session: Session, block: Block) -> bool:
         """Make the next step verify a block; False when it is stale, and the session is left as it was."""
-        drafts = trimmed = self._trim(session, block)
-        if drafts is None or trimmed is None:
+        trimmed = self._trim(session, block)
+        if trimmed is None:
             self.counters.stale_blocks += 1
             return False
+        self._arm(session, block, trimmed)
+        return True
+
+    def _arm(self, session: Session, block: Block, trimmed: list[int]) -> None:
+        """Make the next step verify what is left of a block."""
+        drafts = trimmed
         if drafts and session.request.use_structured_output:
             drafts = self._grammars.allowed(session.request, trimmed)
             kept = session.request.num_output_tokens - block.base + len(drafts)
@@ -212,7 +155,6 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if session.key in self._awaited:
             self._awaited.discard(session.key)
             self._heard_s = session.armed_s
-        return True
 
     def _even_out(self) -> None:
         """Make all blocks of the step as long as each other, where batches are uniform: a batch of n sessions is then a
@@ -232,7 +174,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         session.parked_at = self.current_step
         if session.pending is not None:
             pending, session.pending = session.pending, None
-            self._arm(session, pending)
+            self._arm_pending(session, pending)
         if session.armed is not None:
             return
         if session.eager:
@@ -269,7 +211,10 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """One step's work: blocks first, then prefills. Parked sessions come last, and so are preempted first."""
         self._awaited.clear()
-        self._step = _Step(began=time.monotonic())
+        self._step = Step(began=time.monotonic())
+        if not throttle_prefills and (steady := self._steady.begin()) is not None:
+            self._starved = False
+            return steady
         if self._starved and self.waiting:
             self._make_room()
         self.running.sort(key=self._rank)
@@ -320,7 +265,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 if drafts:
                     levels[request_id] = session.armed.levels[-drafts:]
                 if session.armed.rows:
-                    rows[request_id] = _drawn_from(session, session.armed, drafts)
+                    rows[request_id] = drawn_from(session, session.armed, drafts)
             sizes.add(scheduled)
             known.add(scheduled - len(block))
             self._count(self.requests[request_id], session, scheduled - len(block) + drafts, drafts)
@@ -366,7 +311,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if not request.num_output_tokens or request.num_computed_tokens < request.num_tokens - 1:
             return
         pending, session.pending = session.pending, None
-        if pending is None or not self._arm(session, pending):
+        if pending is None or not self._arm_pending(session, pending):
             request.next_decode_eligible_step = NEVER
             session.parked_at = self.current_step
 
@@ -374,6 +319,23 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, Any]:
         """Take the step's results in; sessions that have spoken park."""
+        counters, step = self.counters, self._step
+        outputs = self._steady.end(scheduler_output, model_runner_output)
+        if outputs is None:
+            outputs = self._take_in(scheduler_output, model_runner_output)
+        self._heard_s = time.monotonic()
+        if scheduler_output.num_scheduled_tokens:
+            elapsed_ms = (self._heard_s - step.began) * 1000
+            weight = STEP_MS_WEIGHT if counters.step_ms else 1.0
+            counters.step_ms += weight * (elapsed_ms - counters.step_ms)
+            if not step.prefills:
+                self._costs.saw(scheduler_output.total_num_scheduled_tokens, elapsed_ms)
+                counters.fixed_ms, counters.row_ms = self._costs.line()
+        return outputs
+
+    def _take_in(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, Any]:
         counters, step = self.counters, self._step
         spoken = []
         for request_id in scheduler_output.num_scheduled_tokens:
@@ -388,14 +350,6 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         for session in spoken:
             if self._by_key.get(session.key) is session:
                 self._park(session)
-        self._heard_s = time.monotonic()
-        if scheduler_output.num_scheduled_tokens:
-            elapsed_ms = (time.monotonic() - step.began) * 1000
-            weight = STEP_MS_WEIGHT if counters.step_ms else 1.0
-            counters.step_ms += weight * (elapsed_ms - counters.step_ms)
-            if not step.prefills:
-                self._costs.saw(scheduler_output.total_num_scheduled_tokens, elapsed_ms)
-                counters.fixed_ms, counters.row_ms = self._costs.line()
         return outputs
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
@@ -404,6 +358,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
     # --- room ---------------------------------------------------------------------------------------------------
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
+        self.departures += 1
         session = self._by_request.get(request.request_id)
         if session is None:
             super()._preempt_request(request, timestamp, drop_stale_output)
@@ -453,12 +408,19 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             said = request.prompt_token_ids[request.num_prompt_tokens - committed :]
             self._grammars.begin(request, schema, said)
         if (key := session_key(extra)) is not None:
-            eager = is_eager(extra)
-            session = Session(key=key, request=request, eager=eager, unheard=is_unheard(extra))
+            session = Session(
+                key=key,
+                request=request,
+                eager=is_eager(extra),
+                unheard=is_unheard(extra),
+                plain=not (request.use_structured_output or request.has_encoder_inputs or request.resumable),
+                stops=stops_of(request),
+            )
             self._by_key[key] = self._by_request[request.request_id] = session
         super().add_request(request)
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
+        self.departures += 1
         session = self._by_request.pop(request.request_id, None)
         if session is not None:
             self._by_key.pop(session.key, None)
@@ -485,13 +447,6 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             "waiting": len(self.waiting),
             "kv_usage": float(self.get_kv_cache_usage()),
         }
-
-
-def _drawn_from(session: Session, block: Block, drafts: int) -> list[SparseRow]:
-    """What the tokens that the step verifies were drawn from; one more for a token that a grammar refused."""
-    first = session.request.num_output_tokens - block.base  # what was said since was cut from its front
-    rows = block.rows[first : first + drafts + (len(block.rows) > len(block.tokens))]
-    return [SparseRow(tuple(ids), tuple(counts)) for ids, counts in rows]
 
 
 def _cached_tokens(scheduler_output: SchedulerOutput) -> int:
