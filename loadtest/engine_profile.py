@@ -77,6 +77,7 @@ def watched_of(core: Any, worker: Any) -> list[tuple[object, str]]:
 
 RUNNER_PARTS: Final = (
     "_update_states",
+    "_advance",
     "_prepare_inputs",
     "_build_attention_metadata",
     "_lay_out",

@@ -10,7 +10,6 @@ from typing import Any, Final, NamedTuple
 from unittest import mock
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
@@ -24,7 +23,7 @@ from services.verifier.engine.launch import captured_sessions
 from services.verifier.engine.options import EngineOptions
 from services.verifier.engine.process import report_failures, stay_with_parent
 from services.verifier.engine.runner import RequestRows
-from services.verifier.engine.steady import ByLayer, Graph, SteadySteps
+from services.verifier.engine.steady import ByLayer, EvenBlocks, Graph, SteadySteps
 from shared.speculation.outcomes import LEVELS, confidence_at
 
 SWITCH_S: Final = 0.0005
@@ -63,7 +62,11 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
         self._preludes: dict[tuple[int, int], Prelude] = {}
         self._prelude_pool = torch.cuda.graph_pool_handle()
         self._prelude_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._width_offsets = np.arange(self.uniform_decode_query_len, dtype=np.int32)
+        width = self.uniform_decode_query_len
+        self._width_offsets = np.arange(width, dtype=np.int32)
+        self._starts = np.arange(self.max_num_reqs, dtype=np.int32)[:, None] * np.int32(width)
+        self._untold = [[UNTOLD] * (width - told) for told in range(width + 1)]
+        self._hinted: tuple[EvenBlocks, list[int]] | None = None
 
     # --- graphs ---------------------------------------------------------------------------------------
 
@@ -129,64 +132,71 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
     def _show_exits(
         self, rows: Sequence[RequestRows], logits_indices: torch.Tensor, levels: Mapping[str, Sequence[int]]
     ) -> None:
-        if self.graph_exits is None or not self.graph_exits.layers:
+        """What is drawn at random is not foreseen: its noise is not in the graph."""
+        exits = self.graph_exits
+        if exits is None or not exits.layers:
+            return
+        awaited = list(self._awaited(rows, levels))
+        if not awaited:
+            exits.stage(None)
             return
         width = self.uniform_decode_query_len
+        places_of = {own.request: at * width for at, own in enumerate(rows)}
+        sessions = tuple(
+            VerifiedRows(key, base, places_of[own.request], own.block)
+            for own, key, base in awaited
+            if own.request not in self._drawn
+        )
         starts = np.array([own.start for own in rows], dtype=np.int32)
         lengths = np.array([len(own.block) for own in rows], dtype=np.int32)
         drafts = np.zeros((len(rows), width), dtype=np.int32)
         for at, own in enumerate(rows):
             drafts[at, : len(own.block)] = own.block
-        self.graph_exits.stage(self._blocks(rows, starts, drafts, lengths, levels))
-
-    def _show_even(
-        self,
-        rows: Sequence[RequestRows],
-        lengths: npt.NDArray[np.int64],
-        levels: Mapping[str, Sequence[int]],
-    ) -> None:
-        if self.graph_exits is None or not self.graph_exits.layers:
-            return
-        blocks = None
-        if self._verified is not None and self._verified.shape[1]:
-            count, width = len(rows), self.uniform_decode_query_len
-            drafts = np.zeros((count, width), dtype=np.int32)
-            np.maximum(self._verified, 0, out=drafts[:, :-1])
-            starts = np.arange(count, dtype=np.int32) * width
-            blocks = self._blocks(rows, starts, drafts, lengths.astype(np.int32), levels)
-        self.graph_exits.stage(blocks, hand_over=False)
-
-    def _blocks(
-        self,
-        rows: Sequence[RequestRows],
-        starts: npt.NDArray[np.int32],
-        drafts: npt.NDArray[np.int32],
-        lengths: npt.NDArray[np.int32],
-        levels: Mapping[str, Sequence[int]],
-    ) -> Blocks | None:
-        """All blocks of the pass, in the batch's order; sessions are those whose gateways wait for hints.
-
-        What is drawn at random is not foreseen here: its noise is not in the graph.
-        """
-        awaited = {own.request: (key, base) for own, key, base in self._awaited(rows, levels)}
-        if not awaited:
-            return None
-        width = self.uniform_decode_query_len
-        untold = (UNTOLD,) * width
-        told = [tuple(levels.get(own.request, ())) for own in rows]
-        sure = LOG_CONFIDENCES[
-            [
-                said + untold[len(said) :] if len(said) == len(own.block) else untold
-                for own, said in zip(rows, told, strict=True)
-            ]
-        ]
-        sessions = tuple(
-            VerifiedRows(*awaited[own.request], at * width, own.block)
-            for at, own in enumerate(rows)
-            if own.request in awaited and own.request not in self._drawn
-        )
+        told = [[*said, *self._untold[len(said)]] for said in (levels.get(own.request, ()) for own in rows)]
         places = starts[:, None] + np.minimum(self._width_offsets, lengths[:, None])
-        return Blocks(self.step_clock.began, places, drafts, sure, lengths, sessions)
+        exits.stage(Blocks(self.step_clock.began, places, drafts, LOG_CONFIDENCES[told], lengths, sessions))
+
+    def _show_even(self, even: EvenBlocks) -> None:
+        exits, self._hinted = self.graph_exits, None
+        if exits is None or not exits.layers:
+            return
+        if not even.tokens.size:
+            exits.stage(None, hand_over=False)
+            return
+        count, width = len(even.tokens), self.uniform_decode_query_len
+        told: list[int] = []
+        heard: list[int] = []
+        for at, (speaker, request, length) in enumerate(
+            zip(even.roster.speakers, even.roster.requests, even.lengths.tolist(), strict=True)
+        ):
+            said = even.levels.get(request, ())
+            told += said
+            told += self._untold[len(said)]
+            if self._is_heard(speaker, said, length):
+                heard.append(at)
+        if not heard:
+            exits.stage(None, hand_over=False)
+            return
+        lengths = even.lengths.astype(np.int32)
+        places = self._starts[:count] + np.minimum(self._width_offsets, lengths[:, None])
+        drafts = np.zeros((count, width), dtype=np.int32)
+        np.maximum(even.tokens, 0, out=drafts[:, :-1])
+        sure = LOG_CONFIDENCES[np.array(told).reshape(count, width)]
+        exits.stage(Blocks(self.step_clock.began, places, drafts, sure, lengths), hand_over=False)
+        self._hinted = even, heard
+
+    def _await_hints(self) -> None:
+        if self._hinted is None or self.graph_exits is None:
+            return
+        (even, heard), self._hinted = self._hinted, None
+        rows, width = even.rows, self.uniform_decode_query_len
+        sessions = []
+        for at in heard:
+            own, speaker = rows[at], even.roster.speakers[at]
+            if speaker.key is not None and own.request not in self._drawn:
+                sessions.append(VerifiedRows(speaker.key, own.known - speaker.prompt, at * width, own.block))
+        if sessions:
+            self.graph_exits.expect(self.step_clock.began, tuple(sessions))
 
     def _device_done(self) -> None:
         torch.cuda.current_stream().synchronize()

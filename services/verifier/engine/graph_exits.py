@@ -61,8 +61,8 @@ class Blocks:
 
     `places` [blocks, K + 1] are the blocks' rows among the pass's, the last one repeated where a block is short; `drafts`
     are token ids and `sure` the draft's log-probabilities of them (NaN where it said nothing), whatever they are past a
-    block's `lengths` [blocks]. `sessions` say whose the blocks are whose gateways wait for hints; their `start` is a
-    block's first row here.
+    block's `lengths` [blocks]. `sessions` say whose the blocks are whose gateways wait for hints, their `start` is a block's
+    first row here; they may also be named later (`expect`).
     """
 
     began: float
@@ -70,7 +70,7 @@ class Blocks:
     drafts: npt.NDArray[np.int32]
     sure: npt.NDArray[np.float32]
     lengths: npt.NDArray[np.int32]
-    sessions: tuple[VerifiedRows, ...]
+    sessions: tuple[VerifiedRows, ...] = ()
 
 
 @dataclass(slots=True)
@@ -78,7 +78,8 @@ class _Awaited:
     """A pass of which exits have yet to speak."""
 
     number: int
-    blocks: Blocks
+    began: float
+    sessions: tuple[VerifiedRows, ...]
     missing: set[int] = field(default_factory=set)
 
 
@@ -154,18 +155,23 @@ class GraphExits:
         self._passes = self._passes % 0x7FFFFFFF + 1
         count = blocks.places.size
         staged[0] = self._passes
-        staged[1 : 1 + count] = blocks.places.ravel()
+        staged[1 : 1 + count] = blocks.places.reshape(-1)
         # what a graph gathers past the last block must be rows that its pass has
         staged[1 + count : 1 + rows] = 0
-        staged[1 + rows : 1 + rows + count] = blocks.drafts.ravel()
-        staged[1 + 2 * rows : 1 + 2 * rows + count] = blocks.sure.view(np.int32).ravel()
+        staged[1 + rows : 1 + rows + count] = blocks.drafts.reshape(-1)
+        staged[1 + 2 * rows : 1 + 2 * rows + count] = blocks.sure.view(np.int32).reshape(-1)
         staged[1 + 3 * rows : 1 + 3 * rows + len(blocks.lengths)] = blocks.lengths
         if hand_over:
             self.hand_over()
         if blocks.sessions:
-            with self._lock:
-                self._awaited = _Awaited(self._passes, blocks, set(self._order))
-            self._wake.set()
+            self.expect(blocks.began, blocks.sessions)
+
+    def expect(self, began: float, sessions: tuple[VerifiedRows, ...]) -> None:
+        """Whose gateways wait for hints on the pass that was staged last, which `began` then (monotonic clock, seconds); at
+        any time before its `drain`."""
+        with self._lock:
+            self._awaited = _Awaited(self._passes, began, sessions, set(self._order))
+        self._wake.set()
 
     def hand_over(self) -> None:
         """Copy to the device what is staged."""
@@ -201,8 +207,8 @@ class GraphExits:
         for at, layer in enumerate(self._order):
             if layer in awaited.missing and self._mark_values[at] == awaited.number:
                 awaited.missing.remove(layer)
-                elapsed_ms = (time.monotonic() - awaited.blocks.began) * 1000
-                outlooks = _outlooks(self._found_values[at], awaited.blocks.sessions, self._width)
+                elapsed_ms = (time.monotonic() - awaited.began) * 1000
+                outlooks = _outlooks(self._found_values[at], awaited.sessions, self._width)
                 self._sender.send(ExitMessage(layer, elapsed_ms, outlooks))
 
     # --- the device's side --------------------------------------------------------------------------------------

@@ -240,10 +240,17 @@ class SessionRows:
         """The rows of sessions whose gateways wait for hints, with the session's key and its base."""
         for own in rows:
             speaker = self._speakers[own.request]
-            # nobody waits for a hint on the floor's pass, with a block that was looked up for it or without one
-            unheard = UNHEARD in levels.get(own.request, ()) if own.block else speaker.eager
-            if speaker.key is not None and not (unheard or speaker.unheard):
+            heard = self._is_heard(speaker, levels.get(own.request, ()), len(own.block))
+            if speaker.key is not None and heard:
                 yield own, speaker.key, own.known - speaker.prompt
+
+    @staticmethod
+    def _is_heard(speaker: Speaker, levels: Sequence[int], drafted: int) -> bool:
+        """Whether a gateway waits for hints on a block of `drafted` tokens."""
+        if speaker.key is None or speaker.unheard:
+            return False
+        # nobody waits for a hint on the floor's pass, with a block that was looked up for it or without one
+        return UNHEARD not in levels if drafted else not speaker.eager
 
 
 def log_confidences(levels: Sequence[int], drafted: int) -> Iterable[float]:

@@ -30,15 +30,13 @@ It does not decide what a block's outcome is, and it knows nothing of epochs or 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from services.verifier.engine.companions import Companions
 from services.verifier.engine.grammar import Grammars
 from services.verifier.engine.options import (
-    ANSWERED,
     DRAFT_LENGTHS,
     DRAFT_LEVELS,
     DRAFT_ROWS,
@@ -50,6 +48,8 @@ from services.verifier.engine.options import (
     schema_of,
     session_key,
 )
+from services.verifier.engine.sessions import PADDING, Block, Counters, Session, Step, drawn_from, stops_of
+from services.verifier.engine.steady_schedule import SteadySchedule
 from services.verifier.engine.step_costs import StepCosts
 from services.verifier.engine.types import BlockStatus
 from shared.sampling.sparse import SparseRow
@@ -65,83 +65,6 @@ STEP_MS_WEIGHT: Final = 0.1
 MOST_GATHERED_S: Final = 0.015
 GATHERED_SHARE: Final = 0.15
 """How long a step waits for the next session to share it: this share of a step, and no longer than that."""
-PADDING: Final = 0
-"""The token that fills up a block where batches are uniform."""
-
-
-class Block(NamedTuple):
-    """Draft tokens, how sure the draft was of them (`levels`, or nothing), and what they were drawn from (`rows`, tokens
-    and counts of each, or nothing; one more if the next token was refused); the base counts the request's own output
-    tokens. `number` counts the session's blocks; 0 for one that nobody has submitted."""
-
-    base: int
-    tokens: list[int]
-    levels: list[int]
-    rows: list[tuple[list[int], list[int]]]
-    number: int = 0
-
-
-@dataclass(slots=True)
-class Session:
-    """What the scheduler knows of a session beyond vLLM's request."""
-
-    key: str
-    request: Request
-    parked_at: int | None = None
-    """The step in which it parked; None while it has something to compute."""
-    resting: bool = False
-    """Preempted while it had nothing to compute: in no queue, without KV."""
-    armed: Block | None = None
-    """To be verified in the next step."""
-    armed_s: float = 0.0
-    """Since when."""
-    drafts: int = 0
-    """How many of the tokens to be verified are a draft's; padding follows them."""
-    pending: Block | None = None
-    """To be looked at when what runs now has ended."""
-    eager: bool = False
-    """Its next block follows at once: the verifier lets it go on by itself where no client's block is there."""
-    unheard: bool = False
-    """Nobody waits for what exits foresee of it."""
-    ahead: int = 0
-    """Tokens that it may say by itself beyond those that the verifier has taken."""
-    taken: int = 0
-    """Output tokens that the verifier has taken, as far as it has said."""
-    verified: int = 0
-    """The number of the block under way."""
-    answered: int = 0
-    """The number of the last block whose outcome is known; those before it are answered, too."""
-    reached: int = 0
-    """Prompt tokens whose KV was computed, or found in the prefix cache, at some time."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """See `EngineStats`."""
-
-    steps: int = 0
-    scheduled_tokens: int = 0
-    prefill_tokens: int = 0
-    recomputed_tokens: int = 0
-    plain_tokens: int = 0
-    blocks: int = 0
-    block_tokens: int = 0
-    accepted_tokens: int = 0
-    stale_blocks: int = 0
-    preemptions: int = 0
-    prefix_cache_hit_tokens: int = 0
-    step_ms: float = 0.0
-    fixed_ms: float = 0.0
-    row_ms: float = 0.0
-
-
-@dataclass(slots=True)
-class _Step:
-    """The step under way: when it began, and the draft tokens of each session (by request) that it verifies."""
-
-    began: float = 0.0
-    verified: dict[str, int] = field(default_factory=dict)
-    prefills: bool = False
 
 
 class SessionScheduler(Scheduler):  # type: ignore[misc]
@@ -157,12 +80,15 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         self._by_key: dict[str, Session] = {}
         self._by_request: dict[str, Session] = {}
         self._starved = False
-        self._step = _Step()
+        self._step = Step()
         self._grammars = Grammars(self.structured_output_manager)
         self._awaited: set[str] = set()  # eager sessions that spoke in the last step and have no block yet
         self._heard_s = 0.0
         self._companions = Companions()
         self._going_on: set[str] = set()  # parked sessions that say another token in the next step
+        self.departures = 0
+        """How often a request has ended or was preempted."""
+        self._steady = SteadySchedule(self)
 
     # --- blocks -------------------------------------------------------------------------------------------------
 
@@ -191,7 +117,8 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             return BlockStatus.QUEUED
         if only_on:
             block = block._replace(base=session.request.num_output_tokens)
-        if self._trim(session, block) is None:
+        trimmed = self._trim(session, block)
+        if trimmed is None:
             self.counters.stale_blocks += 1
             if session.ahead:  # what it says next is the answer
                 self._going_on.add(session.key)
@@ -201,7 +128,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             session.resting = False
             self._enqueue_waiting_request(session.request)
             return BlockStatus.QUEUED
-        self._arm(session, block)
+        self._arm(session, block, trimmed)
         return BlockStatus.ARMED
 
     def _trim(self, session: Session, block: Block) -> list[int] | None:
@@ -213,12 +140,18 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             return None
         return tokens[len(since) :][: self.max_block]
 
-    def _arm(self, session: Session, block: Block) -> bool:
+    def _arm_pending(self, session: Session, block: Block) -> bool:
         """Make the next step verify a block; False when it is stale, and the session is left as it was."""
-        drafts = trimmed = self._trim(session, block)
-        if drafts is None or trimmed is None:
+        trimmed = self._trim(session, block)
+        if trimmed is None:
             self.counters.stale_blocks += 1
             return False
+        self._arm(session, block, trimmed)
+        return True
+
+    def _arm(self, session: Session, block: Block, trimmed: list[int]) -> None:
+        """Make the next step verify what is left of a block."""
+        drafts = trimmed
         if drafts and session.request.use_structured_output:
             drafts = self._grammars.allowed(session.request, trimmed)
             kept = session.request.num_output_tokens - block.base + len(drafts)
@@ -226,7 +159,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 trimmed
             )  # in ratio mode it is rejected by the rule: its row has to be known
             rows = block.rows[: kept + refused]
-            block = Block(block.base, block.tokens[:kept], block.levels[:kept], rows)
+            block = block._replace(tokens=block.tokens[:kept], levels=block.levels[:kept], rows=rows)
         session.drafts = len(drafts)
         session.request.spec_token_ids = drafts
         session.request.next_decode_eligible_step = 0
@@ -237,7 +170,6 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if session.key in self._awaited:
             self._awaited.discard(session.key)
             self._heard_s = session.armed_s
-        return True
 
     def _even_out(self) -> None:
         """Make all blocks of the step as long as each other, where batches are uniform: a batch of n sessions is then a
@@ -262,7 +194,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         session.parked_at = self.current_step
         if session.pending is not None:
             pending, session.pending = session.pending, None
-            if not self._arm(session, pending):
+            if not self._arm_pending(session, pending):
                 session.answered = max(session.answered, pending.number)
         if session.armed is not None:
             return
@@ -301,10 +233,13 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """One step's work: blocks first, then prefills. Parked sessions come last, and so are preempted first."""
         self._awaited.clear()
-        self._step = _Step(began=time.monotonic())
+        self._step = Step(began=time.monotonic())
         for key in () if self._starved else tuple(self._going_on):  # parked ones make room
             session = self._by_key[key]
-            self._arm(session, Block(session.request.num_output_tokens, [], [], []))
+            self._arm(session, Block(session.request.num_output_tokens, [], [], []), [])
+        if not throttle_prefills and (steady := self._steady.begin()) is not None:
+            self._starved = False
+            return steady
         if self._starved and self.waiting:
             self._make_room()
         self.running.sort(key=self._rank)
@@ -355,7 +290,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 if drafts:
                     levels[request_id] = session.armed.levels[-drafts:]
                 if session.armed.rows:
-                    rows[request_id] = _drawn_from(session, session.armed, drafts)
+                    rows[request_id] = drawn_from(session, session.armed, drafts)
             sizes.add(scheduled)
             known.add(scheduled - len(block))
             self._count(self.requests[request_id], session, scheduled - len(block) + drafts, drafts)
@@ -401,14 +336,34 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if not request.num_output_tokens or request.num_computed_tokens < request.num_tokens - 1:
             return
         pending, session.pending = session.pending, None
-        if pending is None or not self._arm(session, pending):
+        if pending is None or not self._arm_pending(session, pending):
             request.next_decode_eligible_step = NEVER
             session.parked_at = self.current_step
+            if pending is not None and session.ahead:  # what it says next is the answer
+                session.answered = max(session.answered, pending.number)
+                self._going_on.add(session.key)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, Any]:
         """Take the step's results in; sessions that have spoken park."""
+        counters, step = self.counters, self._step
+        outputs = self._steady.end(scheduler_output, model_runner_output)
+        if outputs is None:
+            outputs = self._take_in(scheduler_output, model_runner_output)
+        self._heard_s = time.monotonic()
+        if scheduler_output.num_scheduled_tokens:
+            elapsed_ms = (self._heard_s - step.began) * 1000
+            weight = STEP_MS_WEIGHT if counters.step_ms else 1.0
+            counters.step_ms += weight * (elapsed_ms - counters.step_ms)
+            if not step.prefills:
+                self._costs.saw(scheduler_output.total_num_scheduled_tokens, elapsed_ms)
+                counters.fixed_ms, counters.row_ms = self._costs.line()
+        return outputs
+
+    def _take_in(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, Any]:
         counters, step = self.counters, self._step
         spoken = []
         for request_id in scheduler_output.num_scheduled_tokens:
@@ -425,15 +380,10 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             if self._by_key.get(session.key) is session:
                 self._park(session)
             session.verified = 0
-        _tell_answered(outputs, {each.request.request_id: each for each in spoken if each.ahead})
-        self._heard_s = time.monotonic()
-        if scheduler_output.num_scheduled_tokens:
-            elapsed_ms = (time.monotonic() - step.began) * 1000
-            weight = STEP_MS_WEIGHT if counters.step_ms else 1.0
-            counters.step_ms += weight * (elapsed_ms - counters.step_ms)
-            if not step.prefills:
-                self._costs.saw(scheduler_output.total_num_scheduled_tokens, elapsed_ms)
-                counters.fixed_ms, counters.row_ms = self._costs.line()
+        if told := {each.request.request_id: each for each in spoken if each.ahead}:
+            for output in (output for several in outputs.values() for output in several.outputs):
+                if (session := told.get(output.request_id)) is not None:
+                    output.kv_transfer_params = session.told
         return outputs
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
@@ -442,6 +392,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
     # --- room ---------------------------------------------------------------------------------------------------
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
+        self.departures += 1
         session = self._by_request.get(request.request_id)
         if session is None:
             super()._preempt_request(request, timestamp, drop_stale_output)
@@ -497,11 +448,14 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 eager=is_eager(extra),
                 unheard=is_unheard(extra),
                 ahead=ahead_of(extra),
+                plain=not (request.use_structured_output or request.has_encoder_inputs or request.resumable),
+                stops=stops_of(request),
             )
             self._by_key[key] = self._by_request[request.request_id] = session
         super().add_request(request)
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
+        self.departures += 1
         session = self._by_request.pop(request.request_id, None)
         if session is not None:
             self._by_key.pop(session.key, None)
@@ -534,24 +488,6 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             "waiting": len(self.waiting),
             "kv_usage": float(self.get_kv_cache_usage()),
         }
-
-
-def _tell_answered(outputs: dict[int, Any], sessions: dict[str, Session]) -> None:
-    """Have the outputs of sessions (by request) say which blocks they answer, in a place that vLLM hands on."""
-    if not sessions:
-        return
-    for several in outputs.values():
-        for output in several.outputs:
-            session = sessions.get(output.request_id)
-            if session is not None:
-                output.kv_transfer_params = {ANSWERED: session.answered}
-
-
-def _drawn_from(session: Session, block: Block, drafts: int) -> list[SparseRow]:
-    """What the tokens that the step verifies were drawn from; one more for a token that a grammar refused."""
-    first = session.request.num_output_tokens - block.base  # what was said since was cut from its front
-    rows = block.rows[first : first + drafts + (len(block.rows) > len(block.tokens))]
-    return [SparseRow(tuple(ids), tuple(counts)) for ids, counts in rows]
 
 
 def _cached_tokens(scheduler_output: SchedulerOutput) -> int:

@@ -4,17 +4,21 @@ vLLM's runner prepares any batch: some sixty small copies and kernels before a l
 read of every request's state in between. Where each request has as many rows as every other, a block of K tokens
 (padding included) or none, positions, slots of the KV cache and indices follow from how many tokens stand before the
 rows; NumPy works them out in microseconds, and they go over from memory that is pinned once. What vLLM keeps of its
-requests is kept as it does, so that the next pass may be any other.
+requests is kept as it does, so that the next pass may be any other; who they are is looked up once, as long as the passes
+that follow are the same requests'. What hints need is worked out while the device computes.
 
-    host     requests' states ─ places ─ copies ─ launch …………………………… wait ─ compare with the drafts
+    host     requests' states ─ places ─ copies ─ launch ─ whom hints are for … wait ─ compare with the drafts
     device                                └▶ whole graph ─ LM head ─ arg-max ─┘
 """
 
 from __future__ import annotations
 
+import itertools
+import operator
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -23,7 +27,7 @@ import torch
 from torch import Tensor
 
 from services.verifier.engine.options import DRAFT_LENGTHS, DRAFT_LEVELS, DRAFT_ROWS, EVEN_ROWS
-from services.verifier.engine.runner import NO_TOKEN, RequestRows, SessionRows
+from services.verifier.engine.runner import NO_TOKEN, RequestRows, SessionRows, Speaker
 
 if TYPE_CHECKING:
     from vllm.config import CUDAGraphMode
@@ -47,6 +51,71 @@ class Graph(NamedTuple):
     sessions: int
     rows: int
     width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """The requests of a pass, the same in all that follow until one comes or goes.
+
+    `order` is the scheduler's; `at` are their places in the batch, and `states`, `said` (output tokens) and `drafts` vLLM's
+    of them, in that order. All else is in the batch's order; `drawn` says whether any request's tokens are.
+    """
+
+    order: list[str]
+    at: npt.NDArray[np.int64]
+    states: list[Any]
+    said: list[list[int]]
+    drafts: list[list[int]]
+    requests: list[str]
+    speakers: list[Speaker]
+    drawn: bool
+
+
+@dataclass(frozen=True)
+class EvenBlocks:
+    """What an even pass verifies, in the batch's order: `computed` tokens and one more stand before each request's block,
+    `lengths` of whose `tokens` are a draft's. `levels` are as `DRAFT_LEVELS`."""
+
+    roster: Roster
+    tokens: Tokens
+    lengths: npt.NDArray[np.int64]
+    computed: npt.NDArray[np.int32]
+    levels: Mapping[str, Sequence[int]]
+
+    @cached_property
+    def rows(self) -> list[RequestRows]:
+        """The same, a request at a time."""
+        width = self.tokens.shape[1] + 1
+        return [
+            RequestRows(request, at, at * width, at * width, computed + 1, tuple(block[:length]))
+            for at, (request, computed, block, length) in enumerate(
+                zip(
+                    self.roster.requests,
+                    self.computed.tolist(),
+                    self.tokens.tolist(),
+                    self.lengths.tolist(),
+                    strict=True,
+                )
+            )
+        ]
+
+
+class Layout(NamedTuple):
+    """Where a pass of so many sessions and rows each is laid out: `[sessions, rows]` or `[sessions]`, parts of the buffers
+    that are handed over. `token_rows` and `table_rows` are where each session's tokens and its part of the block table
+    begin, among all sessions'."""
+
+    computed: npt.NDArray[np.int32]
+    places: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int32]
+    lengths_seen: npt.NDArray[np.int32]
+    inputs: npt.NDArray[np.int32]
+    slots: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int32]
+    token_rows: npt.NDArray[np.int64]
+    table: npt.NDArray[np.int32]
+    table_rows: npt.NDArray[np.int64]
+    block_size: int
 
 
 class SteadySteps(SessionRows):
@@ -73,7 +142,9 @@ class SteadySteps(SessionRows):
         width, most = self.uniform_decode_query_len, self.max_num_reqs
         self._graphs: dict[tuple[int, int], Graph | None] = {}
         self._metadata: dict[tuple[int, int], SpecDecodeMetadata] = {}
+        self._layouts: dict[tuple[int, int], Layout] = {}
         self._laid_out = (0, 0)
+        self._roster: Roster | None = None
         self._verified: Tokens | None = None
         self._places_here = self._pinned(width * most, torch.int64)
         self._lengths_here = self._pinned(most, torch.int32)
@@ -117,7 +188,7 @@ class SteadySteps(SessionRows):
         began = time.monotonic()
         graph = self._graph_for(scheduler_output)
         if graph is None:
-            self._laid_out = (0, 0)
+            self._roster, self._laid_out = None, (0, 0)
             return super().execute_model(scheduler_output, intermediate_tensors)
         self.step_clock.began = began
         with torch.inference_mode():
@@ -128,10 +199,17 @@ class SteadySteps(SessionRows):
         from vllm.forward_context import set_forward_context
         from vllm.v1.worker.gpu_model_runner import ExecuteModelState
 
-        self._update_states(output)  # type: ignore[attr-defined]
-        sessions = self.input_batch.num_reqs
-        self._lay_out(sessions, graph)
-        self._show_blocks(output, sessions, graph.width)
+        roster = self._same_requests(output)
+        if roster is None:
+            self._laid_out = (0, 0)
+            self._update_states(output)  # type: ignore[attr-defined]
+            roster = self._roster = self._enrolled(list(output.num_scheduled_tokens))
+            assert roster is not None, "a pass has other requests than its batch"
+        else:
+            self._advance(output, roster)
+        sessions = len(roster.order)
+        self._lay_out(output, roster, graph)
+        self._show_blocks(output, roster, graph.width)
         metadata, slots = self._hand_over(sessions, graph)
         with set_forward_context(
             metadata,
@@ -149,35 +227,127 @@ class SteadySteps(SessionRows):
             )
         spoken = hidden[: sessions * graph.width]
         logits = self.model.compute_logits(spoken)
+        self._await_hints()
         self.kv_connector_output = None
         self.execute_model_state = ExecuteModelState(
             output, logits, None, None, hidden, spoken, None, None, None, slots
         )
 
-    def _lay_out(self, sessions: int, graph: Graph) -> None:
+    # --- whose pass it is -----------------------------------------------------------------------------
+
+    def _same_requests(self, output: SchedulerOutput) -> Roster | None:
+        """The roster of an even pass to whose batch nothing has to be added and from which nothing has to be taken."""
+        cached = output.scheduled_cached_reqs
+        if (
+            output.finished_req_ids
+            or output.scheduled_new_reqs
+            or cached.resumed_req_ids
+            or output.new_block_ids_to_zero
+            or output.kv_cache_block_copies
+            or output.free_encoder_mm_hashes
+        ):
+            return None
+        roster = self._roster
+        if roster is None or roster.order != cached.req_ids:
+            roster = self._roster = self._enrolled(cached.req_ids)
+        if roster is None or any(map(operator.lt, cached.num_output_tokens, map(len, roster.said))):
+            return None  # vLLM takes back what a request has said: it does so in few cases, none of ours
+        return roster
+
+    def _enrolled(self, order: list[str]) -> Roster | None:
+        """The roster of the batch as it is; None where others are in it than `order` names."""
+        batch = self.input_batch
+        places: Mapping[str, int] = batch.req_id_to_index
+        if len(order) != batch.num_reqs or any(request not in places for request in order):
+            return None
+        requests: list[str] = list(batch.req_ids)
+        speakers: list[Speaker] = [self._speaker(request) for request in requests]
+        self._speakers = dict(zip(requests, speakers, strict=True))
+        at = [places[request] for request in order]
+        states = [self.requests[request] for request in order]
+        return Roster(
+            order=order,
+            at=np.array(at, dtype=np.int64),
+            states=states,
+            said=[state.output_token_ids for state in states],
+            drafts=[batch.spec_token_ids[place] for place in at],
+            requests=requests,
+            speakers=speakers,
+            drawn=any(speaker.rules is not None for speaker in speakers),
+        )
+
+    def _advance(self, output: SchedulerOutput, roster: Roster) -> None:
+        """As vLLM's `_update_states`, of an even pass of the same requests. Drafts go where the pass reads them, and not
+        among what the requests have said."""
+        batch, cached = self.input_batch, output.scheduled_cached_reqs
+        batch.num_computed_tokens_cpu[roster.at] = cached.num_computed_tokens
+        blocks = output.scheduled_spec_decode_tokens
+        for own, state, drafts, computed in zip(
+            roster.order, roster.states, roster.drafts, cached.num_computed_tokens, strict=True
+        ):
+            drafts[:] = blocks.get(own, ())
+            state.num_computed_tokens = computed
+            state.prev_num_draft_len = len(drafts)
+        for at, new in enumerate(cached.new_block_ids):
+            if new is not None:
+                for ids, more in zip(roster.states[at].block_ids, new, strict=True):
+                    ids.extend(more)
+                batch.block_table.append_row(new, roster.at[at])
+        batch.refresh_metadata()
+
+    # --- where its rows are ---------------------------------------------------------------------------
+
+    def _lay_out(self, output: SchedulerOutput, roster: Roster, graph: Graph) -> None:
         """Work out tokens, positions, lengths and slots of the KV cache, in memory that the device can read."""
-        batch, width, rows = self.input_batch, graph.width, sessions * graph.width
-        computed = batch.num_computed_tokens_cpu[:sessions]
-        places = self._places[:rows].reshape(sessions, width)
-        np.add(computed[:, None], self._offsets[:width], out=places)
+        sessions = len(roster.order)
+        key = sessions, graph.width
+        layout = self._layouts.get(key)
+        if layout is None:
+            layout = self._layouts[key] = self._layout(*key)
+        if self._laid_out != key:
+            self._pad(sessions, graph)
+            self._laid_out = key
+        places, size = layout.places, layout.block_size
+        np.add(layout.computed[:, None], self._offsets[: graph.width], out=places)
+        np.add(layout.computed, graph.width, out=layout.lengths)
+        layout.lengths_seen[:] = layout.lengths
+        layout.inputs[:, 0] = layout.tokens[layout.token_rows + layout.computed]
+        if graph.width > 1:
+            blocks = itertools.chain.from_iterable(output.scheduled_spec_decode_tokens.values())
+            tokens = np.fromiter(blocks, np.int32, sessions * (graph.width - 1))
+            layout.inputs[roster.at, 1:] = tokens.reshape(sessions, -1)
+        layout.slots[:] = layout.table[layout.table_rows + places // size] * np.int64(size) + places % size
+
+    def _layout(self, sessions: int, width: int) -> Layout:
+        batch, rows = self.input_batch, sessions * width
+        table, own = batch.block_table[0], self._batch_rows[:sessions]
+        shape = sessions, width
+        return Layout(
+            computed=batch.num_computed_tokens_cpu[:sessions],
+            places=self._places[:rows].reshape(shape),
+            lengths=self._lengths[:sessions],
+            lengths_seen=self.optimistic_seq_lens_cpu.numpy()[:sessions],
+            inputs=self.input_ids.np[:rows].reshape(shape),
+            slots=table.slot_mapping.np[:rows].reshape(shape),
+            tokens=batch.token_ids_cpu.reshape(-1),
+            token_rows=own[:, 0] * batch.token_ids_cpu.shape[1],
+            table=table.block_table.np.reshape(-1),
+            table_rows=own * table.block_table.np.shape[1],
+            block_size=table.block_size,
+        )
+
+    def _pad(self, sessions: int, graph: Graph) -> None:
+        """Fill up what the graph has beyond the pass's rows, and what is the same as long as their number is."""
+        table, rows = self.input_batch.block_table[0], sessions * graph.width
         self._places[rows : graph.rows] = 0
-        np.add(computed, width, out=self._lengths[:sessions])
         self._lengths[sessions : graph.sessions] = 0
-        self.optimistic_seq_lens_cpu.numpy()[: graph.sessions] = self._lengths[: graph.sessions]
+        self.optimistic_seq_lens_cpu.numpy()[sessions : graph.sessions] = 0
         self.discard_request_mask.np[:sessions] = False
-        own = self._batch_rows[:sessions]
-        self.input_ids.np[:rows].reshape(sessions, width)[:] = batch.token_ids_cpu[own, places]
-        table = batch.block_table[0]
-        size, slots = table.block_size, table.slot_mapping.np
-        in_blocks = table.block_table.np[own, places // size]
-        slots[:rows].reshape(sessions, width)[:] = in_blocks * np.int64(size) + places % size
-        slots[rows : graph.rows] = NO_SLOT
+        table.slot_mapping.np[rows : graph.rows] = NO_SLOT
         table.block_table.np[sessions : graph.sessions] = 0
-        if self._laid_out != (sessions, width):
-            starts = self.query_start_loc.np
-            starts[: sessions + 1] = np.arange(sessions + 1) * width
-            starts[sessions + 1 :] = rows
-            self._laid_out = (sessions, width)
+        starts = self.query_start_loc.np
+        starts[: sessions + 1] = np.arange(sessions + 1) * graph.width
+        starts[sessions + 1 :] = rows
 
     def _hand_over(self, sessions: int, graph: Graph) -> tuple[ByLayer, ByLayer]:
         """Bring what is laid out to where the graph reads it; what attention is told, by layer, and where keys and values
@@ -222,32 +392,26 @@ class SteadySteps(SessionRows):
         layers = self.kv_cache_config.kv_cache_groups[0].layer_names
         return dict.fromkeys(group.layer_names, metadata), dict.fromkeys(layers, slots)
 
-    def _show_blocks(self, output: SchedulerOutput, sessions: int, width: int) -> None:
+    def _show_blocks(self, output: SchedulerOutput, roster: Roster, width: int) -> None:
         """Tell the exits and the sampler whose blocks are verified."""
         lengths: Mapping[str, int] = getattr(output, DRAFT_LENGTHS)
-        requests: Sequence[str] = self.input_batch.req_ids
-        blocks = self.input_ids.np[: sessions * width].reshape(sessions, width)[:, 1:]
-        own = np.fromiter((lengths.get(request, 0) for request in requests), np.int64, sessions)
-        self._verified = np.where(self._offsets[: width - 1] < own[:, None], blocks, NO_TOKEN)
-        known = (self._lengths[:sessions] + (1 - width)).tolist()
-        rows = [
-            RequestRows(request, at, at * width, at * width, before, tuple(block[:length]))
-            for at, (request, before, block, length) in enumerate(
-                zip(requests, known, blocks.tolist(), own.tolist(), strict=True)
-            )
-        ]
-        self._drawn = self._draws(rows, getattr(output, DRAFT_ROWS, {}))
-        self._show_even(rows, own, getattr(output, DRAFT_LEVELS, {}))
+        sessions = len(roster.order)
+        layout = self._layouts[sessions, width]
+        own = np.zeros(sessions, dtype=np.int64)
+        if lengths:
+            own[roster.at] = list(lengths.values())
+        self._verified = np.where(self._offsets[: width - 1] < own[:, None], layout.inputs[:, 1:], NO_TOKEN)
+        levels = getattr(output, DRAFT_LEVELS, {})
+        even = EvenBlocks(roster, self._verified, own, layout.computed, levels)
+        self._drawn = self._draws(even.rows, getattr(output, DRAFT_ROWS, {})) if roster.drawn else {}
+        self._show_even(even)
 
-    def _show_even(
-        self,
-        rows: Sequence[RequestRows],
-        lengths: npt.NDArray[np.int64],
-        levels: Mapping[str, Sequence[int]],
-    ) -> None:
-        """As `_show_exits`, for an even batch, whose blocks of `lengths` tokens are `self._verified`."""
-        assert self._verified is not None
-        self._show_exits(rows, torch.arange(len(rows) * (self._verified.shape[1] + 1)), levels)
+    def _show_even(self, even: EvenBlocks) -> None:
+        """As `_show_exits`, for an even batch."""
+        self._show_exits(even.rows, torch.arange(even.tokens.size + len(even.tokens)), even.levels)
+
+    def _await_hints(self) -> None:
+        """The pass is launched: what exits need to know only once they speak."""
 
     # --- after it -------------------------------------------------------------------------------------
 
@@ -291,9 +455,11 @@ class SteadySteps(SessionRows):
         self._device_done()
         self.step_clock.sampled = time.monotonic()
         tokens = chosen.numpy().reshape(len(drafts), -1)
-        agreed = np.logical_and.accumulate(tokens[:, :-1] == drafts, axis=1).sum(axis=1) + 1
-        said = [row[:count] for row, count in zip(tokens.tolist(), agreed.tolist(), strict=True)]
-        self._keep(said)
+        differ = np.ones(tokens.shape, dtype=np.bool_)  # the first that does is the target's own
+        np.not_equal(tokens[:, :-1], drafts, out=differ[:, :-1])
+        counts = differ.argmax(axis=1) + 1
+        said = [row[:count] for row, count in zip(tokens.tolist(), counts.tolist(), strict=True)]
+        self._keep(tokens, counts, said)
         batch = self.input_batch
         return ModelRunnerOutput(
             req_ids=batch.req_ids.copy(),
@@ -302,13 +468,17 @@ class SteadySteps(SessionRows):
             num_nans_in_logits={},
         )
 
-    def _keep(self, said: Sequence[list[int]]) -> None:
-        """Take down what requests have said, as vLLM does, whose scheduler doesn't send it again."""
-        batch = self.input_batch
-        for at, (request, tokens) in enumerate(zip(batch.req_ids, said, strict=True)):
-            start = int(batch.num_tokens_no_spec[at])
-            end = start + len(tokens)
-            batch.token_ids_cpu[at, start:end] = tokens
-            batch.is_token_ids[at, start:end] = True
-            batch.num_tokens_no_spec[at] = end
-            self.requests[request].output_token_ids.extend(tokens)
+    def _keep(
+        self, tokens: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], said: Sequence[list[int]]
+    ) -> None:
+        """Take down what requests have said, the first `counts` of `tokens`, as vLLM does, whose scheduler doesn't send it
+        again. There is room for all of a row's: a pass never reaches the end of the context."""
+        batch, roster = self.input_batch, self._roster
+        assert roster is not None
+        rows, ends = self._batch_rows[: len(said)], batch.num_tokens_no_spec[: len(said)]
+        places = ends[:, None] + self._offsets[: tokens.shape[1]]
+        batch.token_ids_cpu[rows, places] = tokens
+        batch.is_token_ids[rows, places] = True
+        ends += counts.astype(ends.dtype)
+        for own, at in zip(roster.said, roster.at.tolist(), strict=True):
+            own.extend(said[at])

@@ -119,6 +119,8 @@ class EngineStats:
     fixed_ms: float = 0.0
     row_ms: float = 0.0
     """What a step that computes no prompt takes by its rows: `fixed_ms + row_ms * rows`; 0 before it is known."""
+    steady_steps: int = 0
+    """Steps that computed nothing but blocks, and went the short way through the scheduler (`steady_schedule`)."""
 
 
 OnExit = Callable[[ExitReport], None]

@@ -1,0 +1,118 @@
+"""What the scheduler knows of its sessions, and of the step under way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from services.verifier.engine.options import ANSWERED
+from shared.sampling.sparse import SparseRow
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+PADDING: Final = 0
+"""The token that fills up a block where batches are uniform."""
+
+
+class Block(NamedTuple):
+    """Draft tokens, how sure the draft was of them (`levels`, or nothing), and what they were drawn from (`rows`, tokens
+    and counts of each, or nothing; one more if the next token was refused); the base counts the request's own output
+    tokens. `number` counts the session's blocks; 0 for one that nobody has submitted."""
+
+    base: int
+    tokens: list[int]
+    levels: list[int]
+    rows: list[tuple[list[int], list[int]]]
+    number: int = 0
+
+
+@dataclass(slots=True)
+class Session:
+    """What the scheduler knows of a session beyond vLLM's request."""
+
+    key: str
+    request: Request
+    parked_at: int | None = None
+    """The step in which it parked; None while it has something to compute."""
+    resting: bool = False
+    """Preempted while it had nothing to compute: in no queue, without KV."""
+    armed: Block | None = None
+    """To be verified in the next step."""
+    armed_s: float = 0.0
+    """Since when."""
+    drafts: int = 0
+    """How many of the tokens to be verified are a draft's; padding follows them."""
+    pending: Block | None = None
+    """To be looked at when what runs now has ended."""
+    eager: bool = False
+    """Its next block follows at once: the verifier lets it go on by itself where no client's block is there."""
+    unheard: bool = False
+    """Nobody waits for what exits foresee of it."""
+    ahead: int = 0
+    """Tokens that it may say by itself beyond those that the verifier has taken."""
+    taken: int = 0
+    """Output tokens that the verifier has taken, as far as it has said."""
+    verified: int = 0
+    """The number of the block under way."""
+    answered: int = 0
+    """The number of the last block whose outcome is known; those before it are answered, too."""
+    reached: int = 0
+    """Prompt tokens whose KV was computed, or found in the prefix cache, at some time."""
+    plain: bool = False
+    """It has neither a grammar nor anything but tokens in its prompt, and does not go on after its end."""
+    stops: frozenset[int] | None = None
+    """Tokens that end it; None where vLLM has to be asked."""
+
+    @property
+    def told(self) -> dict[str, int] | None:
+        """What its outputs say of the blocks that they answer, where not all were asked for; in a place of theirs that vLLM
+        hands on."""
+        return {ANSWERED: self.answered} if self.ahead else None
+
+
+@dataclass(slots=True)
+class Counters:
+    """See `EngineStats`."""
+
+    steps: int = 0
+    scheduled_tokens: int = 0
+    prefill_tokens: int = 0
+    recomputed_tokens: int = 0
+    plain_tokens: int = 0
+    blocks: int = 0
+    block_tokens: int = 0
+    accepted_tokens: int = 0
+    stale_blocks: int = 0
+    preemptions: int = 0
+    prefix_cache_hit_tokens: int = 0
+    step_ms: float = 0.0
+    fixed_ms: float = 0.0
+    row_ms: float = 0.0
+    steady_steps: int = 0
+
+
+@dataclass(slots=True)
+class Step:
+    """The step under way: when it began, and the draft tokens of each session (by request) that it verifies."""
+
+    began: float = 0.0
+    verified: dict[str, int] = field(default_factory=dict)
+    prefills: bool = False
+
+
+def drawn_from(session: Session, block: Block, drafts: int) -> list[SparseRow]:
+    """What the tokens that the step verifies were drawn from; one more for a token that a grammar refused."""
+    first = session.request.num_output_tokens - block.base  # what was said since was cut from its front
+    rows = block.rows[first : first + drafts + (len(block.rows) > len(block.tokens))]
+    return [SparseRow(tuple(ids), tuple(counts)) for ids, counts in rows]
+
+
+def stops_of(request: Request) -> frozenset[int] | None:
+    """A request's tokens that end it; None where vLLM's check looks at more than these and its length."""
+    params = request.sampling_params
+    if params is None or params.repetition_detection is not None:
+        return None
+    return frozenset(
+        token for token in (params.eos_token_id, *(params.stop_token_ids or ())) if token is not None
+    )
