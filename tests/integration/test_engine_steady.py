@@ -80,7 +80,9 @@ async def test_sessions_of_every_kind_share_even_passes_and_are_exact(bench: Ben
             for n in range(MAX_SESSIONS)
         )
     )
-    spent = change(before, await bench.engine.stats())
+    after = await bench.engine.stats()
+    spent = change(before, after)
+    assert after.steady_steps > before.steady_steps
     assert [own.tokens for own in found] == [truth.tokens for truth in truths]
     assert spent["steps"] < spent["blocks"], "sessions are not batched"
     assert spent["scheduled_tokens"] == spent["prefill_tokens"] + spent["blocks"] + spent["block_tokens"]

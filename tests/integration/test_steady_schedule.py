@@ -1,0 +1,428 @@
+"""The short way through the scheduler beside the long one: the same traffic leads both to the same, step by step.
+
+No model: a target of the test's says what a hash of session and place says.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from services.verifier.engine import launch
+from services.verifier.engine.checkpoint import read_checkpoint
+from services.verifier.engine.options import (
+    DRAFT_LENGTHS,
+    DRAFT_LEVELS,
+    DRAFT_ROWS,
+    EAGER_KEY,
+    EVEN_ROWS,
+    SESSION_KEY,
+    UNHEARD_KEY,
+    EngineOptions,
+)
+from services.verifier.engine.scheduler import SessionScheduler
+from tests.integration.engine_bench import MAX_BLOCK, MAX_SESSIONS, settings_for
+from tests.integration.tiny_target import TinyTarget
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
+
+BLOCK = 16
+"""Tokens of a KV block."""
+WORDS = range(3, 60)
+STOPS = (5, 6)
+TIMINGS = ("step_ms", "fixed_ms", "row_ms")
+Made = Callable[..., SessionScheduler]
+
+
+def truth(key: str, place: int) -> int:
+    """What the target says as a session's output token number `place`."""
+    return WORDS[zlib.crc32(f"{key}.{place}".encode()) % len(WORDS)]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_target: TinyTarget) -> Iterator[Made]:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import init_none_hash
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    init_none_hash(sha256)
+    settings, checkpoint = settings_for(tiny_target), read_checkpoint(str(tiny_target.directory))
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
+
+    def make(*, uniform: bool, kv_blocks: int = 400) -> SessionScheduler:
+        options = EngineOptions("ipc://nobody", (), "", 1, 1, uniform=uniform)
+        arguments = launch.arguments(settings, checkpoint, options, cuda=False)
+        config = AsyncEngineArgs(**arguments).create_engine_config()
+        config.cache_config.num_gpu_blocks = kv_blocks
+        kv = KVCacheConfig(kv_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
+        return SessionScheduler(config, kv, StructuredOutputManager(config), BLOCK)
+
+    with launch.engine_environment(1):
+        launch.register_models()
+        yield make
+
+
+class Client:
+    """One scheduler, and what its sessions have said and whether they have ended."""
+
+    def __init__(self, scheduler: SessionScheduler) -> None:
+        self.scheduler = scheduler
+        self.said: dict[str, list[int]] = {}
+        self.ended: dict[str, Any] = {}
+
+    def open(self, key: str, prompt: list[int], *, plain: bool = False, **params: Any) -> None:
+        from vllm.sampling_params import SamplingParams
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher
+        from vllm.v1.request import Request
+
+        eager, unheard = params.pop("eager", True), params.pop("unheard", False)
+        marks = {SESSION_KEY: key, EAGER_KEY: eager, UNHEARD_KEY: unheard}
+        sampling = SamplingParams(temperature=0.0, extra_args=None if plain else marks, **params)
+        hasher = get_request_block_hasher(BLOCK, sha256)
+        self.scheduler.add_request(Request(key, list(prompt), sampling, None, block_hasher=hasher))
+        self.said[key] = []
+
+    def close(self, *keys: str) -> None:
+        from vllm.v1.request import RequestStatus
+
+        self.scheduler.finish_requests(keys, RequestStatus.FINISHED_ABORTED)
+        self.ended |= dict.fromkeys(keys, "closed")
+
+    def block(self, key: str, tokens: list[int], *, base: int | None = None, rows: bool = False) -> Any:
+        drawn = [([token, 1], [7, 1]) for token in tokens] if rows else []
+        known = len(self.said[key]) if base is None else base
+        return self.scheduler.submit_block(key, known, list(tokens), [40] * len(tokens), drawn)
+
+    def begin(self) -> Any:
+        return self.scheduler.schedule()
+
+    def answer(self, work: Any) -> Any:
+        """What the target makes of a step; padding it never accepts."""
+        from vllm.v1.outputs import ModelRunnerOutput
+
+        keys, lengths = list(work.num_scheduled_tokens), getattr(work, DRAFT_LENGTHS)
+        return ModelRunnerOutput(
+            keys,
+            {key: row for row, key in enumerate(keys)},
+            [
+                self._verdict(key, work.scheduled_spec_decode_tokens.get(key, [])[: lengths.get(key)])
+                for key in keys
+            ],
+        )
+
+    def _verdict(self, key: str, block: list[int]) -> list[int]:
+        if self.scheduler.requests[key].is_prefill_chunk:
+            return []
+        found: list[int] = []
+        for token in block:
+            if token != truth(key, len(self.said[key]) + len(found)):
+                break
+            found.append(token)
+        return [*found, truth(key, len(self.said[key]) + len(found))]
+
+    def end(self, work: Any, answer: Any) -> list[Any]:
+        found = self.scheduler.update_from_output(work, answer)
+        outputs = [output for each in found.values() for output in each.outputs]
+        for output in outputs:
+            self.said[output.request_id] += output.new_token_ids
+            if output.finished:
+                self.ended[output.request_id] = output.finish_reason
+        return outputs
+
+    def step(self) -> Any:
+        """A whole one; its work."""
+        work = self.begin()
+        self.end(work, self.answer(work))
+        return work
+
+
+# --- both beside each other ---------------------------------------------------------------------------------------
+
+
+def state(scheduler: SessionScheduler) -> dict[str, Any]:
+    """All that a step may change."""
+    kv = scheduler.kv_cache_manager
+    (manager,) = kv.coordinator.single_type_managers
+    stats = scheduler.session_stats()
+    stats["fast"] = stats.pop("steady_steps") * 0
+    for name in TIMINGS:
+        stats.pop(name)
+    return {
+        "stats": stats,
+        "running": [request.request_id for request in scheduler.running],
+        "waiting": [request.request_id for request in scheduler.waiting],
+        "step": scheduler.current_step,
+        "last": set(scheduler.prev_step_scheduled_req_ids),
+        "finished": scheduler.finished_req_ids,
+        "prefilling": {request.request_id for request in scheduler._inflight_prefills},
+        "awaited": scheduler._awaited,
+        "starved": scheduler._starved,
+        "bound": scheduler.prefill_capacity_bound,
+        "free": kv.block_pool.get_num_free_blocks(),
+        "cached": set(kv.block_pool.cached_block_hash_to_block._cache),
+        "blocks": {
+            key: [block.block_id for block in blocks] for key, blocks in manager.req_to_blocks.items()
+        },
+        "full": dict(manager.num_cached_block),
+        "requests": {
+            key: (
+                request.status,
+                list(request.output_token_ids),
+                list(request.spec_token_ids),
+                list(request.block_hashes),
+                request.num_computed_tokens,
+                request.num_in_flight_tokens,
+                request.num_stale_output_tokens,
+                request.is_prefill_chunk,
+                request.num_preemptions,
+                request.next_decode_eligible_step,
+                request.stop_reason,
+            )
+            for key, request in scheduler.requests.items()
+        },
+        "sessions": {
+            key: (own.parked_at, own.resting, own.armed, own.pending, own.reached, own.drafts)
+            for key, own in scheduler._by_key.items()
+        },
+    }
+
+
+def work_of(output: Any) -> dict[str, Any]:
+    """A step's work; what only asynchronous scheduling looks at is left out."""
+    found = {own.name: getattr(output, own.name) for own in fields(output)}
+    cached = found.pop("scheduled_cached_reqs")
+    more = {own.name: getattr(cached, own.name) for own in fields(cached) if own.name != "all_token_ids"}
+    marks = {name: getattr(output, name) for name in (DRAFT_LENGTHS, DRAFT_LEVELS, DRAFT_ROWS, EVEN_ROWS)}
+    return {**found, **more, **marks, "order": list(found["num_scheduled_tokens"])}
+
+
+class Twins:
+    """A scheduler that takes the short way where it can, and one that never does."""
+
+    def __init__(self, made: Made, **options: Any) -> None:
+        self.short, self.long = Client(made(**options)), Client(made(**options))
+        self.long.scheduler._steady._possible = False
+        self.most_ended = 0
+
+    @property
+    def open(self) -> list[str]:
+        return [key for key in self.short.said if key not in self.short.ended]
+
+    def both(self, act: Callable[[Client], Any]) -> Any:
+        found, expected = act(self.short), act(self.long)
+        assert found == expected
+        self.compare()
+        return found
+
+    def compare(self) -> None:
+        found, expected = state(self.short.scheduler), state(self.long.scheduler)
+        for name, value in expected.items():
+            assert found[name] == value, name
+
+    def step(self, meanwhile: Callable[[Client], Any] = lambda _: None) -> None:
+        """A whole step of both, if there is anything to do, and what happens `meanwhile`."""
+        if not self.both(lambda client: client.scheduler.has_requests()):
+            return
+        works = self.short.begin(), self.long.begin()
+        assert work_of(works[0]) == work_of(works[1])
+        self.compare()
+        answers = self.short.answer(works[0]), self.long.answer(works[1])
+        self.both(meanwhile)
+        outputs = self.short.end(works[0], answers[0]), self.long.end(works[1], answers[1])
+        assert outputs[0] == outputs[1]
+        self.most_ended = max(self.most_ended, sum(output.finished for output in outputs[0]))
+        self.compare()
+
+
+def traffic(twins: Twins, *, seed: int, rounds: int, prompts: int, most: int = MAX_SESSIONS) -> None:
+    """Sessions come, have blocks of all kinds verified, end in all ways, also while a step is under way."""
+    random, number = Random(seed), 0
+    for _ in range(rounds):
+        while len(twins.open) < most and random.random() < 0.3:
+            key, prompt = f"s{number}", [random.choice(WORDS) for _ in range(random.randint(1, prompts))]
+            limits: dict[str, Any] = {"max_tokens": random.choice((8, 8, 20, 60))}
+            if random.random() < 0.4:
+                limits["stop_token_ids"] = list(STOPS)
+            if random.random() < 0.1:
+                limits["min_tokens"] = 4
+            marks = {"eager": random.random() < 0.7, "unheard": random.random() < 0.3}
+            twins.both(lambda client, k=key, p=prompt, more={**limits, **marks}: client.open(k, p, **more))
+            number += 1
+        calm = random.random() < 0.5
+        for key in twins.open:
+            if twins.short.said[key] and (calm or random.random() < 0.7):
+                twins.both(lambda client, k=key, more=a_block(twins, key, random): client.block(k, **more))
+        if twins.open and random.random() < 0.05:
+            twins.both(lambda client, keys=random.sample(twins.open, 1): client.close(*keys))
+        twins.step(something(twins, random) if random.random() < 0.2 else lambda _: None)
+    for _ in range(200):
+        for key in twins.open:
+            twins.both(lambda client, k=key: client.block(k, []))
+        twins.step()
+    assert not twins.open
+    for key, said in twins.short.said.items():
+        assert said == [truth(key, place) for place in range(len(said))]
+
+
+def a_block(twins: Twins, key: str, random: Random) -> dict[str, Any]:
+    base = max(0, len(twins.short.said[key]) - random.choice((0, 0, 0, 0, 1, 3)))
+    tokens = [
+        truth(key, base + place) for place in range(random.choice((0, MAX_BLOCK, random.randint(0, 8))))
+    ]
+    if tokens and random.random() < 0.5:
+        tokens[random.randrange(len(tokens))] += 1
+    return {"base": base, "tokens": tokens, "rows": random.random() < 0.1}
+
+
+def something(twins: Twins, random: Random) -> Callable[[Client], Any]:
+    """What happens while a step is under way: one closes, or a block comes early."""
+    if not twins.open:
+        return lambda _: None
+    key = random.choice(twins.open)
+    if random.random() < 0.3:
+        return lambda client: client.close(key)
+    more = a_block(twins, key, random)
+    return lambda client: client.block(key, **more)
+
+
+@pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "ragged"])
+@pytest.mark.parametrize("seed", range(3))
+def test_both_ways_lead_to_the_same(made: Made, uniform: bool, seed: int) -> None:
+    twins = Twins(made, uniform=uniform)
+    traffic(twins, seed=seed, rounds=100, prompts=40)
+    short, long = twins.short.scheduler.counters, twins.long.scheduler.counters
+    assert short.steady_steps > short.steps / 4
+    assert long.steady_steps == 0
+    assert short.preemptions == 0
+    assert twins.most_ended > 1, "no step ended more than one"
+
+
+@pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "ragged"])
+@pytest.mark.parametrize("seed", range(3))
+def test_both_ways_lead_to_the_same_where_kv_is_scarce(made: Made, uniform: bool, seed: int) -> None:
+    twins = Twins(made, uniform=uniform, kv_blocks=12)
+    traffic(twins, seed=seed, rounds=120, prompts=80, most=8)
+    counters = twins.short.scheduler.counters
+    assert counters.preemptions > 5
+    assert counters.steady_steps > counters.steps / 10
+
+
+# --- which way a step takes ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[True, False], ids=["uniform", "ragged"])
+def client(request: pytest.FixtureRequest, made: Made) -> Client:
+    return Client(made(uniform=request.param))
+
+
+def short_steps(client: Client) -> int:
+    return client.scheduler.counters.steady_steps
+
+
+def spoken(client: Client, *keys: str, **params: Any) -> None:
+    for number, key in enumerate(keys):
+        client.open(key, [3 + number] * 5, max_tokens=100, **params)
+    client.step()
+
+
+def test_a_step_of_blocks_takes_the_short_way_and_a_prefill_does_not(client: Client) -> None:
+    spoken(client, "a", "b", "c")
+    assert short_steps(client) == 0
+    for key in "ab":
+        client.block(key, [truth(key, 1), 2])
+    client.step()
+    assert short_steps(client) == 1
+    assert client.said["a"] == [truth("a", place) for place in range(3)]
+    client.block("c", [])
+    client.open("d", [4, 4], max_tokens=9)
+    client.step()
+    assert short_steps(client) == 1
+    client.block("d", [9])
+    client.step()
+    assert short_steps(client) == 2
+
+
+def test_a_request_that_is_no_session_takes_the_long_way(client: Client) -> None:
+    spoken(client, "a")
+    client.open("plain", [4, 4], plain=True, max_tokens=3)
+    client.step()
+    client.block("a", [2])
+    client.step()
+    assert short_steps(client) == 0
+    client.step()
+    client.block("a", [2])
+    client.step()
+    assert short_steps(client) == 1
+
+
+def test_answers_with_log_probabilities_are_taken_in_the_long_way(client: Client) -> None:
+    from vllm.v1.outputs import LogprobsTensors
+
+    spoken(client, "a", logprobs=1)
+    client.block("a", [])
+    work = client.begin()
+    answer = client.answer(work)
+    tensors = LogprobsTensors(torch.tensor([[9, 9]]), torch.zeros(1, 2), torch.ones(1, dtype=torch.long))
+    answer.logprobs = tensors.tolists()
+    (output,) = client.end(work, answer)
+    assert output.new_logprobs is not None
+    assert client.scheduler._by_key["a"].parked_at is not None
+
+
+def test_a_session_that_repeats_itself_is_stopped_as_vllm_does(client: Client) -> None:
+    from vllm.sampling_params import RepetitionDetectionParams
+
+    spoken(
+        client,
+        "a",
+        repetition_detection=RepetitionDetectionParams(max_pattern_size=1, min_pattern_size=1, min_count=3),
+    )
+    client.block("a", [9, 9, 9])
+    work = client.begin()
+    answer = client.answer(work)
+    answer.sampled_token_ids[0][:] = [9, 9, 9, 8]
+    (output,) = client.end(work, answer)
+    assert (output.new_token_ids, output.finished) == ([9, 9, 9], True)
+    assert short_steps(client) == 1
+
+
+# --- even batches -------------------------------------------------------------------------------------------------
+
+
+def test_a_session_computed_anew_with_as_many_rows_as_blocks_makes_no_batch_even(made: Made) -> None:
+    client = Client(made(uniform=True))
+    client.open("anew", [3] * (MAX_BLOCK + 1), max_tokens=50)
+    spoken(client, "a", "b")
+    preempted = client.scheduler.requests["anew"]
+    client.scheduler.running.remove(preempted)
+    client.scheduler._preempt_request(preempted, 0.0)
+    for key in ("a", "b", "anew"):
+        client.block(key, [2])
+    work = client.begin()
+    assert set(work.num_scheduled_tokens.values()) == {MAX_BLOCK + 1}, "all have as many rows"
+    assert work.num_scheduled_tokens.keys() == {"a", "b", "anew"}
+    assert getattr(work, EVEN_ROWS) == 0
+    client.end(work, client.answer(work))
+    work = client.step()
+    assert list(work.num_scheduled_tokens) == ["anew"]
+    assert getattr(work, EVEN_ROWS) == MAX_BLOCK + 1
+
+
+def test_a_prompt_of_one_token_makes_no_batch_of_single_rows_even(made: Made) -> None:
+    client = Client(made(uniform=True))
+    spoken(client, "a", "b")
+    for key in "ab":
+        client.block(key, [])
+    client.open("new", [3], max_tokens=5)
+    work = client.step()
+    assert work.num_scheduled_tokens == {"a": 1, "b": 1, "new": 1}
+    assert getattr(work, EVEN_ROWS) == 0
