@@ -1,6 +1,6 @@
 """The verifier as it is, which also adds up how long its engine has been busy: for `scripts/bench system`.
 
-What it adds is `outrider_bench_engine_busy_seconds_total` and `outrider_bench_engine_steps_total` among its metrics. Its
+What it adds is `outrider_bench_engine_busy_seconds_total`, `..._steps_total` and `..._passes_total` among its metrics. Its
 engine's KV cache has the size that `OUTRIDER_KV_CACHE_MB` says, on CUDA too, since another engine is on the same GPU. Run as
 `python -m loadtest.metered_verifier`.
 """
@@ -25,19 +25,21 @@ from shared.telemetry import configure_logging
 
 BUSY: Final = "outrider_bench_engine_busy_seconds"
 STEPS: Final = "outrider_bench_engine_steps"
+PASSES: Final = "outrider_bench_engine_passes"
 LOOK_S: Final = 0.1
-"""Between two looks at the engine's counters: a few steps, over which its mean of a step's time hardly changes."""
+"""Between two looks at the engine's counters."""
 
 _BUSY: Final = Counter(BUSY, "Time that the engine's steps have taken.")
 _STEPS: Final = Counter(STEPS, "Steps of the engine.")
+_PASSES: Final = Counter(PASSES, "Passes of sessions, each session in a step being one.")
 
 
 class MeteredEngine(VllmEngine):
-    """Counts steps, and the time that they took: their number by the engine's own mean of the last ones."""
+    """Counts steps, what sessions had verified in them (nothing, too), and the time that they took."""
 
     def __init__(self, settings: VerifierSettings) -> None:
         super().__init__(settings)
-        self._seen = 0
+        self._seen: EngineStats | None = None
         self._looking: asyncio.Task[None] | None = None
 
     async def start(self, on_exit: OnExit) -> EngineInfo:
@@ -52,10 +54,11 @@ class MeteredEngine(VllmEngine):
             await asyncio.sleep(LOOK_S)
 
     def _take(self, stats: EngineStats) -> None:
-        steps = stats.steps - self._seen
-        self._seen = stats.steps
-        _STEPS.inc(steps)
-        _BUSY.inc(steps * stats.step_ms / 1000)
+        if (seen := self._seen) is not None:
+            _STEPS.inc(stats.steps - seen.steps)
+            _PASSES.inc(stats.blocks - seen.blocks)
+            _BUSY.inc((stats.busy_ms - seen.busy_ms) / 1000)
+        self._seen = stats
 
     async def stop(self) -> None:
         """See `Engine.stop`."""

@@ -37,7 +37,7 @@ from loadtest.compare_modes import MODES, Mode, Place
 from loadtest.compare_parts import Parts, Wanted, device_name, on_cuda
 from loadtest.compare_report import Batch, Setting, figures
 from loadtest.engine_shapes import DEPTHS, find_target, write_exits
-from loadtest.metered_verifier import BUSY, LOOK_S, STEPS
+from loadtest.metered_verifier import BUSY, LOOK_S, PASSES, STEPS
 from loadtest.system_target import (
     FIRST,
     SYSTEM_SHAPES,
@@ -144,6 +144,7 @@ class Turns:
     busy_s: float = 0.0
     wall_s: float = 0.0
     steps: float = 0.0
+    passes: float = 0.0
     cpu_s: dict[str, float] = field(default_factory=dict)
 
 
@@ -174,7 +175,7 @@ class Bench:
         return found
 
     async def _turn(self, turns: Turns, mode: Mode, numbers: Sequence[int], sessions: int) -> None:
-        carried, (busy_s, steps) = await self._parts.link_bytes(mode.place), await self._busy(mode)
+        carried, before = await self._parts.link_bytes(mode.place), await self._busy(mode)
         cpu_ms, cpu_s = self._parts.cpu_ms(mode.place), self._parts.cpu_s(mode.place)
         began_s = time.monotonic()
         answers = await self._ask(mode, numbers, sessions, self._options.max_tokens)
@@ -183,20 +184,21 @@ class Bench:
             turns.cpu_s[kind] = turns.cpu_s.get(kind, 0.0) + spent_s - cpu_s[kind]
         await asyncio.sleep(SETTLED_S)
         cpu_ms = self._parts.cpu_ms(mode.place) - cpu_ms
-        now_s, now_steps = await self._busy(mode)
-        turns.busy_s, turns.steps = turns.busy_s + now_s - busy_s, turns.steps + now_steps - steps
+        busy_s, steps, passes = (now - then for now, then in zip(await self._busy(mode), before, strict=True))
+        turns.busy_s, turns.steps = turns.busy_s + busy_s, turns.steps + steps
+        turns.passes += passes
         through = (await self._parts.link_bytes(mode.place)).since(carried)
         turns.batches.append(
             Batch(tuple(numbers), tuple(answers), through.up, through.down, cpu_ms, through.opening)
         )
 
-    async def _busy(self, mode: Mode) -> tuple[float, float]:
-        """Seconds for which the mode's engine has computed, and its steps where they are counted."""
+    async def _busy(self, mode: Mode) -> tuple[float, float, float]:
+        """Seconds for which the mode's engine has computed; its steps and sessions' passes where they are counted."""
         reader = self._parts.places[mode.place].reader
         if isinstance(reader, StockReader):
-            return await reader.busy_ms() / 1000, 0.0
+            return await reader.busy_ms() / 1000, 0.0, 0.0
         text = await self._parts.verifier_metrics()
-        return counter(text, BUSY), counter(text, STEPS)
+        return counter(text, BUSY), counter(text, STEPS), counter(text, PASSES)
 
     async def _ask(self, mode: Mode, numbers: Sequence[int], at_a_time: int, most: int) -> list[Answer]:
         served = self._parts.places[mode.place]
@@ -229,6 +231,8 @@ def runs_of(
         setting = Setting(name, options.rtt_ms, sessions, mode.policy, gamma, mode.adaptive, synthetic=True)
         told = figures(setting, turns.batches, truths, max_tokens=options.max_tokens, price=0.0)
         del told["cost_per_million_tokens"]
+        if turns.passes:  # gateways count messages, of which one may hold what several passes said
+            told["passes_per_token"] = round(turns.passes / told["tokens"], 3)
         runs.append(
             {
                 **told,

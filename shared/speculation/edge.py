@@ -47,7 +47,6 @@ from shared.speculation.pace import (
     best_length,
     lanes_in,
     least_worth,
-    length_in,
     thrifty_length,
 )
 
@@ -433,9 +432,6 @@ class EdgeSession:
         self._next_lane = 0
         self._timer = 0
         self._progress_ms = 0.0
-        self._open_ms = (
-            0.0  # when the open lane went up as a block, or would have, for its pass to run as it does
-        )
         self._credit = CREDIT / 2
         self._acknowledged = 0
         self._rest, self._resting = 0, RESTS[0]
@@ -622,7 +618,7 @@ class EdgeSession:
         best = best_length(self._clocks(), longest)
         if best or self._config.policy is Policy.COST:
             self._rested, self._resting = False, RESTS[0]
-            return self._needed_length()
+            return self._length()
         if self._rested:  # only a draft can tell whether drafts have become better
             self._rested = False
             return longest
@@ -630,8 +626,8 @@ class EdgeSession:
         self._rest, self._resting = self._resting, min(2 * self._resting, RESTS[1])
         return 0
 
-    def _needed_length(self) -> int:
-        """Tokens to draft for a block that is waited for.
+    def _length(self) -> int:
+        """Tokens to draft for a block, or for a lane that may become one.
 
         Under policy `latency` the target goes on meanwhile, so that a draft is as long as it may be: which of its tokens
         are worth their rows is known once they are there (`_cut`). Under `cost` it is the verifier's time that is saved.
@@ -640,27 +636,6 @@ class EdgeSession:
         if not self._config.adaptive or self._config.policy is Policy.LATENCY:
             return max(1, longest)
         return thrifty_length(self._clocks(), longest)
-
-    def _lane_length(self, parent: _Lane, now_ms: float) -> int:
-        """Tokens to draft for a lane that follows `parent`: its pass may be over before they are all there.
-
-        Under policy `cost` nothing happens then: what a token brings is weighed against the wait. In time it is worth more
-        than a block that comes after the verdict, so that it is no longer than that weighing says.
-        """
-        longest = self._config.block_length
-        if not self._config.adaptive or self._config.policy is Policy.LATENCY:
-            return max(1, longest)
-        beside = 1 + sum(lane.tokens is None for lane in self._lanes.values())
-        step_ms, left_ms = self._step(beside), self._due(parent) - now_ms
-        return length_in(self._clocks(), longest, lambda length: max(0.0, length * step_ms - left_ms))
-
-    def _due(self, lane: _Lane) -> float:
-        """When a forward that follows `lane` has to leave, to be there when its pass ends."""
-        pass_ms = self._pass(self._sharers(1.0) * (1 + len(lane.tokens or ())))
-        if lane is self._open:
-            return self._open_ms + pass_ms
-        parent = self._lane(lane.parent)
-        return (self._due(parent) if parent is not None else self._open_ms) + pass_ms
 
     def _clocks(self) -> Clocks:
         return Clocks(
@@ -699,7 +674,6 @@ class EdgeSession:
         """Send a lane up that came true, less what is committed of it."""
         self._rebase(lane)
         lane.round, lane.sent_ms = self._take_round(), now_ms
-        self._open_ms = now_ms
         lane.ranking = self._guess(lane)
         self._make_open(lane)
         return [*self._ask(), *self._expand(now_ms)]
@@ -822,7 +796,7 @@ class EdgeSession:
                 if weakest is None or probability <= SURER * weakest.probability:
                     break
                 actions += self._drop([weakest])
-            length = self._room(parent.base + len(assumed), self._lane_length(parent, now_ms))
+            length = self._room(parent.base + len(assumed), self._length())
             origin = Origin.EXIT if parent.hint_ms else Origin.GUESS
             accepted = len(assumed) - 1 - len(parent.assumed)
             lane, started = self._start(
@@ -1170,8 +1144,6 @@ class EdgeSession:
         if lane.round is None:
             return self._send_block(lane, now_ms)
         statistics.taken += lane.round == taken
-        # Its pass has begun half a round trip ago, and a forward takes as long: as if it had been sent so much earlier.
-        self._open_ms = now_ms - self._round_trip(0.0)
         self._make_open(lane)
         self._reweigh()
         ready = [action for each in list(self._lanes.values()) for action in self._forward(each)]

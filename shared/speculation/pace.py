@@ -183,7 +183,9 @@ def thrifty_length(clocks: Clocks, longest: int) -> int:
     """The block length γ of 1 … `longest` at which a token takes least of the verifier, if the session waits for its drafts:
     E(γ) / pass(γ) is largest. That is the longest unless rows are dear beside what a pass takes anyway.
 
-    Drafting takes no more than half of a round, so no longer than the round trip and the pass.
+    Drafting takes no more than half of a round, so no longer than the round trip and the pass. E rests on the mean
+    acceptance, which the draft's own confidences in its tokens outdo: which of them are worth their rows is known once they
+    are there (`least_worth`).
     """
     if clocks.pass_ms(clocks.sharers) <= 0.0:
         return max(1, longest)
@@ -205,30 +207,6 @@ def least_worth(rate: float, pass_ms: Callable[[float], float], sharers: float) 
     to bring, if each gets `rate` tokens a ms: rate · sharers · (pass(n + 1) - pass(n)).
     """
     return rate * (pass_ms(2.0 * sharers) - pass_ms(sharers))
-
-
-def length_in(clocks: Clocks, longest: int, delay_ms: Callable[[int], float]) -> int:
-    """The length of 1 … `longest` that is best for one draft of which `delay_ms` says how long its verification has to wait
-    for it.
-
-    What a further token brings is weighed against the time that it costs, at the best rate that there is:
-
-        worth(γ) = E(γ) - rate · (pass(γ) + delay(γ))
-
-    which is that of blocks: a session that waits for drafts has nothing that goes on without them.
-    A draft that is ready in time is as long as rows allow; one that others wait for is shorter. E rests on the mean
-    acceptance, which the draft's own confidences in its tokens outdo: where waiting costs little, a draft had better be as
-    long as it may be and be cut when they are known (`least_worth`).
-    """
-    if clocks.pass_ms(clocks.sharers) <= 0.0:
-        return max(1, longest)
-    rate = max(_rate(clocks, length) for length in range(1, max(1, longest) + 1))
-
-    def worth(length: int) -> float:
-        cost_ms = clocks.pass_ms(clocks.sharers * (length + 1)) + delay_ms(length)
-        return expected_tokens(clocks.acceptance, length) - rate * cost_ms
-
-    return max(range(1, max(1, longest) + 1), key=worth)
 
 
 def _rate(clocks: Clocks, length: int) -> float:

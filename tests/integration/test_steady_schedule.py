@@ -36,7 +36,7 @@ BLOCK = 16
 """Tokens of a KV block."""
 WORDS = range(3, 60)
 STOPS = (5, 6)
-TIMINGS = ("step_ms", "fixed_ms", "row_ms")
+TIMINGS = ("step_ms", "busy_ms", "fixed_ms", "row_ms")
 Made = Callable[..., SessionScheduler]
 
 

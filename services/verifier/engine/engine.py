@@ -281,9 +281,9 @@ class VllmEngine:
         unread = opened.unread()
         answered = opened.ask(tokens)
         if answered:
-            if not opened.falls_behind(own_base + len(unread)):
-                return BlockStatus.QUEUED
             own_base, tokens, levels, drawn_from = own_base + len(unread), (), [], []
+        if opened.ahead and not tokens and not opened.falls_behind(own_base):
+            return BlockStatus.QUEUED  # the engine needn't be told: it goes on as it is
         opened.taken = own_base
         call = llm.submit_block(opened.key, own_base, list(tokens), levels, drawn_from, opened.submitted)
         status = BlockStatus(await self._call(call))

@@ -53,6 +53,7 @@ from services.verifier.engine.steady_schedule import SteadySchedule
 from services.verifier.engine.step_costs import StepCosts
 from services.verifier.engine.types import BlockStatus
 from shared.sampling.sparse import SparseRow
+from shared.speculation.pace import Mean
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -63,6 +64,8 @@ if TYPE_CHECKING:
 NEVER: Final = 1 << 62
 STEP_MS_WEIGHT: Final = 0.1
 MOST_GATHERED_S: Final = 0.015
+AGREED: Final = 0.7
+"""Share of drafted tokens that is taken to be accepted before any were."""
 GATHERED_SHARE: Final = 0.15
 """How long a step waits for the next session to share it: this share of a step, and no longer than that."""
 
@@ -85,6 +88,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         self._awaited: set[str] = set()  # eager sessions that spoke in the last step and have no block yet
         self._heard_s = 0.0
         self._companions = Companions()
+        self._agreed = Mean()  # share of drafted tokens that were accepted
         self._going_on: set[str] = set()  # parked sessions that say another token in the next step
         self.departures = 0
         """How often a request has ended or was preempted."""
@@ -186,8 +190,29 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
 
     def _let_go_on(self, session: Session) -> None:
         """Have a parked session say another token in the next step, if no block comes and it isn't too far ahead."""
-        if session.request.num_output_tokens - session.taken < session.ahead:
+        if session.goes_on:
             self._going_on.add(session.key)
+
+    def _hold_back(self) -> None:
+        """Keep blocks for a later step where so few have one that they are not worth their padding.
+
+        Where batches are uniform one block makes the step of all n sessions as long as K more rows for each of them take.
+        The tokens that all get in that time are more than the drafts' that are expected to be accepted, unless there are
+        enough of these. Until then every session says another token, by which its block is trimmed.
+        """
+        armed = [session for session in self._by_request.values() if session.armed is not None]
+        drafts = sum(session.drafts for session in armed)
+        if not drafts or not all(session.ahead for session in armed):
+            return
+        counters = self.counters
+        plain_ms = counters.fixed_ms + counters.row_ms * len(armed)
+        padding_ms = counters.row_ms * self.max_block * len(armed)
+        if self._agreed(AGREED) * drafts * plain_ms >= padding_ms * len(armed):
+            return
+        for session in armed:
+            if session.drafts:
+                session.pending = session.armed
+                self._arm(session, Block(session.request.num_output_tokens, [], [], []), [])
 
     def _park(self, session: Session) -> None:
         session.request.next_decode_eligible_step = NEVER
@@ -237,6 +262,8 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         for key in () if self._starved else tuple(self._going_on):  # parked ones make room
             session = self._by_key[key]
             self._arm(session, Block(session.request.num_output_tokens, [], [], []), [])
+        if self.uniform:
+            self._hold_back()
         if not throttle_prefills and (steady := self._steady.begin()) is not None:
             self._starved = False
             return steady
@@ -348,12 +375,16 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
     ) -> dict[int, Any]:
         """Take the step's results in; sessions that have spoken park."""
         counters, step = self.counters, self._step
+        accepted = counters.accepted_tokens
         outputs = self._steady.end(scheduler_output, model_runner_output)
         if outputs is None:
             outputs = self._take_in(scheduler_output, model_runner_output)
+        if drafts := sum(step.verified.values()):
+            self._agreed.saw((counters.accepted_tokens - accepted) / drafts)
         self._heard_s = time.monotonic()
         if scheduler_output.num_scheduled_tokens:
             elapsed_ms = (self._heard_s - step.began) * 1000
+            counters.busy_ms += elapsed_ms
             weight = STEP_MS_WEIGHT if counters.step_ms else 1.0
             counters.step_ms += weight * (elapsed_ms - counters.step_ms)
             if not step.prefills:
@@ -401,13 +432,16 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if session.armed is not None:
             session.pending = session.pending or session.armed
             session.armed = None
-        self._going_on.discard(session.key)  # it rests until its verifier asks again
+        self._going_on.discard(session.key)
         session.parked_at = None
         request.next_decode_eligible_step = 0
         super()._preempt_request(request, timestamp, drop_stale_output)
         if session.pending is None and request.num_output_tokens:
             self.waiting.remove_request(request)
-            session.resting = True
+            session.resting = not session.goes_on
+            if session.goes_on:  # behind those that wait
+                session.pending = Block(request.num_output_tokens, [], [], [])
+                self._enqueue_waiting_request(request)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int

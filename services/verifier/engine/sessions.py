@@ -65,6 +65,11 @@ class Session:
     """Tokens that end it; None where vLLM has to be asked."""
 
     @property
+    def goes_on(self) -> bool:
+        """Whether it may say another token by itself."""
+        return bool(self.request.num_output_tokens - self.taken < self.ahead)
+
+    @property
     def told(self) -> dict[str, int] | None:
         """What its outputs say of the blocks that they answer, where not all were asked for; in a place of theirs that vLLM
         hands on."""
@@ -87,6 +92,7 @@ class Counters:
     preemptions: int = 0
     prefix_cache_hit_tokens: int = 0
     step_ms: float = 0.0
+    busy_ms: float = 0.0
     fixed_ms: float = 0.0
     row_ms: float = 0.0
     steady_steps: int = 0

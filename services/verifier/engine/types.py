@@ -116,6 +116,8 @@ class EngineStats:
     """Share of the KV cache in use, 0 to 1."""
     step_ms: float
     """Running mean of a step's duration."""
+    busy_ms: float = 0.0
+    """What all steps together have taken."""
     fixed_ms: float = 0.0
     row_ms: float = 0.0
     """What a step that computes no prompt takes by its rows: `fixed_ms + row_ms * rows`; 0 before it is known."""
