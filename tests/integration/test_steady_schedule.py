@@ -312,8 +312,8 @@ def test_both_ways_lead_to_the_same_where_kv_is_scarce(made: Made, uniform: bool
     twins = Twins(made, uniform=uniform, kv_blocks=12)
     traffic(twins, seed=seed, rounds=120, prompts=80, most=8)
     counters = twins.short.scheduler.counters
-    assert counters.preemptions > 5
-    assert counters.steady_steps > counters.steps / 10
+    assert counters.preemptions > 2
+    assert counters.steady_steps > 10
 
 
 # --- which way a step takes ---------------------------------------------------------------------------------------

@@ -142,11 +142,11 @@ SYMBOLS: Final[tuple[Symbol, ...]] = (
         (),
         ("remove_skipped_blocks", "get_num_blocks_to_allocate", "allocate_new_blocks", "cache_blocks"),
     ),
-    Symbol("vllm.v1.core.kv_cache_manager", "KVCacheManager.create_kv_cache_blocks", ("self", "blocks")),
     Symbol(
-        "vllm.v1.core.kv_cache_coordinator",
-        "KVCacheCoordinator.allocate_new_blocks",
-        ("self", "request_id", "num_tokens", "num_tokens_main_model", "num_encoder_tokens"),
+        "vllm.v1.core.single_type_kv_cache_manager",
+        "FullAttentionManager.allocate_new_blocks",
+        ("self", "request_id", "num_tokens", "num_tokens_main_model"),
+        ("req_to_blocks", "get_new_blocks"),
     ),
     Symbol(
         "vllm.v1.core.kv_cache_coordinator",

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from services.verifier.engine.scheduler import SessionScheduler
 
 Ready = list[tuple[Session, "Request"]]
+Growing = list[tuple[int, int, bool]]
+"""Of a session that vLLM's KV manager has to be asked for: which of those that are ready it is, for how many tokens it needs
+room that it lacks (0: it has enough), and whether it has filled a block that others may share."""
 
 
 class SteadySchedule:
@@ -93,10 +96,10 @@ class SteadySchedule:
         bare = all(not session.drafts and (session.eager or session.unheard) for session, _ in ready)
         return 0 if bare else self._scheduler.max_block
 
-    def _growing(self, ready: Ready, longest: int | None) -> list[int] | None:
-        """Which of them vLLM's KV manager has to be asked for: those that need room, or have filled a block that others
-        may share. None where there is not room enough, in the KV cache, the context or the step."""
-        own, growing = self._scheduler, list[int]()
+    def _growing(self, ready: Ready, longest: int | None) -> Growing | None:
+        """Whom vLLM's KV manager has to be asked for; None where there is not room enough, in the KV cache, the context or
+        the step."""
+        own, growing = self._scheduler, Growing()
         kv = own.kv_cache_manager
         (manager,) = kv.coordinator.single_type_managers
         held, cached, size = manager.req_to_blocks, manager.num_cached_block, manager.block_size
@@ -110,12 +113,14 @@ class SteadySchedule:
             if end >= own.max_model_len:
                 return None
             request_id = request.request_id
-            missing = -(-min(end + ahead, own.max_model_len) // size) - len(held.get(request_id, ()))
+            room = min(end + ahead, own.max_model_len)
+            missing = -(-room // size) - len(held.get(request_id, ()))
+            filled = caching and known // size > cached.get(request_id, 0)
             if missing > 0:
                 needed += missing
-                growing.append(at)
-            elif caching and known // size > cached.get(request_id, 0):
-                growing.append(at)
+                growing.append((at, room, filled))
+            elif filled:
+                growing.append((at, 0, True))
         drafting = len(ready) * own.vllm_config.speculative_config.max_num_new_slots_for_drafting
         if (
             needed > kv.block_pool.get_num_free_blocks()
@@ -125,7 +130,7 @@ class SteadySchedule:
             return None
         return growing
 
-    def _schedule(self, ready: Ready, longest: int | None, growing: list[int]) -> SchedulerOutput:
+    def _schedule(self, ready: Ready, longest: int | None, growing: Growing) -> SchedulerOutput:
         """As the second half of `Scheduler.schedule`, and as `_update_after_schedule`, vLLM's and ours."""
         own = self._scheduler
         own.current_step += 1
@@ -140,7 +145,7 @@ class SteadySchedule:
         said: list[int] = []
         total = total_drafts = 0
         verified, under_way = own._step.verified, self._under_way
-        new_blocks = self._grown(ready, longest, growing)
+        new_blocks = self._grown(ready, growing)
         for session, request in ready:
             request_id, drafts, armed = request.request_id, session.drafts, session.armed
             assert armed is not None
@@ -203,20 +208,18 @@ class SteadySchedule:
         self._output, self._departures = output, own.departures
         return output
 
-    def _grown(
-        self, ready: Ready, longest: int | None, growing: list[int]
-    ) -> list[tuple[list[int], ...] | None]:
-        """As `KVCacheManager.allocate_slots`, of a running request whose KV is all of one kind; what each session gets."""
-        own, found = self._scheduler, list[tuple[list[int], ...] | None]([None]) * len(ready)
-        kv = own.kv_cache_manager
-        for at in growing:
+    def _grown(self, ready: Ready, growing: Growing) -> list[tuple[list[int], ...] | None]:
+        """As `KVCacheManager.allocate_slots`, of running requests whose KV is all of one kind; what each session gets."""
+        coordinator = self._scheduler.kv_cache_manager.coordinator
+        (manager,) = coordinator.single_type_managers
+        found: list[tuple[list[int], ...] | None] = [None] * len(ready)
+        for at, room, filled in growing:
             request = ready[at][1]
-            rows = 1 + (len(request.spec_token_ids) if longest is None else longest)
-            end = request.num_computed_tokens + rows
-            room = min(end + own.num_lookahead_tokens, own.max_model_len)
-            blocks = kv.coordinator.allocate_new_blocks(request.request_id, room, end)
-            kv.coordinator.cache_blocks(request, request.num_computed_tokens + 1)
-            found[at] = kv.create_kv_cache_blocks(blocks).get_block_ids(allow_none=True)
+            if room:
+                blocks = manager.allocate_new_blocks(request.request_id, room, room)
+                found[at] = ([block.block_id for block in blocks],)
+            if filled:
+                coordinator.cache_blocks(request, request.num_computed_tokens + 1)
         return found
 
     def _count(self, sessions: int, drafts: int) -> None:
