@@ -281,19 +281,35 @@ def test_no_block_waits_longer_than_a_return_takes(steps: Steps) -> None:
     assert steps.step() == set(keys[:6])
 
 
-def test_patient_sessions_hold_up_neither_eager_ones_nor_prompts(steps: Steps) -> None:
+def test_patient_sessions_hold_up_neither_eager_ones_nor_their_prompts(steps: Steps) -> None:
     apart(steps, "a", "b")
-    steps.open("eager")
-    steps.step()
-    steps.now_ms += RETURN_MS - STEP_MS
+    steps.now_ms += RETURN_MS
     steps.block("a")
     assert steps.wait_ms > 0.0
-    steps.open("new", eager=False)
-    assert steps.wait_ms == 0.0, "a prompt is there"
+    steps.open("eager")
+    assert steps.wait_ms == 0.0, "an eager session's prompt is there"
     steps.step()
     steps.block("eager")
     steps.block("a")
     assert steps.wait_ms == 0.0, "an eager session is ready"
+
+
+def test_patient_sessions_prompts_wait_for_those_that_come_right_after_them(steps: Steps) -> None:
+    apart(steps, "a", fixed_ms=10.0)
+    steps.now_ms += RETURN_MS
+    steps.block("a")
+    steps.open("p0", eager=False)
+    for number in range(1, 6):
+        assert steps.wait_ms == pytest.approx(10.0, abs=0.1), "what a pass takes anyway"
+        steps.now_ms += 5.0
+        steps.open(f"p{number}", eager=False)
+    steps.now_ms += 5.0
+    steps.open("p6", eager=False)
+    steps.now_ms += 2.0
+    assert steps.wait_ms == pytest.approx(8.0, abs=0.1), "no longer than a few times that in all"
+    steps.now_ms += 8.0
+    assert steps.wait_ms == 0.0
+    assert steps.step() == {"a", *(f"p{number}" for number in range(7))}
 
 
 def test_a_patient_session_that_has_ended_is_not_waited_for(steps: Steps) -> None:

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 NEVER: Final = 1 << 62
 STEP_MS_WEIGHT: Final = 0.1
 MOST_GATHERED_S: Final = 0.015
+LULLS: Final = 4
 AGREED: Final = 0.7
 """Share of drafted tokens that is taken to be accepted before any were."""
 GATHERED_SHARE: Final = 0.15
@@ -244,14 +245,28 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
 
     def _patient_s(self, now: float) -> float:
         """For how long patient sessions' step waits for more of them (`Companions`); it holds up nobody else."""
-        patient = [session for session in self._by_request.values() if not session.eager]
-        ready = [session.armed_s for session in patient if session.armed is not None]
-        if not ready or self.waiting or any(request.is_prefill_chunk for request in self.running):
+        sessions = self._by_request.values()
+        patient = [session for session in sessions if not session.eager]
+        if not patient or any(request.is_prefill_chunk for request in self.running):
             return 0.0
-        if any(session.eager and session.armed is not None for session in self._by_request.values()):
+        if len(patient) < len(sessions) and any(each.eager and each.armed is not None for each in sessions):
             return 0.0
         fixed_s = self.counters.fixed_ms / 1000
+        if self.waiting:
+            return self._prompts_s(now, min(MOST_GATHERED_S, fixed_s))
+        ready = [session.armed_s for session in patient if session.armed is not None]
         return self._companions.wait_s(now, ready_since=ready, sessions=len(patient), fixed_s=fixed_s)
+
+    def _prompts_s(self, now: float, lull_s: float) -> float:
+        """For how long the step of patient sessions' prompts waits for more prompts: until none has come for `lull_s`, what
+        a pass takes anyway, and a few times that in all. Prompts of a crowd come one after the other."""
+        opened = []
+        for request in self.waiting:
+            session = self._by_request.get(request.request_id)
+            if session is None or session.eager:
+                return 0.0
+            opened.append(session.opened_s)
+        return max(0.0, min(max(opened) + lull_s, min(opened) + LULLS * lull_s) - now)
 
     # --- a step -------------------------------------------------------------------------------------------------
 
@@ -482,6 +497,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 eager=is_eager(extra),
                 unheard=is_unheard(extra),
                 ahead=ahead_of(extra),
+                opened_s=time.monotonic(),
                 plain=not (request.use_structured_output or request.has_encoder_inputs or request.resumable),
                 stops=stops_of(request),
             )

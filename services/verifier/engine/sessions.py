@@ -33,6 +33,7 @@ class Session:
 
     key: str
     request: Request
+    opened_s: float = 0.0
     parked_at: int | None = None
     """The step in which it parked; None while it has something to compute."""
     resting: bool = False
