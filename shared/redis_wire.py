@@ -33,7 +33,7 @@ def pack(commands: Iterable[Sequence[bytes | str | int]]) -> bytes:
     return b"".join(parts)
 
 
-class AnswerParser(_AsyncRESP2Parser):  # type: ignore[misc]
+class AnswerParser(_AsyncRESP2Parser):
     """In the place of redis-py's parser: parses what has come at once, and waits only for what has not."""
 
     def __init__(self, socket_read_size: int) -> None:
@@ -43,7 +43,7 @@ class AnswerParser(_AsyncRESP2Parser):  # type: ignore[misc]
 
     def on_connect(self, connection: Any) -> None:
         """See redis-py."""
-        super().on_connect(connection)
+        super().on_connect(connection)  # type: ignore[no-untyped-call]
         self._held, self._at = b"", 0
 
     async def can_read(self) -> bool:
@@ -52,14 +52,15 @@ class AnswerParser(_AsyncRESP2Parser):  # type: ignore[misc]
 
     async def read_response(self, disable_decoding: bool = False) -> Any:
         """The next answer; an error of the server's is returned. Raises redis-py's `ConnectionError`."""
-        if not self._connected:
+        stream = self._stream
+        if stream is None or not self._connected:
             raise ConnectionLost("Connection closed by server.")
         while True:
             try:
                 answer, self._at = self._parse(self._held, self._at)
                 break
             except Incomplete:
-                more = await self._stream.read(READ_BYTES)
+                more = await stream.read(READ_BYTES)
                 if not more:
                     raise ConnectionLost("Connection closed by server.") from None
                 self._held, self._at = self._held[self._at :] + more, 0
@@ -93,5 +94,5 @@ class AnswerParser(_AsyncRESP2Parser):  # type: ignore[misc]
         if kind == _STATUS:
             return text, after
         if kind == _ERROR:
-            return self.parse_error(text.decode(errors="replace")), after
+            return self.parse_error(text.decode(errors="replace")), after  # type: ignore[no-untyped-call]
         raise InvalidResponse(f"Protocol Error: {data[at:end]!r}")
