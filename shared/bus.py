@@ -9,8 +9,9 @@ How it is set, and why:
   answers the requests of one connection in their order, so a verdict must not share one with hints.
 - `acks=all` with idempotence: on one broker it costs nothing, and what is sent again after a lost connection arrives
   once. Hints have `acks=1` and are not sent again.
-- An idle fetch waits 100 ms. Apache Kafka answers it the moment a message arrives, so this is only how often an idle
-  reader asks anew, and how long a partition just won may wait behind the fetch before it. Tansu doesn't wake it: 10 ms.
+- An idle fetch waits 500 ms. Apache Kafka answers it the moment a message arrives, so this is only how often an idle
+  reader asks anew. In a group it waits 100 ms, since a partition just won may wait behind the fetch before it. Tansu
+  doesn't wake it: 10 ms.
 """
 
 from __future__ import annotations
@@ -99,14 +100,17 @@ class Capabilities:
 
     idempotence: bool
     fetch_max_wait_ms: int
+    group_fetch_max_wait_ms: int
     topic_settings: bool
 
     @classmethod
     def of(cls, flavor: KafkaFlavor) -> Capabilities:
         """Apache Kafka can do everything. Tansu knows no idempotence and does not wake a waiting fetch."""
         if flavor is KafkaFlavor.TANSU:
-            return cls(idempotence=False, fetch_max_wait_ms=10, topic_settings=False)
-        return cls(idempotence=True, fetch_max_wait_ms=100, topic_settings=True)
+            return cls(
+                idempotence=False, fetch_max_wait_ms=10, group_fetch_max_wait_ms=10, topic_settings=False
+            )
+        return cls(idempotence=True, fetch_max_wait_ms=500, group_fetch_max_wait_ms=100, topic_settings=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +183,7 @@ class Bus:
         self._client = client
         self._capabilities = Capabilities.of(settings.kafka_flavor)
         self._metrics = _metrics(registry)
+        self._sent: dict[Topic, tuple[Counter, Histogram]] = {}
         self._counts: dict[Topic, int] = {}
         # Half of what a message has: a broker that hangs is left for a new connection while there is time for that.
         self._timeout_s = settings.bus_deadline_s / 2
@@ -301,8 +306,11 @@ class Bus:
             if isinstance(error, MessageSizeTooLargeError):
                 raise ProtocolError(f"a message for {topic} is longer than the broker takes") from None
             raise self._unavailable(f"did not take a message for {self._name(topic)} ({error!r})") from None
-        self._metrics.sent.labels(topic).inc()
-        self._metrics.send_seconds.labels(topic).observe(loop.time() - started)
+        if topic not in self._sent:
+            self._sent[topic] = self._metrics.sent.labels(topic), self._metrics.send_seconds.labels(topic)
+        sent, seconds = self._sent[topic]
+        sent.inc()
+        seconds.observe(loop.time() - started)
 
     def post(self, message: Hint, *, partition: int, trace: TraceContext | None = None) -> bool:
         """Send a hint without waiting. False when it was dropped: too many are on their way, or the bus has stopped."""
@@ -343,7 +351,8 @@ class Bus:
         numbers = range(count) if partitions is None else partitions
         for number in numbers:
             self._check_partition(topic, number)
-        return Reader(self._plan(topic), partitions=numbers, end=options.get("start", "latest"))
+        plan = self._plan(topic, self._capabilities.fetch_max_wait_ms)
+        return Reader(plan, partitions=numbers, end=options.get("start", "latest"))
 
     @overload
     def group_reader(
@@ -371,7 +380,7 @@ class Bus:
         group, member = self._settings.topic_prefix + options["group"], options.get("member")
         timeout_ms = int(options.get("session_timeout_s", 6.0) * 1000)
         reader: GroupReader[Any] = GroupReader(
-            self._plan(topic),
+            self._plan(topic, self._capabilities.group_fetch_max_wait_ms),
             group=group,
             member=member,
             consumer_options={
@@ -469,7 +478,7 @@ class Bus:
             topic_configs=configs if self._capabilities.topic_settings else {},
         )
 
-    def _plan(self, topic: Topic) -> ReaderPlan:
+    def _plan(self, topic: Topic, fetch_wait_ms: int) -> ReaderPlan:
         return ReaderPlan(
             topic=topic,
             name=self._name(topic),
@@ -477,7 +486,7 @@ class Bus:
             cluster=self._cluster,
             deadline_s=self._settings.bus_deadline_s,
             queue=self._settings.bus_queue,
-            fetch_wait_ms=self._capabilities.fetch_max_wait_ms,
+            fetch_wait_ms=fetch_wait_ms,
             fetch_partition_bytes=MAX_MESSAGE_BYTES,
             fetch_timeout_s=self._timeout_s,
             send_dead_letter=self._send_dead_letter,

@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 Step = Callable[[], Coroutine[None, None, None]]
 RETRY_AFTER_S = 0.5
+NOTE_AFTER_S = 0.1
+"""A round that has been open for so long is noted for operators: most end before."""
 FLOOR_LENGTH = 5
 """Tokens that the floor looks up at a time."""
 
@@ -360,6 +362,8 @@ class SessionShell:
 
     async def _commit(self, action: core.Commit) -> None:
         clock = self._answered.popleft() if self._answered else None
+        if self._round is not None and self._round.base <= action.base:
+            self._round = None
         try:
             result = await self._host.store.commit(
                 self.session,
@@ -421,13 +425,16 @@ class SessionShell:
             self._host.background(self._note_rounds())
 
     async def _note_rounds(self) -> None:
-        """Note the round in flight, for operators; nothing waits for it. One at a time: of several, the newest.
+        """Note a round that stays in flight, for operators; nothing waits for it. One at a time: of several, the newest.
 
         Hints are not noted: at 0.25 ms of CPU each they would cost more than the commit.
         """
         try:
             while self._round is not None:
+                await asyncio.sleep(NOTE_AFTER_S)
                 noted, self._round = self._round, None
+                if noted is None:
+                    return
                 await self._host.store.set_round(
                     self.session,
                     epoch=self._core.epoch,

@@ -149,8 +149,8 @@ class Fetcher:
         self._loop.call_soon(self._loop.call_soon, self._advance)
 
     def _take(self, fetched: Fetched, position: int) -> None:
-        error = for_code(fetched.error)
         if fetched.error:
+            error = for_code(fetched.error)
             _log.warning("fetching %s/%d: %s", self._name, fetched.partition, error.__name__)
             if error is OffsetOutOfRangeError:
                 self._positions[fetched.partition] = None

@@ -1,8 +1,10 @@
 """Sending records: in order per partition, none lost and none twice, with as little as possible between call and socket.
 
-One batch per partition is on its way at a time, and leaves within the call when none is; what comes meanwhile leaves
-with the next. Partitions don't wait for each other. A batch whose fate is unknown is sent again unchanged until the
-broker has said what became of it: it knows a batch by producer, partition and sequence number, and takes it once.
+One request is on its way to a broker at a time, since a broker reads the next one of a connection only when it has
+answered; it holds a batch for every partition that has something to send. What comes within one turn of the event loop
+leaves at its end when no request is on its way, and else with the next one. A batch whose fate is unknown is sent again
+unchanged until the broker has said what became of it: it knows a batch by producer, partition and sequence number, and
+takes it once.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -21,7 +24,6 @@ from aiokafka.errors import (
     KafkaConnectionError,
     KafkaError,
     LeaderNotAvailableError,
-    NoError,
     OutOfOrderSequenceNumber,
     UnknownProducerId,
     for_code,
@@ -130,6 +132,15 @@ class _Queue:
         return any(not each.settled.done() for each in (*batch, *self.waiting))
 
 
+@dataclass(slots=True)
+class _Way:
+    """A connection to a broker; `ready` are the partitions whose batch goes with the next request."""
+
+    connection: Connection
+    ready: list[_Queue] = field(default_factory=list)
+    asking: bool = False
+
+
 class Producer:
     """Sends to any partition of any topic of the cluster.
 
@@ -155,7 +166,7 @@ class Producer:
         self._loop = asyncio.get_running_loop()
         self._identity = None if idempotent else _Identity()
         self._queues: dict[tuple[str, int], _Queue] = {}
-        self._connections: dict[int, Connection] = {}
+        self._ways: dict[int, _Way] = {}
         self._mending = asyncio.Lock()
         self._recoveries: set[asyncio.Task[None]] = set()
 
@@ -191,36 +202,59 @@ class Producer:
         for queue in self._queues.values():
             queue.busy = True
             queue.give_up(KafkaConnectionError("the producer was stopped"))
-        for connection in self._connections.values():
-            connection.close()
+        for way in self._ways.values():
+            way.connection.close()
         return complete
 
     # --- the inside -------------------------------------------------------------------------------------------
 
     def _advance(self, queue: _Queue) -> None:
-        """Send the batch that is open, or the next one; find a way to the broker first where there is none."""
-        identity, connection = self._identity, self._connection_for(queue)
-        if identity is None or connection is None:
+        """Have the batch that is open, or the next one, sent with the next request; find a way to the broker first where
+        there is none."""
+        way = self._way_for(queue)
+        if self._identity is None or way is None:
             self._recover(queue, delay_s=0.0)
             return
-        if queue.batch is None or queue.batch.identity != identity:
-            queue.fill(identity)
-        queue.busy = queue.batch is not None
-        if queue.batch is None:
-            return
-        request = encode_produce(
-            queue.name,
-            queue.partition,
-            queue.batch.encoded,
-            acks=self._acks,
-            timeout_ms=int(self._timeout_s * 1000),
-        )
-        connection.request(PRODUCE, request, partial(self._answered, queue))
+        queue.busy = True
+        way.ready.append(queue)
+        if not way.asking and len(way.ready) == 1:
+            self._loop.call_soon(self._ask, way)
 
-    def _answered(self, queue: _Queue, reply: bytes | None) -> None:
+    def _ask(self, way: _Way) -> None:
+        """Send a batch of every partition that is ready."""
+        ready, way.ready = way.ready, []
+        identity = self._identity
+        if identity is None or way.connection.closed:
+            for queue in ready:
+                self._recover(queue, delay_s=0.0)
+            return
+        asked: dict[tuple[str, int], _Queue] = {}
+        batches: dict[str, list[tuple[int, bytes]]] = {}
+        for queue in ready:
+            if queue.batch is None or queue.batch.identity != identity:
+                queue.fill(identity)
+            queue.busy = queue.batch is not None
+            if queue.batch is not None:
+                asked[queue.name, queue.partition] = queue
+                batches.setdefault(queue.name, []).append((queue.partition, queue.batch.encoded))
+        if not asked:
+            return
+        way.asking = True
+        request = encode_produce(batches, acks=self._acks, timeout_ms=int(self._timeout_s * 1000))
+        way.connection.request(PRODUCE, request, partial(self._answered, way, asked))
+
+    def _answered(self, way: _Way, asked: Mapping[tuple[str, int], _Queue], reply: bytes | None) -> None:
+        way.asking = False
+        errors = _errors_in(reply, asked)
+        for place, queue in asked.items():
+            self._told(queue, errors[place])
+        if way.ready:
+            self._ask(way)
+
+    def _told(self, queue: _Queue, error: KafkaError | None) -> None:
+        """The broker has answered about the queue's batch."""
         if queue.batch is None:
             return
-        error = _error_in(reply)
         if error is None or isinstance(error, DuplicateSequenceNumber):
             queue.settle(None)
         elif self._persistent and isinstance(error, _IDENTITY_LOST):
@@ -286,18 +320,18 @@ class Producer:
         node = self._cluster.leader(queue.name, queue.partition)
         if node is None:
             raise LeaderNotAvailableError(f"{queue.name}/{queue.partition}")
-        connection = self._connections.get(node)
-        if connection is None or connection.closed:
-            self._connections[node] = await self._cluster.connect(
-                node, purpose=self._purpose, timeout_s=self._timeout_s
+        way = self._ways.get(node)
+        if way is None or way.connection.closed:
+            self._ways[node] = _Way(
+                await self._cluster.connect(node, purpose=self._purpose, timeout_s=self._timeout_s)
             )
         if self._identity is None:
             self._identity = _Identity(*await self._cluster.new_producer_id())
 
-    def _connection_for(self, queue: _Queue) -> Connection | None:
+    def _way_for(self, queue: _Queue) -> _Way | None:
         node = self._cluster.leader(queue.name, queue.partition)
-        connection = self._connections.get(node) if node is not None else None
-        return None if connection is None or connection.closed else connection
+        way = self._ways.get(node) if node is not None else None
+        return None if way is None or way.connection.closed else way
 
 
 def _settle(pending: _Pending, error: Exception | None) -> None:
@@ -309,12 +343,20 @@ def _settle(pending: _Pending, error: Exception | None) -> None:
         pending.settled.set_exception(error)
 
 
-def _error_in(reply: bytes | None) -> KafkaError | None:
+def _errors_in(
+    reply: bytes | None, asked: Iterable[tuple[str, int]]
+) -> dict[tuple[str, int], KafkaError | None]:
     """What the broker objects to; a lost connection is `KafkaConnectionError`, which may be tried again."""
     if reply is None:
-        return KafkaConnectionError("the connection was lost")
+        return dict.fromkeys(asked, KafkaConnectionError("the connection was lost"))
     try:
-        error = for_code(decode_produce(reply).error)
+        produced = decode_produce(reply)
+        return {place: _error(produced[place].error) for place in asked}
     except ProtocolError as malformed:
-        return KafkaError(malformed.message)
-    return None if error is NoError else error()
+        return dict.fromkeys(asked, KafkaError(malformed.message))
+    except KeyError as left_out:
+        return dict.fromkeys(asked, KafkaError(f"an answer without {left_out}"))
+
+
+def _error(code: int) -> KafkaError | None:
+    return for_code(code)() if code else None

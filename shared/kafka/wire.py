@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, cast
 
@@ -32,8 +32,8 @@ OnReply = Callable[[bytes | None], None]
 _INT32 = struct.Struct(">i")
 _REQUEST = struct.Struct(">ihhih")
 _PRODUCE_HEAD = struct.Struct(">hhii")
-_PRODUCE_PARTITION = struct.Struct(">iii")
-_PRODUCED = struct.Struct(">ihq")
+_PRODUCE_PARTITION = struct.Struct(">ii")
+_PRODUCED = struct.Struct(">ihqqq")
 _FETCH_HEAD = struct.Struct(">iiiibi")
 _FETCH_PARTITION = struct.Struct(">iqi")
 _FETCHED = struct.Struct(">ihqqi")
@@ -185,26 +185,35 @@ def encode_batch(
     return bytes(builder.build()), count
 
 
-def encode_produce(topic: str, partition: int, batch: bytes, *, acks: int, timeout_ms: int) -> bytes:
-    """A produce request for one partition."""
-    return b"".join(
-        (
-            _PRODUCE_HEAD.pack(-1, acks, timeout_ms, 1),
-            _string(topic),
-            _PRODUCE_PARTITION.pack(1, partition, len(batch)),
-            batch,
-        )
-    )
+def encode_produce(
+    batches: Mapping[str, Sequence[tuple[int, bytes]]], *, acks: int, timeout_ms: int
+) -> bytes:
+    """A produce request: by topic, partitions and the batch for each."""
+    parts = [_PRODUCE_HEAD.pack(-1, acks, timeout_ms, len(batches))]
+    for topic, partitions in batches.items():
+        parts += _string(topic), _INT32.pack(len(partitions))
+        for partition, batch in partitions:
+            parts += _PRODUCE_PARTITION.pack(partition, len(batch)), batch
+    return b"".join(parts)
 
 
-def decode_produce(reply: bytes) -> Produced:
-    """The answer to a request for one partition. Raises `ProtocolError` for anything else."""
+def decode_produce(reply: bytes) -> dict[tuple[str, int], Produced]:
+    """The answer to a produce request, by topic and partition. Raises `ProtocolError` when it is none."""
+    produced: dict[tuple[str, int], Produced] = {}
     try:
-        _, position = _read_string(reply, _INT32.size)
-        _, error, offset = _PRODUCED.unpack_from(reply, position + _INT32.size)
+        (topics,) = _INT32.unpack_from(reply)
+        position = _INT32.size
+        for _ in range(topics):
+            topic, position = _read_string(reply, position)
+            (partitions,) = _INT32.unpack_from(reply, position)
+            position += _INT32.size
+            for _ in range(partitions):
+                partition, error, offset, _, _ = _PRODUCED.unpack_from(reply, position)
+                produced[topic, partition] = Produced(error, offset)
+                position += _PRODUCED.size
     except (struct.error, UnicodeDecodeError) as malformed:
         raise ProtocolError(f"not an answer to a produce request: {malformed}") from None
-    return Produced(error, offset)
+    return produced
 
 
 # --- fetch ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -82,6 +83,14 @@ async def follow(
     return EngineOutput(tokens, output.finish_reason)
 
 
+async def until_parked(bench: Bench) -> None:
+    """The one session has gone as far ahead as it may."""
+    deadline = time.monotonic() + DEADLINE_S
+    while (stats := await bench.engine.stats()).running or not stats.parked:
+        assert time.monotonic() < deadline, f"it goes on and on: {stats}"
+        await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("pause_s", [0.0, 0.05], ids=["quick", "slow"])
 @pytest.mark.parametrize("drafter", DRAFTERS)
 async def test_its_answer_is_the_plain_one(bench: Bench, drafter: str, pause_s: float) -> None:
@@ -119,9 +128,8 @@ async def test_it_stops_a_few_tokens_ahead_and_tells_them_in_one_piece(bench: Be
     before = await bench.engine.stats()
     stream = bench.engine.open("far", prompt, (), params)
     out = (await next_output(stream)).tokens
-    while (stats := await bench.engine.stats()).running or not stats.parked:
-        await asyncio.sleep(0.01)
-    spent = change(before, stats)
+    await until_parked(bench)
+    spent = change(before, await bench.engine.stats())
     assert spent["blocks"] == AHEAD - 1, "it has said the first token, and those that it may be ahead"
     await bench.engine.submit("far", len(out), ())
     said = (await next_output(stream)).tokens
@@ -137,8 +145,7 @@ async def test_a_block_that_agrees_with_what_it_said_is_verified_from_there_on(b
     truth = (await bench.answer(prompt, params)).tokens
     stream = bench.engine.open("late", prompt, (), params)
     out = (await next_output(stream)).tokens
-    while (await bench.engine.stats()).running:
-        await asyncio.sleep(0.01)
+    await until_parked(bench)
     before = await bench.engine.stats()
     block = always_right(truth, out, random.Random(0))
     assert await bench.engine.submit("late", len(out), block) is BlockStatus.ARMED
@@ -152,8 +159,7 @@ async def test_what_was_said_already_answers_a_block_that_is_wrong(bench: Bench)
     truth = (await bench.answer(prompt, params)).tokens
     stream = bench.engine.open("wrong", prompt, (), params)
     out = (await next_output(stream)).tokens
-    while (await bench.engine.stats()).running:
-        await asyncio.sleep(0.01)
+    await until_parked(bench)
     await bench.engine.submit("wrong", len(out), (truth[1] + 1,))
     assert (await next_output(stream)).tokens == truth[1:AHEAD]
     await bench.engine.close("wrong")

@@ -82,11 +82,12 @@ def test_apache_kafka_is_used_for_all_that_it_can() -> None:
     capabilities = Capabilities.of(KafkaFlavor.APACHE)
     assert capabilities.idempotence
     assert capabilities.topic_settings
-    assert capabilities.fetch_max_wait_ms == 100
+    assert capabilities.fetch_max_wait_ms == 500
+    assert capabilities.group_fetch_max_wait_ms == 100, "a partition just won waits behind it"
 
 
 def test_tansu_gets_no_idempotence_and_short_fetches() -> None:
     capabilities = Capabilities.of(KafkaFlavor.TANSU)
     assert not capabilities.idempotence
     assert not capabilities.topic_settings
-    assert 5 <= capabilities.fetch_max_wait_ms <= 20
+    assert 5 <= capabilities.fetch_max_wait_ms == capabilities.group_fetch_max_wait_ms <= 20

@@ -6,6 +6,7 @@ import asyncio
 import random
 import struct
 from collections import deque
+from collections.abc import Mapping
 from io import BytesIO
 
 import pytest
@@ -52,8 +53,9 @@ class ModelConnection:
 class ModelBroker(Cluster):
     """One broker that knows idempotent producers as Kafka does, and goes wrong as its script says.
 
-    Script entries: "ok"; an error code, answered without a write; "lost before" and "lost after" the write, after both
-    of which the connection is gone; "forget", after which no producer is known. An empty script is "ok" for ever.
+    Script entries: "ok"; an error code, answered for a request's first partition, to which nothing is written; "lost
+    before" and "lost after" the write, after both of which the connection is gone; "forget", after which no producer is
+    known. An empty script is "ok" for ever.
     """
 
     def __init__(self, script: list[str | int]) -> None:
@@ -85,16 +87,18 @@ class ModelBroker(Cluster):
     def serve(self, body: bytes) -> bytes | None:
         self.requests.append(body)
         fate = self.script.popleft() if self.script else "ok"
-        [(_, [(partition, batch)])] = ProduceRequest_v7.decode(BytesIO(body)).topics
+        [(_, batches)] = ProduceRequest_v7.decode(BytesIO(body)).topics
         if fate == "lost before":
             return None
-        if isinstance(fate, int):
-            return answer(partition, fate)
         if fate == "forget":
             self.known.clear()
-            return answer(partition, UNKNOWN_PRODUCER)
-        error = self._append(partition, batch)
-        return None if fate == "lost after" else answer(partition, error)
+            return answer({partition: UNKNOWN_PRODUCER for partition, _ in batches})
+        refused = {batches[0][0]: fate} if isinstance(fate, int) else {}
+        errors = {
+            partition: refused.get(partition) or self._append(partition, batch)
+            for partition, batch in batches
+        }
+        return None if fate == "lost after" else answer(errors)
 
     def _append(self, partition: int, batch: bytes) -> int:
         producer_id, _, sequence = struct.unpack_from(">qhi", batch, 43)
@@ -110,8 +114,9 @@ class ModelBroker(Cluster):
         return 0
 
 
-def answer(partition: int, error: int) -> bytes:
-    encoded: bytes = ProduceResponse_v7([(TOPIC, [(partition, error, 0, -1, 0)])], 0).encode()
+def answer(errors: Mapping[int, int]) -> bytes:
+    told = [(partition, error, 0, -1, 0) for partition, error in errors.items()]
+    encoded: bytes = ProduceResponse_v7([(TOPIC, told)], 0).encode()
     return encoded
 
 
@@ -158,26 +163,42 @@ def test_whatever_is_lost_every_record_arrives_once_and_in_order(script: list[st
     asyncio.run(run())
 
 
-async def test_a_record_leaves_at_once_and_the_next_ones_together() -> None:
+async def test_records_of_one_turn_leave_at_its_end_and_those_that_come_meanwhile_together() -> None:
     broker = ModelBroker([])
     producer = producer_for(broker)
     await send(producer, 0)
-    first = send(producer, 1)
-    rest = [send(producer, number) for number in range(2, 10)]
-    assert await settled(first, *rest) == [None] * 9
-    assert len(broker.requests) == 3
+    broker.requests.clear()
+    first = [send(producer, number) for number in range(1, 4)]
+    await asyncio.sleep(0)
+    rest = [send(producer, number) for number in range(4, 10)]
+    assert await settled(*first, *rest) == [None] * 9
+    assert len(broker.requests) == 2
     assert broker.log[0] == [b"%d" % number for number in range(10)]
 
 
-async def test_partitions_do_not_wait_for_each_other() -> None:
+async def test_partitions_share_a_request_and_an_error_of_one_is_not_the_others() -> None:
+    broker = ModelBroker([])
+    producer = producer_for(broker)
+    await settled(send(producer, 0, 0), send(producer, 0, 1), send(producer, 0, 2))
+    broker.requests.clear()
+    broker.script.append(MESSAGE_TOO_LARGE)
+    refused, *taken = await settled(*(send(producer, 1, partition) for partition in range(3)))
+    assert len(broker.requests) == 1
+    assert isinstance(refused, MessageSizeTooLargeError) and taken == [None, None]
+    assert (broker.log[0], broker.log[1]) == ([b"0"], [b"0", b"1"])
+
+
+async def test_records_wait_for_one_request_at_most() -> None:
     broker = ModelBroker([])
     producer = producer_for(broker)
     await settled(send(producer, 0, 0), send(producer, 0, 1))
     broker.requests.clear()
-    futures = [send(producer, 1, 0), send(producer, 1, 1)]
+    futures = [send(producer, 1, 0)]
     await asyncio.sleep(0)
+    futures += [send(producer, number, partition) for number in (2, 3) for partition in (0, 1)]
+    assert await settled(*futures) == [None] * 5
     assert len(broker.requests) == 2
-    assert await settled(*futures) == [None, None]
+    assert broker.log == {0: [b"0", b"1", b"2", b"3"], 1: [b"0", b"2", b"3"]}
 
 
 async def test_a_producer_that_the_broker_has_forgotten_begins_anew_under_another_identity() -> None:
@@ -230,13 +251,15 @@ async def test_an_impersistent_producer_gives_records_up_with_their_connection()
     broker = ModelBroker(["ok", "lost before"])
     producer = producer_for(broker, idempotent=False, persistent=False)
     assert await settled(send(producer, 0)) == [None]
-    first, second = send(producer, 1), send(producer, 2)
+    first = send(producer, 1)
+    await asyncio.sleep(0)
+    second = send(producer, 2)
     [lost, later] = await settled(first, second)
     assert isinstance(lost, KafkaConnectionError)
     assert later is None
     broker.reachable = False
-    for connection in producer._connections.values():
-        connection.close()
+    for way in producer._ways.values():
+        way.connection.close()
     [unreachable] = await settled(send(producer, 3))
     assert isinstance(unreachable, KafkaError)
     broker.reachable = True

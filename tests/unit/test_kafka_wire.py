@@ -22,6 +22,7 @@ from shared.kafka.wire import (
     Connection,
     Fetched,
     Outgoing,
+    Produced,
     decode_fetch,
     decode_produce,
     encode_batch,
@@ -51,12 +52,18 @@ def batch_of(*records: Outgoing, sequence: int = 0, size_limit: int = 1 << 20) -
 # --- requests and replies ---------------------------------------------------------------------------------------
 
 
-@given(names, partitions, st.binary(max_size=200), st.sampled_from([-1, 0, 1]), st.integers(0, 60_000))
+@given(
+    st.dictionaries(
+        names, st.lists(st.tuples(partitions, st.binary(max_size=200)), min_size=1, max_size=3), max_size=3
+    ),
+    st.sampled_from([-1, 0, 1]),
+    st.integers(0, 60_000),
+)
 def test_a_produce_request_is_kafkas(
-    name: str, partition: int, batch: bytes, acks: int, timeout_ms: int
+    batches: dict[str, list[tuple[int, bytes]]], acks: int, timeout_ms: int
 ) -> None:
-    theirs = ProduceRequest_v7(None, acks, timeout_ms, [(name, [(partition, batch)])]).encode()
-    assert encode_produce(name, partition, batch, acks=acks, timeout_ms=timeout_ms) == theirs
+    theirs = ProduceRequest_v7(None, acks, timeout_ms, list(batches.items())).encode()
+    assert encode_produce(batches, acks=acks, timeout_ms=timeout_ms) == theirs
     assert PRODUCE == (ProduceRequest_v7.API_KEY, ProduceRequest_v7.API_VERSION)
 
 
@@ -73,11 +80,23 @@ def test_a_fetch_request_is_kafkas(
     assert FETCH == (FetchRequest_v4.API_KEY, FetchRequest_v4.API_VERSION)
 
 
-@given(names, partitions, st.integers(-1, 100), offsets)
-def test_the_answer_to_a_produce_request_is_read(name: str, partition: int, error: int, offset: int) -> None:
-    reply = ProduceResponse_v7([(name, [(partition, error, offset, -1, 0)])], 0).encode()
-    produced = decode_produce(reply)
-    assert (produced.error, produced.offset) == (error, offset)
+@given(
+    st.dictionaries(
+        names,
+        st.dictionaries(partitions, st.tuples(st.integers(-1, 100), offsets), min_size=1, max_size=3),
+        max_size=3,
+    )
+)
+def test_the_answer_to_a_produce_request_is_read(answers: dict[str, dict[int, tuple[int, int]]]) -> None:
+    told = [
+        (name, [(partition, error, offset, -1, 0) for partition, (error, offset) in each.items()])
+        for name, each in answers.items()
+    ]
+    assert decode_produce(ProduceResponse_v7(told, 0).encode()) == {
+        (name, partition): Produced(error, offset)
+        for name, each in answers.items()
+        for partition, (error, offset) in each.items()
+    }
 
 
 @given(

@@ -39,7 +39,7 @@ def test_the_gateway_needs_no_vllm() -> None:
 def test_a_gateway_at_the_edge_needs_what_one_in_the_cloud_needs_but_for_kafka_and_redis() -> None:
     edge, gateway = pins("edge.txt"), pins("gateway.txt")
     assert gateway.items() >= edge.items()
-    assert set(gateway) - set(edge) == {"aiokafka", "redis"}
+    assert set(gateway) - set(edge) == {"aiokafka", "hiredis", "redis"}
 
 
 def test_development_needs_all_that_runs_on_cpu() -> None:

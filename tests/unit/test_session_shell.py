@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from services.verifier import session_shell
 from services.verifier.engine.types import BlockStatus, Engine, EngineOutput
 from services.verifier.lookups import PRIOR
 from services.verifier.session_shell import Chain, Passes, SessionShell
@@ -295,16 +296,37 @@ async def test_an_answer_that_kafka_did_not_take_is_left_to_be_asked_for_again(d
     assert (again.round, again.tokens) == (first.round, first.tokens)
 
 
-async def test_of_the_notes_of_rounds_one_is_under_way_at_a_time(dialogue: Dialogue) -> None:
+async def test_of_the_notes_of_rounds_one_is_under_way_at_a_time(
+    dialogue: Dialogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_shell, "NOTE_AFTER_S", 0.0)
     dialogue.host.kafka.acknowledges.set()
     dialogue.prompt()
     await dialogue.sent(1)
+    dialogue.host.model.silent = True
     for number in range(1, 20):
         dialogue.block(number, number, 7)
+        if number == 1:
+            await until(lambda: dialogue.host.redis.notes == 1)
+        dialogue.host.model.outputs.put_nowait(EngineOutput((10 + number,)))
         await dialogue.sent(number + 1)
     assert dialogue.host.redis.most_notes == 1
     dialogue.host.redis.answers.set()
     await until(lambda: not dialogue.host.tasks)
+
+
+async def test_a_round_that_ends_at_once_is_not_noted(
+    dialogue: Dialogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_shell, "NOTE_AFTER_S", 0.05)
+    dialogue.host.kafka.acknowledges.set()
+    dialogue.host.redis.answers.set()
+    dialogue.prompt()
+    await dialogue.sent(1)
+    dialogue.block(1, 1, 7)
+    await dialogue.sent(2)
+    await until(lambda: not dialogue.host.tasks)
+    assert dialogue.host.redis.most_notes == 0
 
 
 async def test_a_place_is_left_once_the_engine_has_let_go(dialogue: Dialogue) -> None:

@@ -89,20 +89,21 @@ class Reader:
     def varint(self) -> int:
         """A number."""
         value = shift = 0
-        while True:
-            byte = self.raw(1)[0]
+        for byte in self._data[self._at : self._at + LONGEST_VARINT]:
+            self._at += 1
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return value
             shift += 7
-            if shift >= 7 * LONGEST_VARINT:
-                raise ProtocolError(f"a number of more than {LONGEST_VARINT} bytes")
+        if shift < 7 * LONGEST_VARINT:
+            raise ProtocolError("cut short within a number")
+        raise ProtocolError(f"a number of more than {LONGEST_VARINT} bytes")
 
     def raw(self, count: int) -> bytes:
         """The next `count` bytes."""
-        if count > self.left:
-            raise ProtocolError(f"cut short: {count} more bytes were announced, {self.left} are left")
         taken = self._data[self._at : self._at + count]
+        if len(taken) < count:
+            raise ProtocolError(f"cut short: {count} more bytes were announced, {self.left} are left")
         self._at += count
         return taken
 

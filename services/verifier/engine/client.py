@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any, Final
 
@@ -13,11 +14,18 @@ from services.verifier.engine.options import DESCRIBE_CALL, STATS_CALL, SUBMIT_C
 
 STOP_TIMEOUT_S: Final = 5.0
 
+_Block = tuple[str, int, list[int], list[int], list[tuple[list[int], list[int]]], int]
+
 
 class EngineClient(AsyncLLM):  # type: ignore[misc]
     """AsyncLLM, and what we ask of its engine process besides."""
 
-    async def submit_block(
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._blocks: list[tuple[_Block, asyncio.Future[str]]] = []
+        self._calls: set[asyncio.Task[None]] = set()
+
+    def submit_block(
         self,
         key: str,
         base: int,
@@ -25,10 +33,32 @@ class EngineClient(AsyncLLM):  # type: ignore[misc]
         levels: list[int],
         rows: list[tuple[list[int], list[int]]],
         number: int,
-    ) -> str:
-        """A `BlockStatus`; see `SessionScheduler.submit_block`."""
-        block = (key, base, tokens, levels, rows, number)
-        return str(await self.engine_core.call_utility_async(SUBMIT_CALL, *block))
+    ) -> asyncio.Future[str]:
+        """A `BlockStatus`; see `SessionScheduler.submit_block`. Blocks of one turn of the event loop go in one call."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[str] = loop.create_future()
+        if not self._blocks:
+            loop.call_soon(self._submit_all)
+        self._blocks.append(((key, base, tokens, levels, rows, number), answer))
+        return answer
+
+    def _submit_all(self) -> None:
+        blocks, self._blocks = self._blocks, []
+        call = asyncio.get_running_loop().create_task(self._submit(blocks))
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+
+    async def _submit(self, blocks: Sequence[tuple[_Block, asyncio.Future[str]]]) -> None:
+        try:
+            statuses = await self.engine_core.call_utility_async(SUBMIT_CALL, [block for block, _ in blocks])
+        except Exception as error:
+            for _, answer in blocks:
+                if not answer.done():
+                    answer.set_exception(error)
+            return
+        for (_, answer), status in zip(blocks, statuses, strict=True):
+            if not answer.done():
+                answer.set_result(status)
 
     async def session_stats(self) -> dict[str, Any]:
         """The fields of `EngineStats`."""
@@ -54,6 +84,8 @@ class EngineClient(AsyncLLM):  # type: ignore[misc]
 
     async def stop(self) -> None:
         """End the engine process within `STOP_TIMEOUT_S`; what is still under way gets no answer."""
+        for call in self._calls:
+            call.cancel()
         if self.output_handler is not None:
             self.output_handler.cancel()
             await asyncio.wait([self.output_handler])

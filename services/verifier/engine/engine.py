@@ -10,7 +10,7 @@ import asyncio
 import logging
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from enum import StrEnum
 from itertools import count
@@ -353,7 +353,7 @@ class VllmEngine:
         except EngineDeadError as error:
             raise await self._reason(error) from error
 
-    async def _call(self, call: Coroutine[Any, Any, T]) -> T:
+    async def _call(self, call: Awaitable[T]) -> T:
         """Await a call that the engine process must answer; `EngineError` if it ends over it."""
         from vllm.v1.engine.exceptions import EngineDeadError
 

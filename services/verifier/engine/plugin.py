@@ -57,16 +57,9 @@ def _gathering(process_input_queue: Callable[[EngineCoreProc], None]) -> Callabl
     return gathered
 
 
-def _submit(
-    core: EngineCore,
-    key: str,
-    base: int,
-    tokens: list[int],
-    levels: list[int],
-    rows: list[tuple[list[int], list[int]]],
-    number: int,
-) -> str:
-    return str(core.scheduler.submit_block(key, base, tokens, levels, rows, number))
+def _submit(core: EngineCore, blocks: list[list[Any]]) -> list[str]:
+    """The status of each block, given as the arguments of `SessionScheduler.submit_block`."""
+    return [str(core.scheduler.submit_block(*block)) for block in blocks]
 
 
 def _stats(core: EngineCore) -> dict[str, Any]:
