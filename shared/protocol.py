@@ -323,7 +323,8 @@ class Verdict(Message):
     on with already. `verify_ms` is from the block's arrival at the verifier (or the start of its pass, if it had to
     wait) to the engine's answer, `commit_ms` the commit; `rows` are those of all sessions' passes that ran then, and
     `sessions` how many these were. `fixed_ms` and `row_ms` are what a pass of so many rows takes by the verifier's own
-    measurement, over all that it has run: `fixed_ms + row_ms * rows`. 0 where it doesn't say.
+    measurement, over all that it has run: `fixed_ms + row_ms * rows`. 0 where it doesn't say. `passes` are those of this
+    session that said the tokens: more than one where the target went on by itself meanwhile.
     """
 
     topic: ClassVar[Topic] = Topic.VERDICTS
@@ -340,6 +341,7 @@ class Verdict(Message):
     sessions: Count = 0
     fixed_ms: float = 0.0
     row_ms: float = 0.0
+    passes: Count = 1
     logprobs: tuple[TokenLogprobs, ...] = ()
 
 
@@ -358,6 +360,7 @@ class Floor(Message):
     sessions: Count = 0
     fixed_ms: float = 0.0
     row_ms: float = 0.0
+    passes: Count = 1
     logprobs: tuple[TokenLogprobs, ...] = ()
 
 

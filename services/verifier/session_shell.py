@@ -141,6 +141,7 @@ class _Clock:
     sessions: int = 1
     answered_s: float = 0.0
     committed_s: float = 0.0
+    passes: int = 1
 
     @property
     def pass_ms(self) -> float:
@@ -298,6 +299,7 @@ class SessionShell:
                     "sessions": clock.sessions,
                     "fixed_ms": round(self._host.passes.fixed_ms, 2),
                     "row_ms": round(self._host.passes.row_ms, 2),
+                    "passes": clock.passes,
                 }
             )
         metrics.ANSWERS.labels(message.kind).inc()
@@ -471,6 +473,7 @@ class SessionShell:
         try:
             async for output in stream:
                 self._stop_clock(answered=True)
+                self._answered[-1].passes = output.passes
                 self._judge(output.tokens)
                 usual_ms = self._host.passes.usual_ms(self._answered[-1].rows)
                 self.handle(

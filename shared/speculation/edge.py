@@ -942,7 +942,7 @@ class EdgeSession:
         if self._phase is Phase.OPENING or floor.epoch < self._epoch:
             return []
         self._enter(floor.epoch)
-        self.statistics.passes += 1
+        self.statistics.passes += floor.passes
         self._floor_rate.saw(len(floor.tokens), now_ms - self._progress_ms)
         self._saw_pass(floor, 1)
         before = self.statistics.tokens
@@ -996,7 +996,7 @@ class EdgeSession:
         statistics = self.statistics
         own = len(lane.tokens or ())
         statistics.rounds += 1
-        statistics.passes += 1
+        statistics.passes += verdict.passes
         statistics.drafted += own
         statistics.accepted += verdict.accepted
         statistics.verify_ms += verdict.verify_ms

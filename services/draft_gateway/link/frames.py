@@ -270,6 +270,7 @@ MEASURED: Final[Mapping[str, tuple[int, Codec]]] = {
     "sessions": (7, NUMBER),
     "fixed_ms": (8, MILLISECONDS),
     "row_ms": (9, MILLISECONDS),
+    "passes": (10, NUMBER),
 }
 
 LAYOUTS: Final[Mapping[int, Layout]] = {

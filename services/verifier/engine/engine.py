@@ -345,6 +345,7 @@ class VllmEngine:
                         tokens_said,
                         finish_reason,
                         _logprobs(tokens_said, completion.logprobs or (), sampling.logprobs),
+                        opened.count_passes(found) if opened is not None else 1,
                     )
                 if completion.finish_reason == "error":
                     raise EngineError("the engine could not go on with this request; its log says why")

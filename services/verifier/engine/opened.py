@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from services.verifier.engine.options import ANSWERED
+from services.verifier.engine.options import ANSWERED, PASSES
 from shared.protocol import Tokens
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ class Opened:
     """The block that the answer has to be of; 0 where any tokens will do."""
     taken: int = 0
     """Own output tokens that the engine knows to be taken."""
+    passes: int = 0
+    """Of which the outputs have been read."""
     wanted: asyncio.Event = field(default_factory=asyncio.Event)
     outputs: RequestOutputCollector | None = None
 
@@ -68,6 +70,12 @@ class Opened:
             self.asked = 0
             self.wanted.clear()
         return found
+
+    def count_passes(self, found: RequestOutput) -> int:
+        """How many passes have said an output, if it is the next one."""
+        before, told = self.passes, found.kv_transfer_params or {}
+        self.passes = told.get(PASSES, before + 1)
+        return self.passes - before
 
     def _answers(self, found: RequestOutput) -> bool:
         told = found.kv_transfer_params or {}

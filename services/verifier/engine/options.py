@@ -33,6 +33,9 @@ AHEAD_KEY: Final = "outrider_ahead"
 ANSWERED: Final = "outrider_answered"
 """In the `kv_transfer_params` of such a session's outputs: the number of the last block that they answer."""
 
+PASSES: Final = "outrider_passes"
+"""Beside it: how many passes the session has had."""
+
 RULES_KEY: Final = "outrider_rules"
 """In `extra_args` of a session or a plain request: how its tokens are drawn (`shared.sampling`); greedily without it."""
 

@@ -422,6 +422,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 counters.accepted_tokens += max(0, len(model_runner_output.sampled_token_ids[row]) - 1)
         outputs: dict[int, Any] = super().update_from_output(scheduler_output, model_runner_output)
         for session in spoken:
+            session.passes += 1
             session.answered = max(session.answered, session.verified)
             if self._by_key.get(session.key) is session:
                 self._park(session)

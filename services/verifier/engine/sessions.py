@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from services.verifier.engine.options import ANSWERED
+from services.verifier.engine.options import ANSWERED, PASSES
 from shared.sampling.sparse import SparseRow
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class Session:
     """The number of the block under way."""
     answered: int = 0
     """The number of the last block whose outcome is known; those before it are answered, too."""
+    passes: int = 0
+    """In which it has spoken."""
     reached: int = 0
     """Prompt tokens whose KV was computed, or found in the prefix cache, at some time."""
     plain: bool = False
@@ -72,9 +74,9 @@ class Session:
 
     @property
     def told(self) -> dict[str, int] | None:
-        """What its outputs say of the blocks that they answer, where not all were asked for; in a place of theirs that vLLM
-        hands on."""
-        return {ANSWERED: self.answered} if self.ahead else None
+        """What its outputs say of the blocks that they answer, and of its passes, where not all were asked for; in a place
+        of theirs that vLLM hands on."""
+        return {ANSWERED: self.answered, PASSES: self.passes} if self.ahead else None
 
 
 @dataclass(slots=True)

@@ -264,6 +264,7 @@ class SteadySchedule:
             else:
                 tokens, ends = own._update_request_with_output(request, tokens)
             finish_reason = None
+            session.passes += 1
             session.answered = max(session.answered, session.verified)
             if ends:
                 finish_reason = request.get_finished_reason()

@@ -43,12 +43,14 @@ class EngineInfo:
 class EngineOutput:
     """The next output tokens of a session. Consecutive outputs may arrive merged: read them as one stream.
 
-    `logprobs` are one for each token where they were asked for, otherwise none.
+    `logprobs` are one for each token where they were asked for, otherwise none. `passes` have said them: one, unless the
+    session went on by itself.
     """
 
     tokens: Tokens
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    passes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
