@@ -17,6 +17,7 @@ import torch
 from services.verifier.engine import launch
 from services.verifier.engine.checkpoint import read_checkpoint
 from services.verifier.engine.options import (
+    AHEAD_KEY,
     DRAFT_LENGTHS,
     DRAFT_LEVELS,
     DRAFT_ROWS,
@@ -85,7 +86,7 @@ class Client:
         from vllm.v1.request import Request
 
         eager, unheard = params.pop("eager", True), params.pop("unheard", False)
-        marks = {SESSION_KEY: key, EAGER_KEY: eager, UNHEARD_KEY: unheard}
+        marks = {SESSION_KEY: key, EAGER_KEY: eager, UNHEARD_KEY: unheard, AHEAD_KEY: params.pop("ahead", 0)}
         sampling = SamplingParams(temperature=0.0, extra_args=None if plain else marks, **params)
         hasher = get_request_block_hasher(BLOCK, sha256)
         self.scheduler.add_request(Request(key, list(prompt), sampling, None, block_hasher=hasher))
@@ -426,3 +427,64 @@ def test_a_prompt_of_one_token_makes_no_batch_of_single_rows_even(made: Made) ->
     work = client.step()
     assert work.num_scheduled_tokens == {"a": 1, "b": 1, "new": 1}
     assert getattr(work, EVEN_ROWS) == 0
+
+
+# --- blocks that are held back ------------------------------------------------------------------------------------
+
+
+class Costs:
+    """A pass takes 6 ms and so much a row."""
+
+    def __init__(self, row_ms: float) -> None:
+        self._row_ms = row_ms
+
+    def saw(self, rows: int, elapsed_ms: float) -> None:
+        """What a step took here says nothing."""
+
+    def line(self) -> tuple[float, float]:
+        return 6.0, self._row_ms
+
+
+def crowd(made: Made, *, row_ms: float) -> Client:
+    """Eight sessions that go on by themselves."""
+    client = Client(made(uniform=True))
+    client.scheduler._costs = Costs(row_ms)  # type: ignore[assignment]
+    spoken(client, *(f"s{number}" for number in range(8)), ahead=20)
+    client.step()
+    return client
+
+
+def drafted(client: Client, key: str) -> None:
+    said = len(client.said[key])
+    client.block(key, [truth(key, said + place) for place in range(MAX_BLOCK)])
+
+
+def test_a_block_that_is_not_worth_its_padding_waits_and_is_trimmed_by_what_is_said(made: Made) -> None:
+    client = crowd(made, row_ms=0.6)
+    drafted(client, "s0")
+    work = client.step()
+    assert set(work.num_scheduled_tokens.values()) == {1}, "one block among eight sessions"
+    assert len(client.said["s0"]) == 3
+    for number in range(1, 8):
+        drafted(client, f"s{number}")
+    work = client.begin()
+    assert set(work.num_scheduled_tokens.values()) == {1 + MAX_BLOCK}, "eight are worth it"
+    assert getattr(work, DRAFT_LENGTHS)["s0"] == MAX_BLOCK - 1
+    client.end(work, client.answer(work))
+    assert client.said["s0"] == [truth("s0", place) for place in range(3 + MAX_BLOCK)]
+
+
+def test_where_rows_cost_next_to_nothing_a_single_block_is_verified_at_once(made: Made) -> None:
+    client = crowd(made, row_ms=0.001)
+    drafted(client, "s0")
+    client.step()
+    assert len(client.said["s0"]) == 3 + MAX_BLOCK
+
+
+def test_sessions_that_wait_for_their_drafts_have_every_block_verified(made: Made) -> None:
+    client = crowd(made, row_ms=0.6)
+    client.open("patient", [9] * 5, max_tokens=50, eager=False)
+    client.step()
+    drafted(client, "patient")
+    client.step()
+    assert len(client.said["patient"]) == 2 + MAX_BLOCK
