@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any, Final, Protocol
-from urllib.parse import urlsplit
+
+import httpx
 
 from shared.errors import Unavailable
 from shared.protocol import Tokens
@@ -56,16 +57,12 @@ class Reader(Protocol):
 
 
 class GatewayReader:
-    """Streams completions from a gateway over HTTP, with a connection an answer.
+    """Streams completions from a gateway over HTTP."""
 
-    It reads the bytes itself: an HTTP client takes longer over an event than the gateway that writes it.
-    """
-
-    def __init__(self, url: str, model: str) -> None:
-        parts = urlsplit(url)
+    def __init__(self, url: str, model: str, client: httpx.AsyncClient) -> None:
         self._url = url
-        self._address = parts.hostname, parts.port
         self._model = model
+        self._client = client
 
     async def ask(
         self,
@@ -86,38 +83,21 @@ class GatewayReader:
         }
         answer, began_s = Answer(), time.monotonic()
         try:
-            async with asyncio.timeout(DEADLINE_S):
-                reader, writer = await asyncio.open_connection(*self._address)
-                try:
-                    writer.write(_post("/v1/completions", json.dumps(body).encode()))
-                    async for line in self._lines(reader):
-                        if line.startswith(b"data: {"):
-                            _take(answer, json.loads(line[6:]), (time.monotonic() - began_s) * 1000)
-                finally:
-                    writer.close()
-        except (OSError, EOFError, ValueError, TimeoutError) as error:
+            async with (
+                asyncio.timeout(DEADLINE_S),
+                self._client.stream("POST", f"{self._url}/v1/completions", json=body) as response,
+            ):
+                if response.status_code != 200:
+                    said = (await response.aread()).decode(errors="replace")
+                    raise Unavailable(f"{self._url} answered {response.status_code}: {said[:300]}")
+                async for line in response.aiter_lines():
+                    if line.startswith("data: {"):
+                        _take(answer, json.loads(line[6:]), (time.monotonic() - began_s) * 1000)
+        except (httpx.HTTPError, TimeoutError) as error:
             raise Unavailable(f"{self._url}: the answer broke off: {error!r}") from error
         if not answer.usage:
             raise Unavailable(f"{self._url}: the answer broke off after {len(answer.tokens)} tokens")
         return answer
-
-    async def _lines(self, reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-        """The lines of a response that comes in chunks. Raises `Unavailable` when it is no answer."""
-        head = await reader.readuntil(b"\r\n\r\n")
-        status = head.split(b" ", 2)[1].decode()
-        if status != "200":
-            said = (await reader.read()).decode(errors="replace")
-            raise Unavailable(f"{self._url} answered {status}: {said[:300]}")
-        rest = b""
-        while size := int(await reader.readline(), 16):
-            *lines, rest = (rest + (await reader.readexactly(size + 2))[:-2]).split(b"\n")
-            for line in lines:
-                yield line
-
-
-def _post(path: str, body: bytes) -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    return head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
 class TurnsReader:

@@ -281,7 +281,7 @@ class Parts:
         started = [self._edge(name, draft, links[number % len(links)]) for number, name in enumerate(names)]
         for process, url in started:
             await until(process, partial(_is_ready, url), START_S)
-        readers = [GatewayReader(url, stack.model_name) for _, url in started]
+        readers = [GatewayReader(url, stack.model_name, self._http) for _, url in started]
         edges = {url: process.pid for process, url in started if process.pid is not None}
         reader = readers[0] if len(readers) == 1 else TurnsReader(readers)
         self.places[place] = Served(reader, links, verifier, edges)
