@@ -615,8 +615,7 @@ class EdgeSession:
         longest = self._config.block_length
         if not self._config.adaptive or not longest:
             return longest
-        best = best_length(self._clocks(), longest)
-        if best or self._config.policy is Policy.COST:
+        if self._config.policy is Policy.COST or best_length(self._clocks(), longest):
             self._rested, self._resting = False, RESTS[0]
             return self._length()
         if self._rested:  # only a draft can tell whether drafts have become better

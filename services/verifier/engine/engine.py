@@ -278,10 +278,8 @@ class VllmEngine:
             return BlockStatus.STALE
         levels = list(confidences) if len(confidences) == len(tokens) else []
         drawn_from = [(list(row.tokens), list(row.counts)) for row in rows]
-        unread = opened.unread()
-        answered = opened.ask(tokens)
-        if answered:
-            own_base, tokens, levels, drawn_from = own_base + len(unread), (), [], []
+        if answered := opened.ask(tokens):
+            own_base, tokens, levels, drawn_from = own_base + answered, (), [], []
         if opened.ahead and not tokens and not opened.falls_behind(own_base):
             return BlockStatus.QUEUED  # the engine needn't be told: it goes on as it is
         opened.taken = own_base

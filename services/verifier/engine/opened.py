@@ -46,14 +46,15 @@ class Opened:
         completions = getattr(waiting, "outputs", None)  # it may be an exception
         return tuple(completions[0].token_ids) if completions else ()
 
-    def ask(self, tokens: Tokens) -> bool:
-        """Ask for what a block comes to that follows all that was read; whether what is unread says it already."""
+    def ask(self, tokens: Tokens) -> int:
+        """Ask for what a block comes to that follows all that was read; how many tokens that are unread say it already, 0
+        where it has to be verified."""
         unread = self.unread()
         reaches_on = len(tokens) > len(unread) and tokens[: len(unread)] == unread
         self.submitted += 1
         self.asked = self.submitted if reaches_on else 0
         self.wanted.set()
-        return bool(unread) and not reaches_on
+        return 0 if reaches_on else len(unread)
 
     def falls_behind(self, taken: int) -> bool:
         """Whether the engine had better be told that so many tokens are taken, before it stops for their sake."""

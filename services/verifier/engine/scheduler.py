@@ -48,7 +48,16 @@ from services.verifier.engine.options import (
     schema_of,
     session_key,
 )
-from services.verifier.engine.sessions import PADDING, Block, Counters, Session, Step, drawn_from, stops_of
+from services.verifier.engine.sessions import (
+    PADDING,
+    Block,
+    Counters,
+    Session,
+    Step,
+    drawn_from,
+    is_bare,
+    stops_of,
+)
 from services.verifier.engine.steady_schedule import SteadySchedule
 from services.verifier.engine.step_costs import StepCosts
 from services.verifier.engine.types import BlockStatus
@@ -181,8 +190,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         whole CUDA graph. Where there is no draft at all, and nobody waits for what exits say, that of one row a session.
         A request with a grammar stays as it is, for a grammar knows no padding."""
         armed = [session for session in self._by_request.values() if session.armed is not None]
-        bare = all(not session.drafts and (session.eager or session.unheard) for session in armed)
-        longest = 0 if bare else self.max_block
+        longest = 0 if is_bare(armed) else self.max_block
         for session in armed:
             request = session.request
             if not request.use_structured_output:
@@ -422,8 +430,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 counters.accepted_tokens += max(0, len(model_runner_output.sampled_token_ids[row]) - 1)
         outputs: dict[int, Any] = super().update_from_output(scheduler_output, model_runner_output)
         for session in spoken:
-            session.passes += 1
-            session.answered = max(session.answered, session.verified)
+            session.spoke()
             if self._by_key.get(session.key) is session:
                 self._park(session)
             session.verified = 0

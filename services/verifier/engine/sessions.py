@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -72,6 +73,11 @@ class Session:
         """Whether it may say another token by itself."""
         return bool(self.request.num_output_tokens - self.taken < self.ahead)
 
+    def spoke(self) -> None:
+        """A pass of it has ended, and with it the block under way."""
+        self.passes += 1
+        self.answered = max(self.answered, self.verified)
+
     @property
     def told(self) -> dict[str, int] | None:
         """What its outputs say of the blocks that they answer, and of its passes, where not all were asked for; in a place
@@ -108,6 +114,11 @@ class Step:
     began: float = 0.0
     verified: dict[str, int] = field(default_factory=dict)
     prefills: bool = False
+
+
+def is_bare(sessions: Iterable[Session]) -> bool:
+    """Whether nobody drafts for any of these sessions, which have something to compute, or waits for what exits foresee."""
+    return all(not session.drafts and (session.eager or session.unheard) for session in sessions)
 
 
 def drawn_from(session: Session, block: Block, drafts: int) -> list[SparseRow]:

@@ -20,7 +20,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
 from services.verifier.engine.options import DRAFT_LENGTHS, DRAFT_LEVELS, DRAFT_ROWS, EVEN_ROWS
-from services.verifier.engine.sessions import PADDING, Session, drawn_from
+from services.verifier.engine.sessions import PADDING, Session, drawn_from, is_bare
 from shared.sampling.sparse import SparseRow
 
 if TYPE_CHECKING:
@@ -93,8 +93,7 @@ class SteadySchedule:
         """To which length blocks are padded; None where they are not."""
         if not self._scheduler.uniform:
             return None
-        bare = all(not session.drafts and (session.eager or session.unheard) for session, _ in ready)
-        return 0 if bare else self._scheduler.max_block
+        return 0 if is_bare(session for session, _ in ready) else self._scheduler.max_block
 
     def _growing(self, ready: Ready, longest: int | None) -> Growing | None:
         """Whom vLLM's KV manager has to be asked for; None where there is not room enough, in the KV cache, the context or
@@ -264,8 +263,7 @@ class SteadySchedule:
             else:
                 tokens, ends = own._update_request_with_output(request, tokens)
             finish_reason = None
-            session.passes += 1
-            session.answered = max(session.answered, session.verified)
+            session.spoke()
             if ends:
                 finish_reason = request.get_finished_reason()
                 own._handle_stopped_request(request)
