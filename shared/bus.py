@@ -325,6 +325,11 @@ class Bus:
         settled.add_done_callback(self._posted)
         return True
 
+    @property
+    def hints_under_way(self) -> int:
+        """Hints that were posted and neither taken by the broker nor given up yet."""
+        return self._hints_under_way
+
     # --- reading ----------------------------------------------------------------------------------------------
 
     @overload

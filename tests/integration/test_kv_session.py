@@ -86,6 +86,16 @@ async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
         await asyncio.sleep(0.02)
 
 
+async def heard(http: httpx.AsyncClient, name: str, **told: object) -> None:
+    """Wait until kv-session shows the verifier so: heartbeats come on another topic than what is asked."""
+
+    async def shown() -> bool:
+        listed = (await http.get("/v1/verifiers")).json()["verifiers"]
+        return any(each["verifier"] == name and told.items() <= each.items() for each in listed)
+
+    await until(shown, f"kv-session knows {name} with {told}")
+
+
 @dataclass
 class World:
     """A deployment of its own: topics, keys, what is announced, and verifiers that beat."""
@@ -283,6 +293,8 @@ async def test_an_open_sent_twice_is_one_session(world: World, http: httpx.Async
     await world.opened("s")
     await world.beat(a_heartbeat("v1", partitions=(2, 3)))
     await world.beat(a_heartbeat(sessions=16))
+    await heard(http, "v1", takes_sessions=True)
+    await heard(http, "v0", sessions=16)
     await world.send(an_open("s"))
     again = await world.hears(Placed, "s", 2)
     assert again == world.of(Placed, "s")[0]
@@ -329,6 +341,8 @@ async def test_a_resume_goes_to_another_verifier_when_its_own_is_gone(
     await world.hears(Evicted, "s")
     await world.beat(a_heartbeat("v1", partitions=(2, 3)))
     await world.beat(a_heartbeat(stopping=True))
+    await heard(http, "v1", takes_sessions=True)
+    await heard(http, "v0", takes_sessions=False)
     await world.send(OpenSession(session="s", reply=THERE, resume=True))
     resumed = await world.hears(Placed, "s", 2)
     assert (resumed.verifier, resumed.reason, resumed.reply) == ("v1", "resumed", THERE)
@@ -340,6 +354,7 @@ async def test_without_a_verifier_a_resume_keeps_its_place(world: World, http: h
     await world.beat(a_heartbeat())
     placed = await world.opened("s")
     await world.beat(a_heartbeat(stopping=True))
+    await heard(http, "v0", takes_sessions=False)
     await world.send(OpenSession(session="s", reply=THERE, resume=True))
     resumed = await world.hears(Placed, "s", 2)
     assert (resumed.verifier, resumed.partition, resumed.epoch) == ("v0", placed.partition, 2)
@@ -407,10 +422,7 @@ async def test_a_verifier_that_says_it_stops_is_left_at_once(world: World) -> No
         await world.beat(a_heartbeat("v1", partitions=(2, 3), sessions=9))
         await world.opened("s")
 
-        async def both_known() -> bool:
-            return len((await http.get("/v1/verifiers")).json()["verifiers"]) == 2
-
-        await until(both_known, "both verifiers known")
+        await heard(http, "v1")
         await asyncio.sleep(0.5)  # so that silence means absence
         await world.beat(a_heartbeat(stopping=True))
         assert (await world.hears(Placed, "s", 2)).verifier == "v1"
@@ -423,12 +435,9 @@ async def test_while_no_other_is_ready_sessions_wait_for_their_verifier_to_retur
     await world.opened("s")
     world.silence("v0")
 
-    async def gone() -> bool:
-        verifiers = (await http.get("/v1/verifiers")).json()["verifiers"]
-        return not verifiers[0]["alive"]
-
-    await until(gone, "the verifier counts as gone")
+    await heard(http, "v0", alive=False)
     await world.beat(a_heartbeat(incarnation="v0:2"))
+    await heard(http, "v0", incarnation="v0:2", alive=True)
     await world.opened("after")
     state = await world.state("s")
     assert (state.epoch, state.verifier) == (1, "v0")
@@ -457,11 +466,8 @@ async def test_a_session_that_another_verifier_has_claimed_already_is_left_there
     await world.beat(a_heartbeat("v1", partitions=(0, 1, 2, 3)))
     await world.opened("other", prompt=(9,))
 
-    async def gone() -> bool:
-        verifiers = (await http.get("/v1/verifiers")).json()["verifiers"]
-        return [each["alive"] for each in verifiers] == [False, True]
-
-    await until(gone, "the verifier counts as gone")
+    await heard(http, "v0", alive=False)
+    await heard(http, "v1", alive=True)
     await world.send(an_open("probe"))
     await world.hears(Placed, "probe")
     assert (await world.state("s")).epoch == 2  # the claim's
@@ -503,6 +509,7 @@ async def test_draining_moves_sessions_away_and_keeps_new_ones_out(
     await world.beat(a_heartbeat())
     await world.opened("s")
     await world.beat(a_heartbeat("v1", partitions=(2, 3), sessions=10))
+    await heard(http, "v1", sessions=10)
     drained = (await http.post("/v1/verifiers/v0/drain")).json()
     assert (drained["drained"], drained["takes_sessions"]) == (True, False)
     moved = await world.hears(Placed, "s", 2)
@@ -519,6 +526,7 @@ async def test_a_drained_verifier_keeps_what_nobody_else_has_room_for(
     await world.beat(a_heartbeat())
     await world.opened("s")
     await world.beat(a_heartbeat("v1", partitions=(2, 3), sessions=16))
+    await heard(http, "v1", sessions=16)
     await http.post("/v1/verifiers/v0/drain")
     assert (await world.refused("new")).code == "overloaded"
     assert (await world.state("s")).epoch == 1
@@ -661,18 +669,18 @@ async def test_a_verifier_that_kafka_kept_from_being_heard_is_not_gone(
             await world.beat(heartbeat)
         late = (await world.opened("before")).verifier
 
-        async def heard() -> set[str]:
+        async def alive() -> set[str]:
             listed = (await http.get("/v1/verifiers")).json()["verifiers"]
             return {each["verifier"] for each in listed if each["alive"]}
 
         async def nobody_is_heard() -> bool:
-            return not await heard()
+            return not await alive()
 
         async def the_other_is_heard() -> bool:
-            return await heard() == both.keys() - {late}
+            return await alive() == both.keys() - {late}
 
         async def both_are_heard() -> bool:
-            return await heard() == both.keys()
+            return await alive() == both.keys()
 
         world.silence(late)
         await asyncio.sleep(2 * BEAT_S)  # its last heartbeat is on its way no more
