@@ -55,7 +55,8 @@ class Mode:
 
 
 _PLAIN: Final = {"adaptive": False, "hints": False, "guesses": False, "forwards": False, "policy": "cost"}
-_FULL: Final = {"adaptive": True, "hints": True, "guesses": True, "forwards": True, "policy": "latency"}
+_FULL: Final = {"adaptive": True, "guesses": True, "forwards": True, "policy": "latency"}
+"""As a client gets it that asks for nothing: whether exits are computed is then for the gateway to find out."""
 
 MODES: Final[Mapping[str, Mode]] = {
     mode.name: mode
@@ -67,6 +68,7 @@ MODES: Final[Mapping[str, Mode]] = {
         Mode("paper", "sync, and lanes from exits: the paper", Place.EDGE, {**_PLAIN, "hints": True}),
         Mode("full", "all of Outrider", Place.EDGE, _FULL),
         Mode("full-guesses", "full without lanes at send time", Place.EDGE, {**_FULL, "guesses": False}),
+        Mode("full_exits", "full with exits in every pass", Place.EDGE, {**_FULL, "hints": True}),
         Mode("full-hints", "full without exits", Place.EDGE, {**_FULL, "hints": False}),
         Mode("full-forwards", "full without forwards", Place.EDGE, {**_FULL, "forwards": False}),
         Mode("full-adaptive", "full with blocks of a fixed length", Place.EDGE, {**_FULL, "adaptive": False}),

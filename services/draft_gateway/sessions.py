@@ -392,8 +392,14 @@ class Sessions:
         return min(length, settings.max_block) if drafts else 0
 
     def _hints_wanted(self, options: OutriderOptions) -> bool:
+        """Whether exits are to speak: a pass without them takes less. Where nobody has asked for them, what they were worth
+        to sessions that start lanes from guesses as well decides."""
         wanted = self._settings.hints if options.hints is None else options.hints
-        return wanted and self._block_length(options) > 0
+        if not wanted or self._block_length(options) == 0:
+            return False
+        guesses = self._settings.guesses if options.guesses is None else options.guesses
+        adaptive = self._settings.adaptive if options.adaptive is None else options.adaptive
+        return options.hints is not None or not guesses or not adaptive or self._common.exits.wanted()
 
     def _edge_config(self, form: ResponseForm, params: GenerationParams) -> EdgeConfig:
         settings, options = self._settings, form.options
@@ -410,7 +416,7 @@ class Sessions:
             adaptive=chosen(options.adaptive, settings.adaptive),
             stop_tokens=stops | frozenset(params.stop_token_ids),
             policy=params.policy,
-            hints=self._hints_wanted(options),
+            hints=not params.unheard,
             guesses=chosen(options.guesses, settings.guesses),
             forwards=chosen(options.forwards, settings.forwards),
             lane_threshold=settings.lane_threshold,

@@ -94,16 +94,21 @@ class GatewaySettings(ModelSettings):
         description="What a verifier does with a session that has nothing to verify: 'latency' goes on by itself, "
         "'cost' waits for a block.",
     )
-    hints: bool = Field(True, description="Start lanes from hints of early exits.")
+    hints: bool = Field(
+        True,
+        description="Start lanes from hints of early exits; with `adaptive` and `guesses`, while that proves to be of use.",
+    )
     guesses: bool = Field(True, description="Start lanes as a block goes up, from the draft's own guesses.")
     forwards: bool = Field(True, description="Send finished lanes up before the verdict.")
     forwards_per_token: Annotated[float, Field(ge=0)] = Field(
-        0.6, description="Forwards sent at most for each committed token: each costs some 20 bytes."
+        1.0, description="Forwards sent at most for each committed token: each costs some 10 bytes."
     )
     lane_threshold: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.05, description="Least probability of an outcome for a lane to start from it."
+        0.02, description="Least probability of an outcome for a lane to start from it."
     )
-    max_lanes: Annotated[int, Field(ge=0)] = Field(4, description="Lanes a session drafts at a time.")
+    max_lanes: Annotated[int, Field(ge=0)] = Field(
+        8, description="Lanes that a session drafts at a time; fewer where they would be late."
+    )
     default_max_tokens: Positive = Field(256, description="Length of an answer whose request sets no limit.")
     default_temperature: Annotated[float, Field(ge=0, le=2)] = Field(
         0.0, description="Temperature of a request that sets none; 0 takes the likeliest token each time."

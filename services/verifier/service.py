@@ -155,7 +155,7 @@ class VerifierService:
                 self,
                 max_block=self.settings.max_block,
                 chain=chain,
-                floor_lookup=self.settings.floor_lookup,
+                floor_drafts=self.settings.floor_drafts,
             )
             self._shells[message.session] = shell
         if shell.unanswered >= self.settings.session_queue and not isinstance(message, Cancel):

@@ -16,11 +16,10 @@ from typing import Protocol
 
 from services.verifier import metrics
 from services.verifier.engine.types import UNHEARD, BlockStatus, Engine, EngineOutput, ExitReport
-from services.verifier.lookups import Lookups
+from services.verifier.floor_drafts import FloorDraft, FloorShares
 from shared import timeline
 from shared.bus import Bus, Received
 from shared.errors import OutriderError
-from shared.lookup import Lookup
 from shared.protocol import (
     Cancel,
     DraftsMessage,
@@ -45,8 +44,6 @@ Step = Callable[[], Coroutine[None, None, None]]
 RETRY_AFTER_S = 0.5
 NOTE_AFTER_S = 0.1
 """A round that has been open for so long is noted for operators: most end before."""
-FLOOR_LENGTH = 5
-"""Tokens that the floor looks up at a time."""
 
 
 @dataclass(slots=True)
@@ -59,7 +56,8 @@ class Passes:
     row_ms: float = 0.0
     tokens: Mean = field(default_factory=Mean)
     """What a session gets by a pass."""
-    lookups: Lookups = field(default_factory=Lookups)
+    floor: FloorShares = field(default_factory=FloorShares)
+    """How often the floor's own drafts are right."""
 
     def usual_ms(self, rows: int) -> float | None:
         """What a pass of so many rows takes; None before the engine knows."""
@@ -156,7 +154,7 @@ class SessionShell:
     """Carries out what `core.VerifierSession` decides for one session."""
 
     def __init__(
-        self, session: str, host: Host, *, max_block: int, chain: Chain, floor_lookup: bool = True
+        self, session: str, host: Host, *, max_block: int, chain: Chain, floor_drafts: bool = True
     ) -> None:
         self.session = session
         self.chain = chain
@@ -165,10 +163,9 @@ class SessionShell:
         self.kv_free = asyncio.Event()
         self._host = host
         self._core = core.VerifierSession(
-            session, max_block=max_block, floor_draft=self._look_up if floor_lookup else core.no_draft
+            session, max_block=max_block, floor_draft=self._draft if floor_drafts else core.no_draft
         )
-        self._lookup: Lookup | None = None
-        self._looked_up: Tokens = ()
+        self._floor = FloorDraft(host.passes.floor)
         self._state: SessionState | None = None
         self._prompt: Tokens = ()
         self._reader: asyncio.Task[None] | None = None
@@ -517,23 +514,14 @@ class SessionShell:
             clock.answered_s = now_s
             self._answered.append(clock)
 
-    def _look_up(self, said: Sequence[int]) -> Tokens:
-        """What followed the newest earlier occurrence of the text's end, as far as it is worth its rows."""
-        if self._lookup is None:
-            self._lookup = Lookup()
-        self._lookup.follow((*self._prompt, *said))
-        self._looked_up, _ = self._lookup.draft(FLOOR_LENGTH)
-        passes = self._host.passes
-        worth = passes.lookups.worth(self._lookup.matched, FLOOR_LENGTH, passes.least_worth())
-        return self._looked_up[:worth]
+    def _draft(self, said: Sequence[int], tail: core.Tail) -> Tokens:
+        """What the floor verifies beside the target's next token."""
+        return self._floor.draft((*self._prompt, *said), tail, self._host.passes.least_worth())
 
     def _judge(self, said: Tokens) -> None:
-        """Learn from what a pass said: how much that is, and whether it is what was looked up."""
-        passes = self._host.passes
-        passes.tokens.saw(len(said))
-        if self._lookup is not None and self._looked_up:
-            passes.lookups.saw(self._lookup.matched, self._looked_up, said)
-        self._looked_up = ()
+        """Learn from what a pass said: how much that is, and what the floor's drafts were worth."""
+        self._host.passes.tokens.saw(len(said))
+        self._floor.judge(said)
 
     async def _close_engine(self) -> None:
         try:

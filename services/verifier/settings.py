@@ -51,9 +51,10 @@ class VerifierSettings(ModelSettings):
     member_timeout_s: Annotated[float, Field(ge=1)] = Field(
         6.0, description="A verifier silent for so long loses its partitions to the others."
     )
-    floor_lookup: bool = Field(
+    floor_drafts: bool = Field(
         True,
-        description="Let a session that goes on by itself draft by prompt lookup where its match is long.",
+        description="Let a session that goes on by itself draft where that is worth its rows: by prompt lookup, and from "
+        "what a draft that was refused goes on with.",
     )
     floor_ahead: Annotated[int, Field(ge=0)] | None = Field(
         None,

@@ -40,6 +40,7 @@ from shared.sampling.conformal import resumed
 from shared.sampling.sparse import SparseRow
 from shared.speculation.outcomes import Foresight, Guess, Ranked, guess, level, logit, mix, sigmoid
 from shared.speculation.pace import (
+    TYPICAL,
     Clocks,
     Common,
     Mean,
@@ -117,6 +118,9 @@ SURER: Final = 1.5
 """By how much likelier an outcome must be for a lane to be stopped in its favour."""
 CREDIT: Final = 8.0
 """Forwards that may be saved up."""
+OWN: Final = 0.9
+"""How much of its own acceptance a session keeps a token; it starts from that of all, so that a first block that is
+refused at once does not end its drafts."""
 ACKNOWLEDGE: Final = 24
 """A gateway that only follows shows after so many tokens that it is there."""
 RESTS: Final = (16, 128)
@@ -436,13 +440,14 @@ class EdgeSession:
         self._acknowledged = 0
         self._rest, self._resting = 0, RESTS[0]
         self._rested = False
-        self._acceptance = Mean()
         self._missed = Mean()
         self._rate = Rate()
         self._threshold: float | None = None  # after the rows of what is committed
         common = config.common or Common()
         self._sharers = common.sharers
         self._draft_acceptance = common.acceptance
+        self._acceptance = Mean(common.acceptance(TYPICAL), memory=OWN)
+        self._exits = common.exits
         self._floor_rate = Rate()
         self._round_trip = Mean()
         self._pass = common.pass_ms
@@ -638,7 +643,7 @@ class EdgeSession:
 
     def _clocks(self) -> Clocks:
         return Clocks(
-            acceptance=self._acceptance(self._draft_acceptance(0.7)),
+            acceptance=self._acceptance(TYPICAL),
             pass_ms=self._pass,
             sharers=self._sharers(1.0),
             draft_ms=self._step(1),
@@ -700,10 +705,14 @@ class EdgeSession:
             # As it was, however much of it is committed by now: forwards and hints of its round count from its start.
             start = lane.base + len(lane.assumed)
             return [
-                SendBlock(self._epoch, lane.round, start, lane.tokens or (), lane.levels(), lane.rows),
+                SendBlock(self._epoch, lane.round, start, lane.tokens or (), self._levels(lane), lane.rows),
                 self._later(),
             ]
         return [SendBlock(self._epoch, self._take_round(), self.base, ()), self._later()]
+
+    def _levels(self, lane: _Lane) -> tuple[int, ...]:
+        """How sure the draft was, for the exits; nothing where nobody listens to them."""
+        return lane.levels() if self._config.hints else ()
 
     def _later(self, delay_ms: float | None = None) -> SetTimer:
         self._timer += 1
@@ -755,7 +764,7 @@ class EdgeSession:
                 accepted,
                 lane.assumed[-1],
                 lane.tokens,
-                lane.levels(),
+                self._levels(lane),
                 lane.rows,
             )
         ]
@@ -1128,6 +1137,8 @@ class EdgeSession:
         )
         statistics = self.statistics
         self._missed.saw(float(lane is None or lane.tokens is None))
+        if self._config.guesses and self._open is not None and self._open.hint_ms:
+            self._exits.saw(useful=lane is not None and lane.origin is Origin.EXIT)
         if lane is None:
             statistics.misses += 1
             if self._open is not None and self._open.left(self._committed):  # longer than a pass takes

@@ -13,6 +13,16 @@ MEMORY: Final = 0.95
 """How much of what was seen is kept a step: a figure rests on the last 20 or so."""
 SOON: Final = 0.8
 """The same of what changes at once, such as how many sessions there are."""
+WORTH_WHILE: Final = 1.01
+"""What drafts that are wrong but for a few in a thousand don't reach, where rows cost nothing."""
+TRIALS: Final = 24
+"""Times that something is used before it is judged."""
+LEAST_USE: Final = 0.03
+"""What is of use less often is left alone."""
+AGAIN: Final = 16
+"""Every so manieth time it is used all the same."""
+TYPICAL: Final = 0.7
+"""How often a draft token is accepted, before anything is known."""
 FEWEST: Final = 8.0
 """Observations, weighted, without which a slope is not believed."""
 
@@ -121,16 +131,39 @@ class PassCost:
 
 
 @dataclass(slots=True)
+class Trial:
+    """Whether something that costs is of use, by how often it was: used until that is known, and now and then to see
+    whether it has changed."""
+
+    useful: Mean = field(default_factory=Mean)
+    seen: int = 0
+    asked: int = 0
+
+    def saw(self, *, useful: bool) -> None:
+        """It was used once more."""
+        self.useful.saw(float(useful))
+        self.seen += 1
+
+    def wanted(self) -> bool:
+        """Whether to use it the next time."""
+        if self.seen < TRIALS or self.useful(1.0) >= LEAST_USE:
+            return True
+        self.asked += 1
+        return self.asked % AGAIN == 0
+
+
+@dataclass(slots=True)
 class Common:
     """What does not depend on the session: what a pass costs by the rows in it, a draft step by the lanes in it, how many
-    share a pass, and how often the draft is right. Sessions of a gateway learn it together, so that a new one knows it
-    at once; a crowd that begins at the same time would be over before each had learned it alone.
+    share a pass, how often the draft is right, and whether exits are of use. Sessions of a gateway learn it together, so
+    that a new one knows it at once; a crowd that begins at the same time would be over before each had learned it alone.
     """
 
     pass_ms: PassCost = field(default_factory=PassCost)
     step_ms: Line = field(default_factory=Line)
     sharers: Mean = field(default_factory=lambda: Mean(memory=SOON))
-    acceptance: Mean = field(default_factory=Mean)
+    acceptance: Mean = field(default_factory=lambda: Mean(TYPICAL))
+    exits: Trial = field(default_factory=Trial)
 
 
 def expected_tokens(acceptance: float, length: int) -> float:
@@ -176,7 +209,8 @@ def best_length(clocks: Clocks, longest: int) -> int:
         return longest
     alone = _rate(clocks, 0)
     # A gain of less than a millionth is none: of equals the shortest costs least.
-    return max(range(longest + 1), key=lambda length: round(_rate(clocks, length) / alone, 6))
+    best = max(range(longest + 1), key=lambda length: round(_rate(clocks, length) / alone, 6))
+    return best if _rate(clocks, best) >= WORTH_WHILE * alone else 0
 
 
 def thrifty_length(clocks: Clocks, longest: int) -> int:

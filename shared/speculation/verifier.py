@@ -21,19 +21,20 @@ agrees with what the target has said; what was said meanwhile is trimmed from it
 the outcome that it assumes has come true. Of several, the newest goes first: its sender knew most.
 
 With nothing to verify, the policy decides. Under `cost` the session waits. Under `latency` the *AR floor* takes over: the
-target goes on by itself, with what the verifier finds by prompt lookup, else one token a pass. It waits for a block that
-comes long before a pass of its own would end (`patience_ms`), and goes on no longer than a gateway is heard from
-(`MOST_AHEAD`).
+target goes on by itself, with what the verifier drafts itself (by prompt lookup, or from what is left of a draft that was
+refused, `Tail`), else one token a pass. It waits for a block that comes long before a pass of its own would end
+(`patience_ms`), and goes on no longer than a gateway is heard from (`MOST_AHEAD`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from shared.errors import InvalidRequest, ProtocolError
 from shared.protocol import (
@@ -88,12 +89,26 @@ LEAST_AGREES: Final = 1e-6
 MEMORY: Final = 0.8
 """How much of a running mean is kept a step."""
 
-FloorDraft = Callable[[Sequence[int]], Tokens]
-"""From the committed tokens to what the verifier itself would draft, perhaps nothing."""
+FORESEEN: Final = 4
+"""Tokens at the end of what was said that a draft is asked to have foreseen, at most."""
+TAILS: Final = 16
+"""Drafts, newest first, whose tails are looked at."""
 
 
-def no_draft(committed: Sequence[int]) -> Tokens:
-    """The floor without prompt lookup."""
+class Tail(NamedTuple):
+    """What a draft that was refused goes on with, in the places that come next: often the target only said one word for
+    another. `foreseen` are the tokens before it that the draft had right again, in a row."""
+
+    foreseen: int = 0
+    tokens: Tokens = ()
+
+
+FloorDraft = Callable[[Sequence[int], Tail], Tokens]
+"""From what was said, and what a refused draft goes on with, to what the verifier itself would draft, perhaps nothing."""
+
+
+def no_draft(said: Sequence[int], tail: Tail) -> Tokens:
+    """The floor without drafts."""
     return ()
 
 
@@ -721,7 +736,27 @@ class VerifierSession:
         """One pass that nobody asked for."""
         if len(self._said) - self._acknowledged >= MOST_AHEAD:
             return []
-        return [self._verify(None, self._floor_draft(self._said)[: self._max_block], now_ms)]
+        return [self._verify(None, self._floor_draft(self._said, self._tail())[: self._max_block], now_ms)]
+
+    def _tail(self) -> Tail:
+        """Of the drafts that reach beyond what was said, the rest of the one that has foreseen most of its end; of equals
+        the newest's. One that has missed the last `FORESEEN` tokens says nothing any more."""
+        best, rank = Tail(), (0, -FORESEEN)
+        for draft in itertools.islice(reversed(self._paths.values()), TAILS):
+            ahead = len(self._said) - draft.base
+            if not 0 < ahead < len(draft.path):
+                continue
+            agrees = [
+                drafted == said
+                for drafted, said in zip(
+                    reversed(draft.path[:ahead]), reversed(self._said[draft.base :]), strict=False
+                )
+            ]
+            foreseen = _leading(agrees[:FORESEEN], True)
+            missed = 0 if foreseen else _leading(agrees, False)
+            if (foreseen, -missed) > rank:
+                best, rank = Tail(foreseen, draft.path[ahead:]), (foreseen, -missed)
+        return best
 
     def _timer_fired(self, event: TimerFired, now_ms: float) -> list[VerifierAction]:
         if event.timer != self._timer or not self._patient:
@@ -984,6 +1019,11 @@ class VerifierSession:
             retry_after_s=retry_after_s,
         )
         return Publish(fault, message.reply)
+
+
+def _leading(values: Sequence[bool], value: bool) -> int:
+    """How many of the first values are `value`."""
+    return next((count for count, each in enumerate(values) if each is not value), len(values))
 
 
 def _mean(mean: float | None, value: float) -> float:

@@ -543,7 +543,9 @@ class World:
         self._born += 1
         self.verifiers.insert(0, _Verifier(f"v{self._born}", self._new_clock()))
 
-    def _floor_draft(self, said: Sequence[int]) -> Tokens:
+    def _floor_draft(self, said: Sequence[int], tail: v.Tail) -> Tokens:
+        if tail.tokens and self.choices.below(2):
+            return tail.tokens
         length = self.choices.pick([0, 0, 2])
         return tuple(self.choices.below(VOCABULARY) for _ in range(length))
 

@@ -610,7 +610,7 @@ def wrong_drafts_until_it_follows(edge: EdgeSession) -> int:
     tries = 0
     while edge.phase is not Phase.FOLLOWING:
         tries += 1
-        assert tries < 10
+        assert tries < 100
         edge.handle(plain(edge._next_lane - 1, 7, 7), 10.0)
         answer = verdict(edge._next_round - 1, edge.base, 0, 100).verdict
         edge.handle(VerdictArrived(answer.model_copy(update={"verify_ms": 10.0, "rows": 3})), 20.0)

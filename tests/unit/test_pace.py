@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 
 from shared.speculation.pace import (
+    AGAIN,
+    TRIALS,
+    TYPICAL,
     Clocks,
     Common,
     Line,
     Mean,
     PassCost,
     Rate,
+    Trial,
     best_length,
     expected_tokens,
     lanes_in,
@@ -179,9 +183,23 @@ def test_what_the_verifier_says_of_its_passes_counts_more_than_what_was_seen() -
 
 def test_sessions_of_a_gateway_learn_together_how_often_the_draft_is_right() -> None:
     common = Common()
-    common.acceptance.saw(0.25)
-    assert Common().acceptance(0.7) == 0.7
-    assert common.acceptance(0.7) == 0.25
+    assert common.acceptance(0.0) == TYPICAL
+    for _ in range(100):
+        common.acceptance.saw(0.25)
+    assert common.acceptance(0.0) == pytest.approx(0.25, abs=0.01)
+    assert Common().acceptance(0.0) == TYPICAL
+
+
+def test_what_is_of_no_use_is_left_alone_once_that_is_known_but_for_a_try_now_and_then() -> None:
+    trial = Trial()
+    for _ in range(TRIALS):
+        assert trial.wanted()
+        trial.saw(useful=False)
+    wanted = [trial.wanted() for _ in range(3 * AGAIN)]
+    assert wanted.count(True) == 3
+    for _ in range(10):
+        trial.saw(useful=True)
+    assert trial.wanted()
 
 
 def test_before_anything_is_known_a_draft_is_as_long_as_it_may_be() -> None:

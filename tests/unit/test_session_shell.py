@@ -12,7 +12,7 @@ import pytest
 
 from services.verifier import session_shell
 from services.verifier.engine.types import BlockStatus, Engine, EngineOutput
-from services.verifier.lookups import PRIOR
+from services.verifier.floor_drafts import LOOKED_UP
 from services.verifier.session_shell import Chain, Passes, SessionShell
 from shared.bus import Bus, Received
 from shared.errors import BrokerUnavailable, StoreUnavailable
@@ -405,6 +405,6 @@ async def test_the_floor_looks_up_what_is_worth_its_rows_and_learns_from_all_tha
     dialogue.prompt()
     await until(lambda: host.model.submitted)
     assert host.model.submitted == [looked_up]
-    assert host.passes.lookups.right(1) == PRIOR[1]
+    assert host.passes.floor.looked_up.right(1) == LOOKED_UP[1]
     host.model.outputs.put_nowait(EngineOutput((11,)))
-    await until(lambda: host.passes.lookups.right(1) > PRIOR[1])
+    await until(lambda: host.passes.floor.looked_up.right(1) > LOOKED_UP[1])

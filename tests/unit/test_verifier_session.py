@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from shared.protocol import (
@@ -23,6 +25,7 @@ from shared.protocol import (
 )
 from shared.sampling.sparse import SparseRow, encode
 from shared.speculation.verifier import (
+    FORESEEN,
     MOST_AHEAD,
     NO_ROUND,
     Claim,
@@ -42,6 +45,7 @@ from shared.speculation.verifier import (
     Refused,
     Release,
     SetTimer,
+    Tail,
     TimerFired,
     VerifierAction,
     VerifierSession,
@@ -555,10 +559,56 @@ def test_a_late_block_that_disagrees_with_the_floor_is_stale() -> None:
 
 
 def test_the_floor_uses_what_the_verifier_finds_by_itself() -> None:
-    session = VerifierSession("s", max_block=4, floor_draft=lambda said: (said[-1] + 1, said[-1] + 2))
+    session = VerifierSession("s", max_block=4, floor_draft=lambda said, _: (said[-1] + 1, said[-1] + 2))
     session.handle(prompt())
     session.handle(Claimed(epoch=1, committed=(), gateway="g", policy=Policy.LATENCY))
     assert session.handle(EngineAnswered((10,)))[0] == Verify(NO_ROUND, 1, (11, 12))
+
+
+def drafting_tails(*blocks: Received) -> tuple[VerifierSession, list[Tail]]:
+    """A session on the floor that has said 10 and runs its next pass, these blocks beside it; and the tails that its floor
+    was told."""
+    tails: list[Tail] = []
+
+    def draft(said: Sequence[int], tail: Tail) -> Tokens:
+        tails.append(tail)
+        return tail.tokens
+
+    session = VerifierSession("s", max_block=4, floor_draft=draft)
+    session.handle(prompt())
+    session.handle(Claimed(epoch=1, committed=(), gateway="g", policy=Policy.LATENCY))
+    session.handle(EngineAnswered((10,)))
+    session.handle(Committed(1))
+    for each in blocks:
+        session.handle(each)
+    return session, tails
+
+
+def test_what_a_refused_draft_goes_on_with_is_drafted_by_the_floor() -> None:
+    session, tails = drafting_tails(block(1, 1, 11, 12, 13, 14))
+    assert session.handle(EngineAnswered((99,)))[0] == Verify(NO_ROUND, 2, (12, 13, 14))
+    session.handle(Committed(2))
+    assert session.handle(EngineAnswered((12, 98)))[0] == Verify(NO_ROUND, 4, (14,))
+    assert tails == [Tail(), Tail(0, (12, 13, 14)), Tail(0, (14,))]
+
+
+def test_of_two_refused_drafts_the_one_that_was_right_again_is_believed() -> None:
+    session, tails = drafting_tails(block(1, 1, 11, 99, 13, 14), block(2, 1, 11, 12, 15, 16))
+    session.handle(EngineAnswered((98, 99)))
+    assert tails[-1] == Tail(1, (13, 14))
+    session, tails = drafting_tails(block(1, 1, 11, 12, 13), block(2, 1, 11, 12, 15))
+    session.handle(EngineAnswered((98, 99)))
+    assert tails[-1] == Tail(0, (15,)), "of equals the newest's"
+
+
+def test_a_draft_that_was_wrong_for_long_or_ends_there_says_nothing_of_what_follows() -> None:
+    long = tuple(range(11, 11 + FORESEEN + 2))
+    session, tails = drafting_tails(block(1, 1, *long))
+    session.handle(EngineAnswered(tuple(50 + n for n in range(FORESEEN))))
+    assert tails[-1] == Tail()
+    session, tails = drafting_tails(block(1, 1, 11, 12))
+    session.handle(EngineAnswered((50, 51)))
+    assert tails[-1] == Tail()
 
 
 def test_the_floor_stops_when_the_gateway_has_not_been_heard_of_and_goes_on_when_it_has() -> None:

@@ -21,6 +21,11 @@ logger = logging.getLogger(__name__)
 QUEUE: Final = 1024
 BATCH: Final = 32
 CLOSE_DEADLINE_S: Final = 10.0
+TURNS: Final = 3
+"""Turns of the event loop from a draft to what is asked for because of it: the draft settles, who waits for it goes on,
+and what is asked for then is put in."""
+BREATH_S: Final = 0.002
+"""How long these turns are waited for: a small part of a draft's step."""
 
 
 Early = Callable[[Draft], None]
@@ -141,6 +146,22 @@ class Drafter:
             return
         for job, draft in zip(jobs, drafts, strict=True):
             _in_loop(job.result, draft)
+        self._breathe(jobs[-1].loop)
+
+    def _breathe(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Let the loop ask for what follows from these drafts: the likeliest lane of all follows from a block's end, and
+        would else wait until a batch of less likely ones is through."""
+        passed = threading.Event()
+
+        def turn(left: int) -> None:
+            if left:
+                loop.call_soon(turn, left - 1)
+            else:
+                passed.set()
+
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(turn, TURNS)
+            passed.wait(BREATH_S)
 
 
 def _in_loop(future: asyncio.Future[Draft], outcome: Draft | Exception | None) -> None:
