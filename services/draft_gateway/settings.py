@@ -107,7 +107,7 @@ class GatewaySettings(ModelSettings):
         0.02, description="Least probability of an outcome for a lane to start from it."
     )
     max_lanes: Annotated[int, Field(ge=0)] = Field(
-        8, description="Lanes that a session drafts at a time; fewer where they would be late."
+        5, description="Lanes that a session drafts at a time; fewer where they would be late."
     )
     default_max_tokens: Positive = Field(256, description="Length of an answer whose request sets no limit.")
     default_temperature: Annotated[float, Field(ge=0, le=2)] = Field(

@@ -20,7 +20,7 @@ from shared.protocol import Tokens
 from shared.speculation.pace import Mean
 from shared.speculation.verifier import FORESEEN, Tail
 
-LENGTH: Final = 5
+LENGTH: Final = 8
 """Tokens that the floor drafts at a time."""
 LOOKED_UP: Final = (0.0, 0.2, 0.6, 0.75, 0.8, 0.8, 0.9)
 """How often the token after a match of so many is right: rounded from 1,805 places in answers of the target that ships

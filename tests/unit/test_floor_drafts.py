@@ -71,7 +71,7 @@ SAID_TWICE = (1, 2, 3, 4, 5, 6, 7, 1, 2, 3)
 
 def test_what_is_likelier_to_bring_more_is_drafted() -> None:
     floor = FloorDraft(FloorShares())
-    assert floor.draft(SAID_TWICE, Tail(0, (8, 9)), 0.0) == (4, 5, 6, 7, 1)
+    assert floor.draft(SAID_TWICE, Tail(0, (8, 9)), 0.0) == (4, 5, 6, 7, 1, 2, 3, 4)
     assert floor.draft((1, 2, 3), Tail(1, (8, 9)), 0.0) == (8, 9)
     assert floor.draft((1, 2, 1), Tail(2, (8, 9)), 0.0) == (8, 9)
 
