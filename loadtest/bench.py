@@ -15,6 +15,7 @@ BENCHMARKS: Final[Mapping[str, str]] = {
     "hop": "what the path around the model costs, hop by hop",
     "link": "what a frame takes through a wide-area link",
     "compare": "cloud AR, sync speculative decoding, the paper and Outrider",
+    "virtual": "what the rules of the speculation core are worth, in virtual time",
     "sampling": "acceptance and bytes of keyed and of ratio mode",
     "drawn": "what drawn answers send over the link",
     "exact": "answers and exits on real weights, token by token, on CPU or CUDA",

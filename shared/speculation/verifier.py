@@ -742,17 +742,14 @@ class VerifierSession:
         """Of the drafts that reach beyond what was said, the rest of the one that has foreseen most of its end; of equals
         the newest's. One that has missed the last `FORESEEN` tokens says nothing any more."""
         best, rank = Tail(), (0, -FORESEEN)
+        end = self._said[-FORESEEN:]
         for draft in itertools.islice(reversed(self._paths.values()), TAILS):
             ahead = len(self._said) - draft.base
             if not 0 < ahead < len(draft.path):
                 continue
-            agrees = [
-                drafted == said
-                for drafted, said in zip(
-                    reversed(draft.path[:ahead]), reversed(self._said[draft.base :]), strict=False
-                )
-            ]
-            foreseen = _leading(agrees[:FORESEEN], True)
+            own = draft.path[max(0, ahead - FORESEEN) : ahead]
+            agrees = [drafted == said for drafted, said in zip(reversed(own), reversed(end), strict=False)]
+            foreseen = _leading(agrees, True)
             missed = 0 if foreseen else _leading(agrees, False)
             if (foreseen, -missed) > rank:
                 best, rank = Tail(foreseen, draft.path[ahead:]), (foreseen, -missed)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
+import services.draft_gateway.drafting.drafter as drafter_module
 from services.draft_gateway.drafting.drafter import QUEUE, Drafter
 from services.draft_gateway.drafting.engine import (
     Draft,
@@ -73,6 +74,27 @@ async def test_what_waits_is_drafted_as_one_batch() -> None:
     drafts = await asyncio.gather(first, *waiting)
     assert [draft.tokens for draft in drafts] == [(0,), (1,), (2,), (3,)]
     assert engine.batches == [[0], [1, 2, 3]]
+    drafter.close()
+
+
+async def test_what_follows_from_a_draft_is_in_the_next_batch_with_what_waited_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(drafter_module, "BREATH_S", 10.0)  # a busy machine's loop may be late
+    engine = GatedEngine()
+    drafter = Drafter(engine)
+
+    async def draft_and_go_on() -> Draft:
+        await drafter.draft(request(0))
+        return await asyncio.create_task(drafter.draft(request(2)))
+
+    following = asyncio.create_task(draft_and_go_on())
+    assert await asyncio.to_thread(engine.entered.wait, 10)
+    waiting = asyncio.create_task(drafter.draft(request(1)))
+    await asyncio.sleep(0)
+    engine.gate.set()
+    await asyncio.gather(following, waiting)
+    assert engine.batches == [[0], [1, 2]]
     drafter.close()
 
 

@@ -482,6 +482,22 @@ def test_a_hint_ranks_the_outcomes_anew_which_starts_one_lane_and_stops_another(
     assert (edge.statistics.hits, edge.statistics.hits_by_exit, edge.statistics.hits_by_guess) == (1, 1, 0)
 
 
+@pytest.mark.parametrize(("guesses", "seen"), [(True, 2), (False, 0)])
+def test_whether_exits_were_of_use_is_learned_beside_guesses(guesses: bool, seen: int) -> None:
+    """Without guesses every lane is an exit's, which says nothing of what they add."""
+    common = Common()
+    edge = drafting(replace(AHEAD, guesses=guesses, common=common))
+    edge.handle(draft(0, 11), 2.0)
+    edge.handle(hint(1, 1, (0, 50, 0.98)), 3.0)
+    edge.handle(verdict(1, 1, 0, 50), 9.0)
+    assert edge.phase is Phase.DRAFTING, "with the hint's lane, which is late"
+    edge.handle(plain(edge._main or 0, 80, 81), 10.0)
+    edge.handle(hint(2, 2, (0, 60, 0.98)), 11.0)
+    edge.handle(verdict(2, 2, 1, 80, 77), 19.0)
+    assert common.exits.seen == seen
+    assert common.exits.useful(0.0) == pytest.approx(0.95 if guesses else 0.0)
+
+
 def test_a_hint_makes_a_finished_lane_likely_enough_to_be_forwarded() -> None:
     edge = drafting(replace(AHEAD, lane_threshold=0.0, forwards_per_token=0.0))
     edge.handle(draft(0), 2.0)
@@ -668,6 +684,19 @@ def test_a_hint_for_a_forward_of_an_older_epoch_starts_nothing() -> None:
     edge.handle(plain(1, 14, 15), 3.0)
     edge.handle(Relocated(2), 4.0)
     assert edge.handle(hint(2, 4, (1, 99, 0.95), epoch=2), 5.0) == []
+
+
+def test_without_exits_that_listen_a_block_does_not_say_how_sure_its_draft_was() -> None:
+    _, actions = guessing(replace(AHEAD, hints=False))
+    (block,) = of_kind(SendBlock, actions)
+    assert isinstance(block, SendBlock) and block.tokens and block.confidences == ()
+
+
+def test_a_first_block_that_is_refused_at_once_does_not_end_a_sessions_drafts() -> None:
+    edge = drafting(where_rows_cost(2.0))
+    edge.handle(plain(0, 7, 7), 2.0)
+    edge.handle(verdict(1, 1, 0, 100), 60.0)
+    assert edge.phase is Phase.DRAFTING
 
 
 # --- what of a draft is worth its rows ------------------------------------------------------------------------------
