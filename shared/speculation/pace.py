@@ -15,7 +15,7 @@ SOON: Final = 0.8
 """The same of what changes at once, such as how many sessions there are."""
 WORTH_WHILE: Final = 1.01
 """What drafts that are wrong but for a few in a thousand don't reach, where rows cost nothing."""
-TRIALS: Final = 24
+TRIALS: Final = 12
 """Times that something is used before it is judged."""
 LEAST_USE: Final = 0.03
 """What is of use less often is left alone."""
