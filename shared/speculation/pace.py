@@ -18,7 +18,9 @@ WORTH_WHILE: Final = 1.01
 TRIALS: Final = 12
 """Times that something is used before it is judged."""
 LEAST_USE: Final = 0.15
-"""What is of use less often is left alone: exits cost a twentieth to a sixth of a pass, and save no more than half of one."""
+"""What is of use less often is left alone: exits cost a twentieth to a sixth of a pass, and save half of one at most."""
+REMEMBERED: Final = 20
+"""Times that its use rests on."""
 AGAIN: Final = 16
 """Every so manieth time it is used all the same."""
 TYPICAL: Final = 0.7
@@ -135,18 +137,19 @@ class Trial:
     """Whether something that costs is of use, by how often it was: used until that is known, and now and then to see
     whether it has changed."""
 
-    useful: Mean = field(default_factory=Mean)
+    useful: float = 0.0
+    """The share of uses, of late."""
     seen: int = 0
     asked: int = 0
 
     def saw(self, *, useful: bool) -> None:
         """It was used once more."""
-        self.useful.saw(float(useful))
         self.seen += 1
+        self.useful += (float(useful) - self.useful) / min(self.seen, REMEMBERED)
 
     def wanted(self) -> bool:
         """Whether to use it the next time."""
-        if self.seen < TRIALS or self.useful(1.0) >= LEAST_USE:
+        if self.seen < TRIALS or self.useful >= LEAST_USE:
             return True
         self.asked += 1
         return self.asked % AGAIN == 0

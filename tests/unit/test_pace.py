@@ -190,6 +190,15 @@ def test_sessions_of_a_gateway_learn_together_how_often_the_draft_is_right() -> 
     assert Common().acceptance(0.0) == TYPICAL
 
 
+def test_what_is_of_use_often_enough_is_kept_in_whatever_order() -> None:
+    for order in ([True, False], [False, True]):
+        trial = Trial()
+        for useful in order * (TRIALS // 2):
+            trial.saw(useful=useful)
+        assert trial.useful == pytest.approx(0.5)
+        assert trial.wanted()
+
+
 def test_what_is_of_no_use_is_left_alone_once_that_is_known_but_for_a_try_now_and_then() -> None:
     trial = Trial()
     for _ in range(TRIALS):
