@@ -231,7 +231,7 @@ async def test_one_session_at_a_time_streams_what_the_target_says(bench: Bench) 
 
 async def test_all_this_was_said_with_the_pair_that_comes_with_the_target(bench: Bench) -> None:
     (answer,) = await bench.whole.stream_all(
-        "pair", bench.prompts[:1], MAX_TOKENS, at_a_time=1, policy="cost"
+        "pair", bench.prompts[:1], MAX_TOKENS, at_a_time=1, policy="cost", hints=True
     )
     assert set(answer.outrider["exit_lead_ms"]) == {"18", "21", "24"}
     assert list((await bench.whole.verifier.readiness()).notes) == []
