@@ -109,7 +109,7 @@ class FloorDraft:
         return best
 
     def judge(self, said: Tokens) -> None:
-        """The target has said this where `draft` had made its proposals, or something else has been verified since."""
+        """Learn from what the target has said where `draft` made its proposals, if it did."""
         for found in self._found:
             found.shares.saw(found.agreed, found.tokens, said)
         self._found = []

@@ -484,16 +484,22 @@ def test_a_hint_ranks_the_outcomes_anew_which_starts_one_lane_and_stops_another(
 
 @pytest.mark.parametrize(("guesses", "seen"), [(True, 2), (False, 0)])
 def test_whether_exits_were_of_use_is_learned_beside_guesses(guesses: bool, seen: int) -> None:
-    """Without guesses every lane is an exit's, which says nothing of what they add."""
+    """A lane of theirs that is late is none; and without guesses every lane is theirs, which says nothing of what they
+    add."""
     common = Common()
     edge = drafting(replace(AHEAD, guesses=guesses, common=common))
     edge.handle(draft(0, 11), 2.0)
-    edge.handle(hint(1, 1, (0, 50, 0.98)), 3.0)
+    (started,) = (
+        action
+        for action in edge.handle(hint(1, 1, (0, 50, 0.98)), 3.0)
+        if isinstance(action, StartDraft) and action.assumed == (50,)
+    )
+    edge.handle(plain(started.lane, 80, 81), 4.0)
     edge.handle(verdict(1, 1, 0, 50), 9.0)
-    assert edge.phase is Phase.DRAFTING, "with the hint's lane, which is late"
-    edge.handle(plain(edge._main or 0, 80, 81), 10.0)
+    assert (edge.phase, edge.statistics.hits_by_exit) == (Phase.VERIFYING, 1)
     edge.handle(hint(2, 2, (0, 60, 0.98)), 11.0)
-    edge.handle(verdict(2, 2, 1, 80, 77), 19.0)
+    edge.handle(verdict(2, 2, 0, 60), 19.0)
+    assert (edge.phase, edge.statistics.late) == (Phase.DRAFTING, 1)
     assert common.exits.seen == seen
     assert common.exits.useful == (0.5 if guesses else 0.0)
 
