@@ -1138,8 +1138,8 @@ class EdgeSession:
         statistics = self.statistics
         self._missed.saw(float(lane is None or lane.tokens is None))
         if self._config.guesses and self._open is not None and self._open.hint_ms:
-            ready = lane is not None and lane.tokens is not None
-            self._exits.saw(useful=ready and lane is not None and lane.origin is Origin.EXIT)
+            in_time = lane is not None and lane.tokens is not None and lane.origin is Origin.EXIT
+            self._exits.saw(useful=in_time)
         if lane is None:
             statistics.misses += 1
             if self._open is not None and self._open.left(self._committed):  # longer than a pass takes
