@@ -586,12 +586,12 @@ async def test_a_store_that_goes_away_is_told_at_the_door(
 
 async def test_a_lost_lease_moves_replies_and_keeps_streams_alive(cloud: Cloud) -> None:
     gateway = await cloud.gateway(lease_s=0.3)
-    cloud.verifier.pass_s = 0.05
+    cloud.verifier.pass_s = 0.1
     asking = asyncio.create_task(stream(gateway, "/v1/completions", completion(max_tokens=200)))
     block = (await eventually(lambda: cloud.verifier.blocks[-1:], "a block has arrived"))[0]
     lease = f"reply:{block.reply.partition}"
-    assert await cloud.store.free(lease, block.reply.gateway)
-    assert await cloud.store.acquire(lease, "somebody else", 60)
+    while not await cloud.store.acquire(lease, "somebody else", 60):  # its owner may renew it in between
+        await cloud.store.free(lease, block.reply.gateway)
 
     def moved() -> bool:
         return cloud.verifier.blocks[-1].reply.partition != block.reply.partition
