@@ -21,14 +21,11 @@ from shared.lookup import common_prefix
 from shared.protocol import (
     Block,
     ExitsMessage,
-    Fault,
     FinishReason,
     Floor,
     Forward,
-    Hint,
     Prompt,
     ReplyRoute,
-    Stale,
     Tokens,
     Verdict,
     VerdictsMessage,
@@ -283,7 +280,7 @@ class VirtualAnswer:
                 self._after(timings.commit, lambda: self._tell_verifier(v.Committed(base)))
             case v.Publish(message):
                 told = self._with_times(message)
-                self._after(self._way_ms, lambda: self._tell_edge(_event(told)))
+                self._after(self._way_ms, lambda: self._tell_edge(e.arrived(told)))
             case v.SetTimer(timer, delay_ms):
                 self._verifier_timer = timer
                 self._after(delay_ms, lambda: self._verifier_fires(timer))
@@ -334,18 +331,3 @@ class VirtualAnswer:
 
     def _floor_draft(self, said: Sequence[int], tail: v.Tail) -> Tokens:
         return self._floor.draft((*self._text.prompt, *said), tail, self._passes.least_worth())
-
-
-def _event(message: VerdictsMessage | ExitsMessage) -> e.EdgeEvent:
-    match message:
-        case Verdict():
-            return e.VerdictArrived(message)
-        case Floor():
-            return e.FloorArrived(message)
-        case Stale():
-            return e.StaleArrived(message)
-        case Fault():
-            return e.FaultArrived(message)
-        case Hint():
-            return e.HintArrived(message)
-    raise EngineError(f"the edge does not expect {message.kind}")

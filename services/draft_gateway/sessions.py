@@ -115,6 +115,11 @@ class Replaying:
     again: Reading
 
 
+def _chosen(asked: bool | None, setting: bool) -> bool:
+    """What a request asks for, else what the settings say."""
+    return setting if asked is None else asked
+
+
 class Sessions:
     """All sessions that this gateway drives, at most `gateway_max_streams`."""
 
@@ -394,19 +399,18 @@ class Sessions:
     def _hints_wanted(self, options: OutriderOptions) -> bool:
         """Whether exits are to speak: a pass without them takes less. Where nobody has asked for them, what they were worth
         to sessions that start lanes from guesses as well decides."""
-        wanted = self._settings.hints if options.hints is None else options.hints
-        if not wanted or self._block_length(options) == 0:
+        settings = self._settings
+        if not _chosen(options.hints, settings.hints) or self._block_length(options) == 0:
             return False
-        guesses = self._settings.guesses if options.guesses is None else options.guesses
-        adaptive = self._settings.adaptive if options.adaptive is None else options.adaptive
-        return options.hints is not None or not guesses or not adaptive or self._common.exits.wanted()
+        on_trial = _chosen(options.guesses, settings.guesses) and _chosen(options.adaptive, settings.adaptive)
+        return options.hints is not None or not on_trial or self._common.exits.wanted()
 
     def _edge_config(self, form: ResponseForm, params: GenerationParams) -> EdgeConfig:
         settings, options = self._settings, form.options
         length = self._block_length(options)
 
         def chosen(asked: bool | None, setting: bool) -> bool:
-            return length > 0 and (setting if asked is None else asked)
+            return length > 0 and _chosen(asked, setting)
 
         stops = frozenset() if params.ignore_eos else self._tokenizer.stop_tokens
         return EdgeConfig(

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from shared.lookup import LONGEST, Lookup
+from shared.lookup import Lookup
 from shared.protocol import Tokens
 from shared.speculation.pace import Mean
-from shared.speculation.verifier import FORESEEN, Tail
+from shared.speculation.verifier import Tail
 
 LENGTH: Final = 8
 """Tokens that the floor drafts at a time."""
@@ -59,9 +59,9 @@ class Shares:
 
     def expected(self, agreed: int, length: int) -> float:
         """How many of `length` tokens are right, up to the first that is not."""
-        share = total = 0.0
+        share, total = 1.0, 0.0
         for place in range(length):
-            share = (share if place else 1.0) * self.right(agreed + place)
+            share *= self.right(agreed + place)
             total += share
         return total
 
@@ -97,8 +97,8 @@ class FloorDraft:
         self._lookup.follow(text)
         looked_up, _ = self._lookup.draft(LENGTH)
         self._found = [
-            _Found(self._shares.looked_up, min(self._lookup.matched, LONGEST), looked_up),
-            _Found(self._shares.left_over, min(tail.foreseen, FORESEEN), tail.tokens[:LENGTH]),
+            _Found(self._shares.looked_up, self._lookup.matched, looked_up),
+            _Found(self._shares.left_over, tail.foreseen, tail.tokens[:LENGTH]),
         ]
         best, most = Tokens(), 0.0
         for found in self._found:

@@ -225,6 +225,21 @@ EdgeEvent = (
 )
 
 
+def arrived(message: Verdict | Floor | Hint | Stale | Fault) -> EdgeEvent:
+    """What a verifier's message is to the edge."""
+    match message:
+        case Verdict():
+            return VerdictArrived(message)
+        case Floor():
+            return FloorArrived(message)
+        case Hint():
+            return HintArrived(message)
+        case Stale():
+            return StaleArrived(message)
+        case Fault():
+            return FaultArrived(message)
+
+
 # --- actions ---------------------------------------------------------------------------------------
 
 

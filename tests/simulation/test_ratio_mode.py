@@ -25,7 +25,6 @@ import torch
 from shared.protocol import (
     Block,
     FinishReason,
-    Floor,
     Forward,
     Hint,
     Outcome,
@@ -34,9 +33,7 @@ from shared.protocol import (
     ReplyRoute,
     Sampling,
     SamplingMode,
-    Stale,
     Tokens,
-    Verdict,
 )
 from shared.sampling.conformal import ConformalRule
 from shared.sampling.ratio import draft_token, judge
@@ -196,7 +193,7 @@ class Play:
                     self.later(0.3, lambda committed=committed: self.on_verifier(committed))
                 case verifier.Publish():
                     way = "" if isinstance(action.message, Hint) else "down"
-                    self.later(0.6, lambda action=action: self.on_edge(arrived(action.message)), way)
+                    self.later(0.6, lambda action=action: self.on_edge(edge.arrived(action.message)), way)
                 case verifier.SetTimer():
                     timed = verifier.TimerFired(action.timer)
                     self.later(action.delay_ms, lambda timed=timed: self.on_verifier(timed))
@@ -218,19 +215,6 @@ class Play:
         reason = FinishReason.LENGTH if len(self.said) + len(tokens) == LENGTH else None
         self.said += tokens
         self.later(4.0, lambda: self.on_verifier(verifier.EngineAnswered(tokens, reason)))
-
-
-def arrived(message: Any) -> edge.EdgeEvent:
-    match message:
-        case Verdict():
-            return edge.VerdictArrived(message)
-        case Floor():
-            return edge.FloorArrived(message)
-        case Hint():
-            return edge.HintArrived(message)
-        case Stale():
-            return edge.StaleArrived(message)
-    return edge.FaultArrived(message)
 
 
 def table(logits: Logits, text: Tokens) -> Logits:

@@ -525,17 +525,9 @@ class World:
             return
         if self.trace is not None:
             self._note(gateway.name, f"reads {_worded(message)}")
-        match message:
-            case Verdict():
-                self._edge_event(gateway, e.VerdictArrived(message.model_copy(update=self._measured())))
-            case Floor():
-                self._edge_event(gateway, e.FloorArrived(message.model_copy(update=self._measured())))
-            case Stale():
-                self._edge_event(gateway, e.StaleArrived(message))
-            case Fault():
-                self._edge_event(gateway, e.FaultArrived(message))
-            case Hint():
-                self._edge_event(gateway, e.HintArrived(message))
+        if isinstance(message, Verdict | Floor):
+            message = message.model_copy(update=self._measured())
+        self._edge_event(gateway, e.arrived(message))
 
     # --- verifiers ------------------------------------------------------------------------------------
 
