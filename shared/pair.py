@@ -1,12 +1,14 @@
-"""The weights that come with Outrider: for some targets a distilled draft and trained early exits, made by `training`.
+"""The weights that come with Outrider: for some targets a distilled draft, trained early exits and a draft head, made by
+`training`.
 
-They are found by what they were made for, never by name: a draft has to share the target's tokenizer, exits its very
-weights. Reads headers only. Beside the draft lies `foresight.json`, what measurement says of draft and exits together
+They are found by what they were made for, never by name: a draft has to share the target's tokenizer, exits and heads its
+very weights. Reads headers only. Beside the draft lies `foresight.json`, what measurement says of draft and exits together
 (see `shared.speculation.outcomes`).
 
     training/weights/<target>/draft/draft-*.safetensors
     training/weights/<target>/draft/foresight.json
     training/weights/<target>/exits.safetensors
+    training/weights/<target>/draft-head.safetensors
 """
 
 from __future__ import annotations
@@ -34,6 +36,11 @@ def shipped_draft(target: Path) -> Path:
 def shipped_exits(target: Path) -> Path:
     """The file of trained exits that comes with Outrider for the target; `ModelFilesError` when there is none."""
     return _made_for(target, WEIGHTS.glob("*/exits.safetensors"), "trained exits")
+
+
+def shipped_head(target: Path) -> Path:
+    """The file of the draft head that comes with Outrider for the target; `ModelFilesError` when there is none."""
+    return _made_for(target, WEIGHTS.glob("*/draft-head.safetensors"), "draft head")
 
 
 def _made_for(target: Path, files: Iterable[Path], what: str) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,22 @@ def add_commands(commands: Subparsers) -> None:
         "--calibration-texts", type=_count, default=96, help="texts played to calibrate (default: 96)"
     )
     exits.set_defaults(command=_exits)
+
+    head = steps.add_parser(
+        "head", help="train a draft head for the verifier's own floor", description=_head.__doc__
+    )
+    _target(head)
+    _training_options(head)
+    head.add_argument(
+        "--layers",
+        help="it reads the states after these, counted from 1, such as 10,20,30; the last included",
+    )
+    head.add_argument("--window", type=int, default=128, help="places it attends to; 0: none (default: 128)")
+    head.add_argument("--width", type=_count, default=1024, help="of its first MLP (default: 1024)")
+    head.add_argument("--further-width", type=_count, default=768, help="of its second (default: 768)")
+    head.add_argument("--rate", type=float, default=4e-3, help="learning rate (default: 0.004)")
+    head.add_argument("--start", type=Path, metavar="FILE", help="a written head to go on from")
+    head.set_defaults(command=_head)
 
     fit = steps.add_parser(
         "calibration", help="fit what draft and exits promise to what happens", description=_fit.__doc__
@@ -168,7 +185,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Path, Target, Tokenizer, bool]
     from training.llama import load_target
 
     directory, device = _directory(arguments), _device(arguments.device)
-    cuda = device == "cuda"
+    cuda = device.startswith("cuda")
     target = load_target(directory, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
     path = directory / "tokenizer.json"
     if not path.exists():
@@ -342,6 +359,82 @@ def _exits(arguments: argparse.Namespace) -> int:
     texts = answers(held_out(tokens), held_out(roles), arguments.calibration_texts)
     calibrate(Files(directory, arguments.draft, path), texts, target.embedding.device, print)
     print(f"{path}: {size / 1e6:.1f} MB, exits after layers {', '.join(map(str, layers))}")
+    return 0
+
+
+def _head(arguments: argparse.Namespace) -> int:
+    """Trains a draft head; run again to go on from the last checkpoint."""
+    import torch
+
+    from services.verifier.engine.draft_head import HeadShape
+    from services.verifier.engine.draft_head_files import read_head, write_head
+    from services.verifier.engine.exit_files import TargetFacts
+    from training.data import load_groups
+    from training.draft import common_tokens, save_checkpoint
+    from training.draft_head import HeadPlan, HeadTrainer
+    from training.progress import Journal
+
+    directory, target, _, cuda = _load(arguments)
+    config = target.config
+    depth = config.num_hidden_layers
+    thirds = tuple(sorted({max(1, round(depth / 3)), max(1, round(2 * depth / 3)), depth}))
+    layers = _layers(arguments.layers, thirds, 1, depth)
+    if layers[-1] != depth:
+        raise InvalidRequest(f"--layers {arguments.layers}: the last one has to be the target's, {depth}")
+    shape = HeadShape(
+        hidden_size=config.hidden_size,
+        layers=layers,
+        window=arguments.window,
+        heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads,
+        width=arguments.width,
+        further_width=arguments.further_width,
+        rope_theta=config.rope_theta,
+        eps=config.rms_norm_eps,
+    )
+    plan = HeadPlan(
+        steps=arguments.steps,
+        batch_tokens=arguments.batch_tokens,
+        matrix_rate=arguments.rate,
+        seed=arguments.seed,
+        max_seconds=arguments.max_seconds,
+        save_every=arguments.save_every,
+        say_every=arguments.say_every,
+    )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    tokens, roles = load_groups(arguments.data, target.embedding.device)
+    vocabulary = common_tokens(tokens, roles, plan.vocabulary, config.vocab_size)
+    trainer = HeadTrainer(target, shape, plan, vocabulary, tokens, roles, compiled=cuda)
+    if arguments.start is not None:
+        facts = TargetFacts(
+            directory, config.hidden_size, config.vocab_size, config.rms_norm_eps, torch.float32
+        )
+        begun = read_head(arguments.start, facts, depth)
+        if replace(begun.shape, window=shape.window) != shape:
+            raise InvalidRequest(f"--start {arguments.start} has other sizes: {begun.shape}")
+        trainer.head.load_state_dict(begun.state_dict())
+    checkpoint = arguments.out / "head.pt"
+    if checkpoint.exists():
+        trainer.load_state(torch.load(checkpoint, map_location=target.embedding.device, weights_only=True))
+        print(f"head: going on from step {trainer.step}")
+
+    def save() -> None:
+        save_checkpoint(checkpoint, trainer.state())
+
+    trainer.run(Journal(arguments.out / "training.jsonl", print), save)
+    save()
+    right = trainer.held_out()
+    header = _header(
+        directory,
+        data_tokens=sum(part.numel() for part in tokens),
+        steps=trainer.step,
+        seed=plan.seed,
+        figures={f"held_out_right_{place}": round(share, 4) for place, share in enumerate(right, 1)},
+    )
+    path = arguments.out / "head.safetensors"
+    size = write_head(path, trainer.head, header)
+    shown = ", ".join(f"{share:.3f}" for share in right)
+    print(f"{path}: {size / 1e6:.1f} MB, all right up to each place on held-out text: {shown}")
     return 0
 
 

@@ -1,12 +1,13 @@
 """What the floor verifies beside the target's own next token, and how much of it is worth its rows.
 
-Two things cost nothing to find and a row each to verify: what followed the last time the text ended like this (prompt
-lookup), and what a draft that was refused goes on with. How likely either is right depends above all on how many tokens of
-the text's end speak for it: that were found again, or that the draft had foreseen since. So that is what is learned: for
-each such number how often the next token was the right one. A token that proves right makes the number larger by one, so
-the second drafted token is judged as one for which one more speaks, and so on. All of them are compared with what the
-target says, those that were not worth their rows too: figures that keep a draft from being verified can become better
-again.
+Three things are there for next to nothing and cost a row each to verify: what the target's draft head says
+(`engine.draft_head`), what followed the last time the text ended like this (prompt lookup), and what a draft that was
+refused goes on with. How likely a token is right that was looked up or left over depends above all on how many tokens
+of the text's end speak for it: that were found again, or that the draft had foreseen since. So that is what is learned:
+for each such number how often the next token was the right one. A token that proves right makes the number larger by
+one, so the second drafted token is judged as one for which one more speaks, and so on. A draft head tells each token's
+chance itself; for each tenth of chance it is learned how often that is so. All drafts are compared with what the target
+says, those that were not worth their rows too: figures that keep a draft from being verified can become better again.
 """
 
 from __future__ import annotations
@@ -28,42 +29,24 @@ LOOKED_UP: Final = (0.0, 0.2, 0.6, 0.75, 0.8, 0.8, 0.9)
 LEFT_OVER: Final = (0.2, 0.55, 0.65, 0.7, 0.75)
 """How often what a refused draft goes on with is right, by how many tokens since it had foreseen: rounded from some 900
 places, likewise."""
+CHANCES: Final = 10
+"""Steps in which a draft head's word is taken; at first it is believed."""
 
 
 class Shares:
-    """Shares of drafted tokens that were right, by how many tokens spoke for them; as many as there are figures for, and
-    more, are one."""
+    """Shares of drafted tokens that were right, by a whole number that speaks for them; that and larger ones are one for the
+    last figure."""
 
     def __init__(self, prior: Sequence[float]) -> None:
         self._right = [Mean(share) for share in prior]
 
-    def right(self, agreed: int) -> float:
-        """How often the token is right for which so many speak."""
-        return self._right[min(agreed, len(self._right) - 1)](0.0)
+    def right(self, evidence: int) -> float:
+        """How often the token is right for which that speaks."""
+        return self._right[min(evidence, len(self._right) - 1)](0.0)
 
-    def saw(self, agreed: int, drafted: Sequence[int], said: Sequence[int]) -> None:
-        """The target said so much where `drafted` was what so many tokens spoke for."""
-        for place, (token, truth) in enumerate(zip(drafted, said, strict=False), agreed):
-            self._right[min(place, len(self._right) - 1)].saw(float(token == truth))
-            if token != truth:
-                return
-
-    def worth(self, agreed: int, longest: int, least: float) -> int:
-        """How many of `longest` tokens are likely enough to be reached and right, `least` being what a row has to bring."""
-        share = 1.0
-        for length in range(longest):
-            share *= self.right(agreed + length)
-            if share < least:
-                return length
-        return longest
-
-    def expected(self, agreed: int, length: int) -> float:
-        """How many of `length` tokens are right, up to the first that is not."""
-        share, total = 1.0, 0.0
-        for place in range(length):
-            share *= self.right(agreed + place)
-            total += share
-        return total
+    def saw(self, evidence: int, *, right: bool) -> None:
+        """A token was right, or wrong, for which that spoke."""
+        self._right[min(evidence, len(self._right) - 1)].saw(float(right))
 
 
 class FloorShares:
@@ -72,15 +55,34 @@ class FloorShares:
     def __init__(self) -> None:
         self.looked_up = Shares(LOOKED_UP)
         self.left_over = Shares(LEFT_OVER)
+        self.headed = Shares([(step + 0.5) / CHANCES for step in range(CHANCES)])
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """Tokens that may follow, and how many of those before them speak for it."""
+class Proposal:
+    """Tokens that may follow, and what speaks for each of them, if those before it are right."""
 
     shares: Shares
-    agreed: int
     tokens: Tokens
+    evidence: Sequence[int]
+
+    def worth(self, least: float) -> tuple[int, float]:
+        """How many of the tokens are likely enough to be reached and right, `least` being what a row has to bring; and how
+        many of these are right, up to the first that is not."""
+        share, total = 1.0, 0.0
+        for length, evidence in enumerate(self.evidence):
+            share *= self.shares.right(evidence)
+            if share < least:
+                return length, total
+            total += share
+        return len(self.tokens), total
+
+    def judge(self, said: Sequence[int]) -> None:
+        """Learn from what the target has said in their place."""
+        for token, truth, evidence in zip(self.tokens, said, self.evidence, strict=False):
+            self.shares.saw(evidence, right=token == truth)
+            if token != truth:
+                return
 
 
 class FloorDraft:
@@ -89,27 +91,43 @@ class FloorDraft:
     def __init__(self, shares: FloorShares) -> None:
         self._shares = shares
         self._lookup = Lookup()
-        self._found: list[_Found] = []
+        self._headed: Sequence[tuple[int, float]] = ()
+        self._proposals: list[Proposal] = []
+
+    def hear(self, drafted: Sequence[tuple[int, float]]) -> None:
+        """What the draft head says may follow the text as it is now, tokens each with its chance."""
+        self._headed = drafted
 
     def draft(self, text: Tokens, tail: Tail, least: float) -> Tokens:
         """What is likeliest to follow `text`, prompt included, as far as it is worth its rows; `least` is what each has to
         bring."""
         self._lookup.follow(text)
         looked_up, _ = self._lookup.draft(LENGTH)
-        self._found = [
-            _Found(self._shares.looked_up, self._lookup.matched, looked_up),
-            _Found(self._shares.left_over, tail.foreseen, tail.tokens[:LENGTH]),
+        headed, rest = self._headed[:LENGTH], tail.tokens[:LENGTH]
+        self._proposals = [
+            Proposal(self._shares.looked_up, looked_up, _rising(self._lookup.matched, looked_up)),
+            Proposal(self._shares.left_over, rest, _rising(tail.foreseen, rest)),
+            Proposal(
+                self._shares.headed,
+                tuple(token for token, _ in headed),
+                [int(chance * CHANCES) for _, chance in headed],
+            ),
         ]
         best, most = Tokens(), 0.0
-        for found in self._found:
-            length = found.shares.worth(found.agreed, len(found.tokens), least)
-            expected = found.shares.expected(found.agreed, length)
+        for proposal in self._proposals:
+            length, expected = proposal.worth(least)
             if expected > most:
-                best, most = found.tokens[:length], expected
+                best, most = proposal.tokens[:length], expected
         return best
 
     def judge(self, said: Tokens) -> None:
-        """Learn from what the target has said where `draft` made its proposals, if it did."""
-        for found in self._found:
-            found.shares.saw(found.agreed, found.tokens, said)
-        self._found = []
+        """Learn from what the target has said where `draft` made its proposals, if it did. What the head had said is of no
+        use any more."""
+        for proposal in self._proposals:
+            proposal.judge(said)
+        self._proposals, self._headed = [], ()
+
+
+def _rising(agreed: int, tokens: Tokens) -> Sequence[int]:
+    """What speaks for tokens of which each that is right speaks for the next one."""
+    return range(agreed, agreed + len(tokens))

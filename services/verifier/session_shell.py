@@ -472,6 +472,7 @@ class SessionShell:
                 self._stop_clock(answered=True)
                 self._answered[-1].passes = output.passes
                 self._judge(output.tokens)
+                self._floor.hear(output.drafted)
                 usual_ms = self._host.passes.usual_ms(self._answered[-1].rows)
                 self.handle(
                     core.EngineAnswered(output.tokens, output.finish_reason, output.logprobs, usual_ms)

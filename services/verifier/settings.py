@@ -30,6 +30,11 @@ class VerifierSettings(ModelSettings):
         description="Trained exits: a file (safetensors), 'auto' (those that come with Outrider for this target), or "
         "'none': final norm and LM head serve.",
     )
+    draft_head: str = Field(
+        "auto",
+        description="What drafts for sessions that go on by themselves: a file (safetensors), 'auto' (the draft head that "
+        "comes with Outrider for this target), or 'none'. On CUDA there is none yet.",
+    )
     exit_outcomes: Positive = Field(8, description="Outcomes a hint names at most.")
     max_sessions: Positive = Field(16, description="Sessions with live KV at a time; more are refused.")
     kv_cache_mb: Positive = Field(512, description="Memory of the KV cache on CPU, MiB.")
@@ -53,8 +58,8 @@ class VerifierSettings(ModelSettings):
     )
     floor_drafts: bool = Field(
         True,
-        description="Let a session that goes on by itself draft where that is worth its rows: by prompt lookup, and from "
-        "what a draft that was refused goes on with.",
+        description="Let a session that goes on by itself draft where that is worth its rows: with the target's draft head, "
+        "by prompt lookup, and from what a draft that was refused goes on with.",
     )
     floor_ahead: Annotated[int, Field(ge=0)] | None = Field(
         None,

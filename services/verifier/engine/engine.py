@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from services.verifier.engine import launch
 from services.verifier.engine.channel import ChannelMessage, ExitMessage, FailureMessage, Receiver
 from services.verifier.engine.checkpoint import Checkpoint, read_checkpoint
+from services.verifier.engine.draft_head_files import HeadChoice, choose_head
 from services.verifier.engine.exit_choice import ExitChoice, choose_exits
+from services.verifier.engine.exit_files import OFF
 from services.verifier.engine.grammar import as_schema
-from services.verifier.engine.opened import Opened
+from services.verifier.engine.opened import Opened, drafted_of
 from services.verifier.engine.options import (
     AHEAD_KEY,
     EAGER_KEY,
@@ -102,11 +104,12 @@ class VllmEngine:
         checkpoint = self._checkpoint = read_checkpoint(self._settings.model)
         self._ahead = launch.floor_ahead(self._settings)
         exits = choose_exits(self._settings, checkpoint)
+        head = choose_head(self._settings, checkpoint, cuda=launch.on_cuda())
         self._state = _State.RUNNING
         try:
-            self._llm = await self._build(checkpoint, exits)
+            self._llm = await self._build(checkpoint, exits, head)
             self._watch(self._llm)
-            self._info = await self._describe(self._llm, checkpoint, exits)
+            self._info = await self._describe(self._llm, checkpoint, (*exits.notes, *head.notes))
         except Exception as error:
             reason = await self._reason(error)
             await self.stop()
@@ -116,7 +119,7 @@ class VllmEngine:
             raise
         return self._info
 
-    async def _build(self, checkpoint: Checkpoint, exits: ExitChoice) -> EngineClient:
+    async def _build(self, checkpoint: Checkpoint, exits: ExitChoice, head: HeadChoice) -> EngineClient:
         """Start the engine process, in a thread; a cancelled start waits for it, so that it can be stopped."""
         self._folder = Path(tempfile.mkdtemp(prefix="outrider-engine-"))
         address = f"ipc://{self._folder / 'exits'}"
@@ -127,6 +130,7 @@ class VllmEngine:
             exit_modules=str(exits.file or ""),
             exit_outcomes=self._settings.exit_outcomes,
             threads=self._settings.engine_threads,
+            draft_head=str(head.file or ""),
         )
         with launch.engine_environment(self._settings.engine_threads):
             launch.warm_up()
@@ -140,9 +144,9 @@ class VllmEngine:
                     self._llm = await building
                 raise
 
-    async def _describe(self, llm: EngineClient, checkpoint: Checkpoint, exits: ExitChoice) -> EngineInfo:
+    async def _describe(self, llm: EngineClient, checkpoint: Checkpoint, chosen: Sequence[str]) -> EngineInfo:
         found: dict[str, Any] = await self._call(llm.describe())
-        notes = [*exits.notes, *found["notes"]]
+        notes = [*chosen, *found["notes"]]
         max_model_len = int(llm.model_config.max_model_len)
         if max_model_len < self._settings.max_model_len:
             notes.append(
@@ -160,6 +164,7 @@ class VllmEngine:
             exit_layers=tuple(found["exit_layers"]),
             exits=found["exits"],
             dtype=found["dtype"],
+            draft_head=found.get("draft_head", OFF),
             notes=tuple(notes),
         )
 
@@ -344,6 +349,7 @@ class VllmEngine:
                         finish_reason,
                         _logprobs(tokens_said, completion.logprobs or (), sampling.logprobs),
                         opened.count_passes(found) if opened is not None else 1,
+                        drafted_of(found),
                     )
                 if completion.finish_reason == "error":
                     raise EngineError("the engine could not go on with this request; its log says why")

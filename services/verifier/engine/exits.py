@@ -55,8 +55,8 @@ class ExitReader:
     ) -> None:
         """`norm` and `head` are the model's last ones; `outcomes` is how many a hint names at most."""
         self.exits = exits
+        self.head = head
         self._norm = norm
-        self._head = head
         self._outcomes = outcomes
 
     @torch.inference_mode()
@@ -64,7 +64,7 @@ class ExitReader:
         """The outlook of the exit after `layer` on every session of the pass; `hidden` is [rows, hidden size]."""
         module = self.exits.modules[layer]
         normed = self._norm(module(hidden))
-        scores = self._head(normed, current.drafts, self._outcomes + 1, current.draws)
+        scores = self.head(normed, current.drafts, self._outcomes + 1, current.draws)
         judged = Judged(normed, scores.draft_rows, scores.drafted, current.sure, scores.log_probs[:, :2])
         accepted = module.acceptance(judged).tolist()
         drafted = scores.drafted.tolist()

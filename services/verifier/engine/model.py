@@ -20,13 +20,14 @@ from vllm.config import CompilationMode, VllmConfig
 from vllm.model_executor.models.llama import LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.mistral import MistralForCausalLM, MistralModel
 
-from services.verifier.engine import graph_exits
+from services.verifier.engine import draft_head_files, graph_exits
 from services.verifier.engine.channel import Sender
 from services.verifier.engine.device_head import DeviceHead
 from services.verifier.engine.exit_files import ExitSet, TargetFacts, load_exits
 from services.verifier.engine.exit_head import ExactHead, ExitHead, Naming, best_head
 from services.verifier.engine.exit_modules import TrainedExit, quickest
 from services.verifier.engine.exits import ExitReader, Pass
+from services.verifier.engine.floor_head import FloorHead, HeadTap
 from services.verifier.engine.options import EngineOptions
 from shared.errors import EngineError
 
@@ -55,6 +56,7 @@ class ExitTap:
 
 class _TappedModel(LlamaModel):  # type: ignore[misc]
     exit_tap: ExitTap | None = None
+    head_tap: HeadTap | None = None
     exits_in_graph: int | None = None
     """The number of the exits that the graph's operator calls (`graph_exits.register`), after the layers below."""
     hooked_layers: tuple[int, ...] = ()
@@ -69,6 +71,8 @@ class _TappedModel(LlamaModel):  # type: ignore[misc]
             torch.ops.vllm.outrider_exit(
                 hidden_states, residual, self.exit_order, layer_idx, self.exits_in_graph
             )
+        if self.head_tap is not None:
+            self.head_tap.layer_done(layer_idx, hidden_states, residual)
         found: list[Tensor] = super()._maybe_add_hidden_state(
             aux_hidden_states, layer_idx, hidden_states, residual
         )
@@ -109,6 +113,23 @@ class _WithExits:
         tap = ExitTap(ExitReader(exits, self.model.norm, head, options.exit_outcomes), sender)
         self.model.exit_tap = tap
         return tap
+
+    def attach_head(
+        self, vllm_config: VllmConfig, naming: ExitHead
+    ) -> tuple[draft_head_files.LoadedHead, FloorHead | None]:
+        """Load the draft head, if there is one, and tap the layers that it reads; once, after the weights are loaded.
+        `naming` finds the likeliest tokens, as for the exits."""
+        options, config = EngineOptions.of(vllm_config), self.config
+        file = Path(options.draft_head) if options.draft_head else None
+        loaded = draft_head_files.load_head(file, self._facts(vllm_config), config.num_hidden_layers)
+        if loaded.head is None:
+            return loaded, None
+        head = loaded.head.to(vllm_config.model_config.dtype)
+        embedding = self.model.embed_tokens.weight[: config.vocab_size].detach()
+        longest = vllm_config.model_config.max_model_len
+        floor_head = FloorHead(head, self.model.norm, naming, embedding, longest=longest)
+        self.model.head_tap = floor_head.tap
+        return loaded, floor_head
 
     def attach_graph_exits(self, vllm_config: VllmConfig, sender: Sender) -> graph_exits.GraphExits:
         """As `attach_exits`, with exits that become nodes of CUDA graphs; before anything is compiled or captured.
@@ -156,15 +177,17 @@ class _WithExits:
 
     def _exits(self, vllm_config: VllmConfig) -> ExitSet:
         options = EngineOptions.of(vllm_config)
-        target = TargetFacts(
+        file = Path(options.exit_modules) if options.exit_modules else None
+        return load_exits(options.exit_layers, file, self._facts(vllm_config))
+
+    def _facts(self, vllm_config: VllmConfig) -> TargetFacts:
+        return TargetFacts(
             directory=Path(vllm_config.model_config.model),
             hidden_size=self.config.hidden_size,
             vocab_size=self.config.vocab_size,
             epsilon=self.config.rms_norm_eps,
             dtype=vllm_config.model_config.dtype,
         )
-        file = Path(options.exit_modules) if options.exit_modules else None
-        return load_exits(options.exit_layers, file, target)
 
     def _head_weight(self) -> tuple[Tensor, bool]:
         """The head's weight `[vocabulary, hidden size]`, and whether logits are a product with it and nothing else."""

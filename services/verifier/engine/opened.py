@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from services.verifier.engine.options import ANSWERED, PASSES
+from services.verifier.engine.options import ANSWERED, DRAFTED, PASSES
 from shared.protocol import Tokens
 
 if TYPE_CHECKING:
@@ -81,3 +81,9 @@ class Opened:
     def _answers(self, found: RequestOutput) -> bool:
         told = found.kv_transfer_params or {}
         return bool(found.finished) or told.get(ANSWERED, self.asked) >= self.asked
+
+
+def drafted_of(found: RequestOutput) -> tuple[tuple[int, float], ...]:
+    """What the engine's draft head says may follow an output."""
+    told = found.kv_transfer_params or {}
+    return tuple((int(token), float(chance)) for token, chance in told.get(DRAFTED, ()))

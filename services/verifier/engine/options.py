@@ -36,6 +36,9 @@ ANSWERED: Final = "outrider_answered"
 PASSES: Final = "outrider_passes"
 """Beside it: how many passes the session has had."""
 
+DRAFTED: Final = "outrider_drafted"
+"""Beside them, of any session: what the draft head says may follow, tokens each with its chance."""
+
 RULES_KEY: Final = "outrider_rules"
 """In `extra_args` of a session or a plain request: how its tokens are drawn (`shared.sampling`); greedily without it."""
 
@@ -43,6 +46,8 @@ SCHEMA_KEY: Final = "outrider_schema"
 """In `extra_args`: the JSON schema that the answer has to satisfy, and how many tokens of the answer the request's prompt
 holds."""
 
+HEAD_DRAFTS: Final = "outrider_head_drafts"
+"""An attribute that a step's `ModelRunnerOutput` gets: by request, what the draft head says may follow."""
 SUBMIT_CALL: Final = "outrider_submit"
 STATS_CALL: Final = "outrider_stats"
 DESCRIBE_CALL: Final = "outrider_describe"
@@ -58,7 +63,8 @@ EVEN_ROWS: Final = "outrider_even_rows"
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Options of ours, beside vLLM's. `exit_address` is a ZMQ endpoint; `exit_modules` a path or empty. `uniform`: every
+    """Options of ours, beside vLLM's. `exit_address` is a ZMQ endpoint; `exit_modules` and `draft_head` a path or
+    empty. `uniform`: every
     block of a pass is padded to the longest there may be, unless nobody drafts, so that a pass of n sessions is always the
     same CUDA graph."""
 
@@ -67,6 +73,7 @@ class EngineOptions:
     exit_modules: str
     exit_outcomes: int
     threads: int
+    draft_head: str = ""
     uniform: bool = False
 
     def as_config(self) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from services.verifier.engine.options import (
     DRAFT_LEVELS,
     DRAFT_ROWS,
     EVEN_ROWS,
+    HEAD_DRAFTS,
     EngineOptions,
     ahead_of,
     is_eager,
@@ -98,6 +99,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         self._awaited: set[str] = set()  # eager sessions that spoke in the last step and have no block yet
         self._heard_s = 0.0
         self._companions = Companions()
+        self._patient = 0  # sessions that are not eager
         self._agreed = Mean()  # share of drafted tokens that were accepted
         self._going_on: set[str] = set()  # parked sessions that say another token in the next step
         self.departures = 0
@@ -253,9 +255,11 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
 
     def _patient_s(self, now: float) -> float:
         """For how long patient sessions' step waits for more of them (`Companions`); it holds up nobody else."""
+        if not self._patient:
+            return 0.0
         sessions = self._by_request.values()
         patient = [session for session in sessions if not session.eager]
-        if not patient or any(request.is_prefill_chunk for request in self.running):
+        if any(request.is_prefill_chunk for request in self.running):
             return 0.0
         if len(patient) < len(sessions) and any(each.eager and each.armed is not None for each in sessions):
             return 0.0
@@ -399,11 +403,15 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         """Take the step's results in; sessions that have spoken park."""
         counters, step = self.counters, self._step
         accepted = counters.accepted_tokens
+        if (drafts := getattr(model_runner_output, HEAD_DRAFTS, None)) is not None:
+            for request_id in scheduler_output.num_scheduled_tokens:
+                if (session := self._by_request.get(request_id)) is not None:
+                    session.drafted = drafts.get(request_id)
         outputs = self._steady.end(scheduler_output, model_runner_output)
         if outputs is None:
             outputs = self._take_in(scheduler_output, model_runner_output)
-        if drafts := sum(step.verified.values()):
-            self._agreed.saw((counters.accepted_tokens - accepted) / drafts)
+        if verified := sum(step.verified.values()):
+            self._agreed.saw((counters.accepted_tokens - accepted) / verified)
         self._heard_s = time.monotonic()
         if scheduler_output.num_scheduled_tokens:
             elapsed_ms = (self._heard_s - step.began) * 1000
@@ -434,10 +442,9 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             if self._by_key.get(session.key) is session:
                 self._park(session)
             session.verified = 0
-        if told := {each.request.request_id: each for each in spoken if each.ahead}:
+        if told := {each.request.request_id: each.told for each in spoken}:
             for output in (output for several in outputs.values() for output in several.outputs):
-                if (session := told.get(output.request_id)) is not None:
-                    output.kv_transfer_params = session.told
+                output.kv_transfer_params = told.get(output.request_id, output.kv_transfer_params)
         return outputs
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
@@ -510,12 +517,14 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 stops=stops_of(request),
             )
             self._by_key[key] = self._by_request[request.request_id] = session
+            self._patient += not session.eager
         super().add_request(request)
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         self.departures += 1
         session = self._by_request.pop(request.request_id, None)
         if session is not None:
+            self._patient -= not session.eager
             self._by_key.pop(session.key, None)
             self._awaited.discard(session.key)
             self._going_on.discard(session.key)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from services.verifier.engine.options import ANSWERED, PASSES
+from services.verifier.engine.options import ANSWERED, DRAFTED, PASSES
 from shared.sampling.sparse import SparseRow
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ class Session:
     """It has neither a grammar nor anything but tokens in its prompt, and does not go on after its end."""
     stops: frozenset[int] | None = None
     """Tokens that end it; None where vLLM has to be asked."""
+    drafted: list[tuple[int, float]] | None = None
+    """What the draft head says may follow what it has just said."""
 
     @property
     def goes_on(self) -> bool:
@@ -79,10 +81,13 @@ class Session:
         self.answered = max(self.answered, self.verified)
 
     @property
-    def told(self) -> dict[str, int] | None:
-        """What its outputs say of the blocks that they answer, and of its passes, where not all were asked for; in a place
-        of theirs that vLLM hands on."""
-        return {ANSWERED: self.answered, PASSES: self.passes} if self.ahead else None
+    def told(self) -> dict[str, Any] | None:
+        """What its outputs say of the blocks that they answer, and of its passes, where not all were asked for, and what may
+        follow; in a place of theirs that vLLM hands on."""
+        told: dict[str, Any] = {ANSWERED: self.answered, PASSES: self.passes} if self.ahead else {}
+        if self.drafted:
+            told[DRAFTED] = self.drafted
+        return told or None
 
 
 @dataclass(slots=True)

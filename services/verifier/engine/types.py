@@ -23,7 +23,7 @@ class EngineInfo:
     """What was started. `notes` tell an operator what is not as it was asked for, one sentence each.
 
     Sizes are tokens. `exits` is `"untrained"`, `"trained: <file>"` or `"off"`; `exit_layers` counts layers from 1: an
-    exit after layer 18 sees what the first 18 layers have computed.
+    exit after layer 18 sees what the first 18 layers have computed. `draft_head` is a file's name, or `"off"`.
     """
 
     model_name: str
@@ -36,6 +36,7 @@ class EngineInfo:
     exit_layers: tuple[int, ...]
     exits: str
     dtype: str
+    draft_head: str = "off"
     notes: tuple[str, ...] = ()
 
 
@@ -44,13 +45,15 @@ class EngineOutput:
     """The next output tokens of a session. Consecutive outputs may arrive merged: read them as one stream.
 
     `logprobs` are one for each token where they were asked for, otherwise none. `passes` have said them: one, unless the
-    session went on by itself.
+    session went on by itself. `drafted` is what the engine itself expects to follow, tokens each with the chance that it is
+    right if those before it are; nothing where it expects nothing.
     """
 
     tokens: Tokens
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     passes: int = 1
+    drafted: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,132 @@
+"""Files of draft heads: which one a target runs with, and what it must say of itself.
+
+A head that can't be used costs drafts, never service: the floor drafts from the text alone and a note says why. A file's
+metadata: `format` = "outrider-draft-head/1", `target_sha256` and `tokenizer_sha256` (see `shared.models`), and `shape`, JSON
+with the fields of `HeadShape`. Its tensors, for each matrix of a `DraftHead`: `<matrix>.values`, whole numbers of seven
+bits, and `<matrix>.scales`, one a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from services.verifier.engine.checkpoint import AUTO, Checkpoint
+from services.verifier.engine.draft_head import DraftHead, HeadShape
+from services.verifier.engine.exit_choice import NONE
+from services.verifier.engine.exit_files import OFF, TargetFacts
+from services.verifier.engine.int8 import LARGEST
+from services.verifier.settings import VerifierSettings
+from shared.errors import ModelFilesError
+from shared.models import target_sha256
+from shared.pair import shipped_head
+
+FILE_FORMAT: Final = "outrider-draft-head/1"
+
+
+@dataclass(frozen=True, slots=True)
+class HeadChoice:
+    """The file of the head that a target should run with, if there is one; `notes` say why there is not."""
+
+    file: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def choose_head(settings: VerifierSettings, checkpoint: Checkpoint, *, cuda: bool) -> HeadChoice:
+    """The draft head for a target: the settings' word, else the one that comes with Outrider. Where the floor doesn't draft
+    there is none. On CUDA they don't run yet, which is said where one was asked for by name."""
+    if settings.draft_head == NONE or not settings.floor_drafts:
+        return HeadChoice()
+    if cuda:
+        named = settings.draft_head != AUTO
+        notes = ("OUTRIDER_DRAFT_HEAD: draft heads run on a CPU; the floor drafts from the text alone",)
+        return HeadChoice(None, notes if named else ())
+    if settings.draft_head != AUTO:
+        return HeadChoice(Path(settings.draft_head))
+    try:
+        return HeadChoice(shipped_head(checkpoint.directory))
+    except ModelFilesError:
+        return HeadChoice()  # nothing was asked for, and nothing is missing
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedHead:
+    """A head, where there is one; `label` and `notes` are what `EngineInfo` says."""
+
+    head: DraftHead | None = None
+    label: str = OFF
+    notes: tuple[str, ...] = ()
+
+
+def load_head(file: Path | None, target: TargetFacts, num_layers: int) -> LoadedHead:
+    """The head in `file`; never fails for the file's sake."""
+    if file is None:
+        return LoadedHead()
+    try:
+        return LoadedHead(read_head(file, target, num_layers), file.name)
+    except ModelFilesError as error:
+        return LoadedHead(notes=(f"{error.message}; the floor drafts from the text alone",))
+
+
+def read_head(file: Path, target: TargetFacts, num_layers: int) -> DraftHead:
+    """A written head in float32; `ModelFilesError` when it is unreadable or was made for another target."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise ModelFilesError(f"draft head {file} can't be read ({error})") from error
+    if header.get("format") != FILE_FORMAT:
+        raise ModelFilesError(f"draft head {file}: format is {header.get('format')!r}, not {FILE_FORMAT!r}")
+    own = target_sha256(target.directory)
+    if header.get("target_sha256") != own:
+        raise ModelFilesError(
+            f"draft head {file} was trained for the target {str(header.get('target_sha256'))[:12]}…, "
+            f"{target.directory} is {own[:12]}…"
+        )
+    try:
+        fields = json.loads(header["shape"])
+        shape = HeadShape(**{**fields, "layers": tuple(fields["layers"])})
+        if shape.hidden_size != target.hidden_size or shape.layers[-1] != num_layers:
+            raise ModelFilesError(
+                f"draft head {file} reads {shape.hidden_size} values after layer {shape.layers[-1]}, the target has "
+                f"{target.hidden_size} and {num_layers}"
+            )
+        head = DraftHead(shape)
+        head.load_state_dict({name: _matrix(tensors, name) for name in head.state_dict()})
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        raise ModelFilesError(f"draft head {file}: {error!r}: it doesn't hold what its header says") from None
+    if not all(bool(torch.isfinite(each).all()) for each in head.state_dict().values()):
+        raise ModelFilesError(f"draft head {file} holds values that are no finite numbers")
+    return head.requires_grad_(False).eval()
+
+
+def _matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    return tensors[f"{name}.values"].float() * tensors[f"{name}.scales"].float()[:, None]
+
+
+def write_head(path: Path, head: DraftHead, header: Mapping[str, str]) -> int:
+    """Write a head with its header; returns the size in bytes."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    for name, weight in head.state_dict().items():
+        matrix = weight.detach().float().cpu()
+        scales = matrix.abs().amax(dim=1).clamp(min=1e-8) / LARGEST
+        tensors[f"{name}.values"] = (matrix / scales[:, None]).round().to(torch.int8).contiguous()
+        tensors[f"{name}.scales"] = scales
+    part = path.with_suffix(".part")
+    save_file(
+        tensors, part, metadata={**header, "format": FILE_FORMAT, "shape": json.dumps(asdict(head.shape))}
+    )
+    part.chmod(0o644)
+    part.rename(path)
+    return path.stat().st_size
