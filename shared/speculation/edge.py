@@ -463,7 +463,7 @@ class EdgeSession:
         self._draft_acceptance = common.acceptance
         self._acceptance = Mean(common.acceptance(TYPICAL), memory=OWN)
         self._exits = common.exits
-        self._floor_rate = Rate()
+        self._rivals = common.rivals
         self._round_trip = Mean()
         self._pass = common.pass_ms
         self._step = common.step_ms
@@ -587,6 +587,7 @@ class EdgeSession:
         del self._lanes[lane.number]
         if left is not None and not lane.tokens:
             return self._follow()
+        self._rivals.overtaken()
         self._judge(lane)
         return self._draft_next(now_ms)
 
@@ -635,7 +636,8 @@ class EdgeSession:
         longest = self._config.block_length
         if not self._config.adaptive or not longest:
             return longest
-        if self._config.policy is Policy.COST or best_length(self._clocks(), longest):
+        worth_it = best_length(self._clocks(), longest) and not self._rivals.better_alone
+        if self._config.policy is Policy.COST or worth_it:
             self._rested, self._resting = False, RESTS[0]
             return self._length()
         if self._rested:  # only a draft can tell whether drafts have become better
@@ -673,7 +675,7 @@ class EdgeSession:
         late_ms = self._round_trip(0.0) + length * self._step(1)
         if pass_ms <= 0.0 or late_ms < pass_ms:  # a pass that the block would find running is waited with
             return 0
-        return min(MOST_AHEAD, math.ceil(late_ms * (self._floor_rate() or 1.0 / pass_ms)))
+        return min(MOST_AHEAD, math.ceil(late_ms * (self._rivals.floor() or 1.0 / pass_ms)))
 
     def _follow(self) -> list[EdgeAction]:
         """Draft nothing: the target goes on by itself."""
@@ -950,6 +952,7 @@ class EdgeSession:
         answers = self._answers(verdict.round)
         if answers and self._phase is Phase.VERIFYING:
             self._measure(verdict, now_ms)
+            self._rivals.verified(len(verdict.tokens), now_ms - self._progress_ms)
         return self._advance(
             verdict.base,
             verdict.tokens,
@@ -966,7 +969,7 @@ class EdgeSession:
             return []
         self._enter(floor.epoch)
         self.statistics.passes += floor.passes
-        self._floor_rate.saw(len(floor.tokens), now_ms - self._progress_ms)
+        self._rivals.floor.saw(len(floor.tokens), now_ms - self._progress_ms)
         self._saw_pass(floor, 1)
         before = self.statistics.tokens
         actions = self._advance(
@@ -1133,8 +1136,10 @@ class EdgeSession:
             return gone if self._main in self._lanes else [*self._draft_next(now_ms), *gone]
         open_lane = self._open
         assert open_lane is not None
-        if not answers and open_lane.left(self._committed):
-            return [*gone, *self._expand(now_ms)]
+        if not answers:
+            if open_lane.left(self._committed):
+                return [*gone, *self._expand(now_ms)]
+            self._rivals.overtaken()
         self._threshold = open_lane.threshold_after(self._judge(open_lane))
         return [*self._succeed(taken, now_ms), *gone]
 

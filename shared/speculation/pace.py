@@ -156,9 +156,42 @@ class Trial:
 
 
 @dataclass(slots=True)
+class Rivals:
+    """How fast tokens come by blocks, and how fast by the floor, which drafts as well: tokens a ms between what was committed
+    before and what was committed by either, whatever had to be waited for.
+
+    A draft at the edge has to foresee what the floor says until it arrives, and is verified in rows that make the pass
+    longer. Where the floor is often right itself, and the way is long, blocks can be the slower of the two.
+    """
+
+    blocks: Rate = field(default_factory=Rate)
+    floor: Rate = field(default_factory=Rate)
+    in_time: Mean = field(default_factory=Mean)
+    """Share of drafts that were verified, at least in part: the floor had not said something else before."""
+    drafts: int = 0
+
+    def verified(self, tokens: int, elapsed_ms: float) -> None:
+        """A block's round has ended."""
+        self.drafts += 1
+        self.in_time.saw(1.0)
+        self.blocks.saw(tokens, elapsed_ms)
+
+    def overtaken(self) -> None:
+        """A draft came to nothing: the floor had left it."""
+        self.drafts += 1
+        self.in_time.saw(0.0)
+
+    @property
+    def better_alone(self) -> bool:
+        """Whether blocks have been slower than the floor, or hardly ever there in time."""
+        slower = self.blocks() < self.floor() or self.in_time(1.0) < LEAST_USE
+        return self.drafts >= TRIALS and slower
+
+
+@dataclass(slots=True)
 class Common:
     """What does not depend on the session: what a pass costs by the rows in it, a draft step by the lanes in it, how many
-    share a pass, how often the draft is right, and whether exits are of use. Sessions of a gateway learn it together, so
+    share a pass, how often the draft is right, whether exits are of use, and blocks beside the floor. Sessions of a gateway learn it together, so
     that a new one knows it at once; a crowd that begins at the same time would be over before each had learned it alone.
     """
 
@@ -167,6 +200,7 @@ class Common:
     sharers: Mean = field(default_factory=lambda: Mean(memory=SOON))
     acceptance: Mean = field(default_factory=lambda: Mean(TYPICAL))
     exits: Trial = field(default_factory=Trial)
+    rivals: Rivals = field(default_factory=Rivals)
 
 
 def expected_tokens(acceptance: float, length: int) -> float:
