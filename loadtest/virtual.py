@@ -1,13 +1,15 @@
-"""The cores of edge and verifier in virtual time, with the real drafts of the pair that ships: `scripts/bench virtual`.
+"""The cores of edge and verifier in virtual time, with the real drafts of what ships: `scripts/bench virtual`.
 
-What a rule of the speculation core is worth, in seconds and without noise: passes, draft steps, the link and commits take
-the times that are set, the drafts are those of the real draft model along what the real target says (recorded once, which
-takes minutes; `--record FILE` keeps them). One session, no exits. It predicts; `scripts/bench compare` measures.
+What a rule of the speculation core is worth, in seconds and without noise: passes, draft steps, the link and commits
+take the times that are set, the drafts are those of the real draft model and of the target's draft head along what the
+real target says (recorded once, which takes minutes; `--record FILE` keeps them). One session, no exits. It predicts;
+`scripts/bench compare` measures.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +23,7 @@ from services.draft_gateway.drafting.engine import Draft, DraftRequest
 from services.draft_gateway.settings import GatewaySettings
 from services.verifier.session_shell import Passes
 from shared.errors import InvalidRequest
-from shared.pair import read_foresight, shipped_draft
+from shared.pair import read_foresight, shipped_draft, shipped_head
 from shared.protocol import Policy
 from shared.speculation.edge import EdgeConfig, EdgeStatistics
 from shared.speculation.outcomes import Foresight
@@ -64,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("row", "a row of a pass"),
         ("step", "a draft step"),
         ("lane", "a further lane of a draft step"),
+        ("head", "the target's draft head behind a pass"),
     ):
         value = getattr(timings, name)
         parser.add_argument(
@@ -90,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         row=arguments.row_ms,
         step=arguments.step_ms,
         lane=arguments.lane_ms,
+        head=arguments.head_ms,
     )
     rows = []
     print("   RTT policy   × AR  tokens/block  floor  passes/token  taken  forwards/token")
@@ -179,14 +183,37 @@ def _record(
     import torch
 
     from services.draft_gateway.drafting.llama import LlamaDraft
+    from services.verifier.engine.draft_head_files import read_head
+    from services.verifier.engine.exit_files import TargetFacts
+    from services.verifier.engine.exit_head import Naming, best_head
+    from services.verifier.engine.floor_head import CommittedRows, FloorHead
     from shared.text import Tokenizer
     from training.llama import load_target
-    from training.rollout import greedy
+    from training.rollout import Continuation, greedy
 
     say(f"recording {len(asked)} answers and their drafts")
     end = Tokenizer.load(target).encode("<|im_end|>")[0]
     model = load_target(target, device="cpu", dtype=torch.float32)
+    config = model.config
+    facts = TargetFacts(target, config.hidden_size, config.vocab_size, config.rms_norm_eps, torch.float32)
+    head = read_head(shipped_head(target), facts, config.num_hidden_layers)
+    naming = best_head(model.logits, model.head, Naming())
     engine = LlamaDraft.load(directory, target=target, threads=1, cache_tokens=65536)
+
+    def headed(text: Continuation) -> Iterator[tuple[tuple[int, float], ...]]:
+        """What the head says after each token of the answer but the last, fed as the engine feeds it."""
+        said, kept = model.decoder.full(model.embed(torch.tensor([text.text])), head.shape.layers)
+        states = {layer: kept.get(layer, said)[0] for layer in head.shape.layers}
+        floor = FloorHead(
+            copy.deepcopy(head), model.decoder.normed, naming, model.embedding, longest=len(text.text)
+        )
+        begin = 0
+        for end in range(len(text.prompt), len(text.text) - 1):
+            floor.tap.states = {layer: rows[begin:end] for layer, rows in states.items()}
+            found = floor.drafts([CommittedRows("s", 0, begin, text.text[begin + 1 : end + 1], text.text)])
+            yield tuple(found.get("s", ()))
+            begin = end
+
     for question in asked:
         (text,) = greedy(model, [question.tokens], most=most, end=end)
         drafts = [
@@ -195,7 +222,7 @@ def _record(
         ]
         engine.forget("s")
         say(f"  {question.family}: {len(text.tokens)} tokens")
-        yield Recorded(question.family, text.prompt, text.tokens, tuple(drafts))
+        yield Recorded(question.family, text.prompt, text.tokens, tuple(drafts), tuple(headed(text)))
 
 
 def _read(path: Path) -> list[Recorded]:
@@ -216,6 +243,10 @@ def _read(path: Path) -> list[Recorded]:
                         ),
                     )
                     for draft in each["drafts"]
+                ),
+                tuple(
+                    tuple((int(token), float(chance)) for token, chance in place)
+                    for place in each.get("headed", ())
                 ),
             )
             for each in json.loads(path.read_text(encoding="utf-8"))

@@ -24,6 +24,7 @@ from shared.protocol import (
     FinishReason,
     Floor,
     Forward,
+    Policy,
     Prompt,
     ReplyRoute,
     Tokens,
@@ -57,6 +58,8 @@ class Timings:
     """A draft step takes `step` and `lane` for each further lane."""
     turn: float = 0.3
     """A turn of the edge's event loop."""
+    head: float = 5.0
+    """What the draft head takes behind each pass of policy `latency`, where there is one."""
 
     def pass_of(self, rows: int) -> float:
         """A pass of so many rows."""
@@ -71,6 +74,8 @@ class Recorded:
     prompt: Tokens
     said: Tokens
     drafts: tuple[Draft, ...]
+    headed: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """What the target's draft head says after each of its tokens but the last; nothing where there is none."""
 
     def draft(self, at: int, length: int) -> Draft:
         """`length` tokens from position `at` on, as if those before it were right; one look beyond them."""
@@ -293,6 +298,8 @@ class VirtualAnswer:
 
     def _run(self, rows: int, outcome: Callable[[], Tokens]) -> None:
         took_ms = self._timings.pass_of(rows)
+        if self._text.headed and self._config.policy is Policy.LATENCY:
+            took_ms += self._timings.head
         self._ran.append((rows, took_ms))
         self._after(took_ms, lambda: self._answer(outcome()))
 
@@ -312,6 +319,8 @@ class VirtualAnswer:
         said = said[: most - self._said]
         self._said += len(said)
         self._passes.tokens.saw(len(said))
+        if self._config.policy is Policy.LATENCY:
+            self._floor.hear(next(iter(self._text.headed[self._said - 1 : self._said]), ()))
         self._tell_verifier(v.EngineAnswered(said, FinishReason.LENGTH if self._said >= most else None))
 
     def _with_times(self, message: VerdictsMessage | ExitsMessage) -> VerdictsMessage | ExitsMessage:

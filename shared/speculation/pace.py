@@ -157,8 +157,8 @@ class Trial:
 
 @dataclass(slots=True)
 class Rivals:
-    """How fast tokens come by blocks, and how fast by the floor, which drafts as well: tokens a ms between what was committed
-    before and what was committed by either, whatever had to be waited for.
+    """How fast tokens come by blocks, and how fast by the floor, which drafts as well: tokens a ms since the last ones were
+    committed, whatever had to be waited for.
 
     A draft at the edge has to foresee what the floor says until it arrives, and is verified in rows that make the pass
     longer. Where the floor is often right itself, and the way is long, blocks can be the slower of the two.
@@ -191,8 +191,9 @@ class Rivals:
 @dataclass(slots=True)
 class Common:
     """What does not depend on the session: what a pass costs by the rows in it, a draft step by the lanes in it, how many
-    share a pass, how often the draft is right, whether exits are of use, and blocks beside the floor. Sessions of a gateway learn it together, so
-    that a new one knows it at once; a crowd that begins at the same time would be over before each had learned it alone.
+    share a pass, how often the draft is right, whether exits are of use, and blocks beside the floor. Sessions of a gateway
+    learn it together, so that a new one knows it at once; a crowd that begins at the same time would be over before each had
+    learned it alone.
     """
 
     pass_ms: PassCost = field(default_factory=PassCost)

@@ -38,7 +38,7 @@ from shared.speculation.edge import (
     TimerFired,
     VerdictArrived,
 )
-from shared.speculation.pace import Common
+from shared.speculation.pace import TRIALS, Common
 
 CONFIG = EdgeConfig(
     gateway="g", max_tokens=100, block_length=3, stop_tokens=frozenset({2}), max_lanes=2, lane_threshold=0.2
@@ -657,6 +657,44 @@ def test_where_no_draft_pays_the_edge_follows_ever_longer_between_two_tries() ->
         wrong_drafts_until_it_follows(edge)
         followed = tokens_until_it_drafts(edge)
     assert followed == RESTS[1]
+
+
+def floor_is_better() -> Common:
+    """What a gateway has learned where the floor says more a pass than a block's round brings."""
+    common = Common()
+    for _ in range(TRIALS):
+        common.rivals.verified(2, 100.0)
+        common.rivals.floor.saw(3, 100.0)
+    return common
+
+
+@pytest.mark.parametrize(
+    ("policy", "phase"), [(Policy.LATENCY, Phase.FOLLOWING), (Policy.COST, Phase.DRAFTING)]
+)
+def test_where_the_floor_is_quicker_the_edge_stands_back_unless_passes_are_to_be_saved(
+    policy: Policy, phase: Phase
+) -> None:
+    edge = EdgeSession(replace(AHEAD, adaptive=True, policy=policy, common=floor_is_better()))
+    edge.handle(Opened(epoch=1), 0.0)
+    edge.handle(verdict(0, 0, 0, 10), 1.0)
+    assert edge.phase is phase
+
+
+def test_an_edge_that_stands_back_tries_again_with_one_block() -> None:
+    config = replace(AHEAD, max_tokens=10_000, adaptive=True, common=floor_is_better())
+    edge = EdgeSession(config)
+    edge.handle(Opened(epoch=1), 0.0)
+    edge.handle(verdict(0, 0, 0, 10), 1.0)
+    assert tokens_until_it_drafts(edge) == RESTS[0]
+    assert edge.phase is Phase.DRAFTING
+
+
+def test_a_draft_that_the_floor_has_left_is_counted_as_overtaken() -> None:
+    common = Common()
+    edge = drafting(replace(AHEAD, common=common))
+    edge.handle(floor(1, 99), 3.0)
+    edge.handle(plain(0, 11, 12), 4.0)
+    assert (common.rivals.drafts, common.rivals.in_time(1.0)) == (1, 0.0)
 
 
 def test_no_more_forwards_go_up_than_are_earned_by_committed_tokens() -> None:

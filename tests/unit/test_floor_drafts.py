@@ -4,32 +4,47 @@ from __future__ import annotations
 
 import pytest
 
-from services.verifier.floor_drafts import LEFT_OVER, LENGTH, LOOKED_UP, FloorDraft, FloorShares, Shares
+from services.verifier.floor_drafts import (
+    LEFT_OVER,
+    LENGTH,
+    LOOKED_UP,
+    FloorDraft,
+    FloorShares,
+    Proposal,
+    Shares,
+)
 from shared.lookup import LONGEST
 from shared.speculation.verifier import Tail
 
 
+def looked_up(
+    matched: int, tokens: tuple[int, ...] = (7, 8, 9, 10, 11), shares: Shares | None = None
+) -> Proposal:
+    """Tokens that were found after a match of so many."""
+    return Proposal(shares or Shares(LOOKED_UP), tokens, range(matched, matched + len(tokens)))
+
+
 def test_the_longer_the_match_the_more_tokens_are_worth_their_rows() -> None:
-    lengths = [Shares(LOOKED_UP).worth(matched, 5, 0.3) for matched in range(LONGEST + 1)]
+    lengths = [looked_up(matched).worth(0.3)[0] for matched in range(LONGEST + 1)]
     assert lengths == sorted(lengths)
     assert lengths[0] == lengths[1] == 0
     assert lengths[-1] == 5
 
 
 def test_the_more_a_row_has_to_bring_the_fewer_are_worth_it() -> None:
-    lengths = [Shares(LOOKED_UP).worth(3, 5, least) for least in (0.0, 0.1, 0.4, 0.7, 0.76)]
+    lengths = [looked_up(3).worth(least)[0] for least in (0.0, 0.1, 0.4, 0.7, 0.76)]
     assert lengths == sorted(lengths, reverse=True)
     assert (lengths[0], lengths[-1]) == (5, 0)
 
 
 def test_a_token_counts_as_one_after_a_match_that_those_before_it_made_longer() -> None:
-    assert Shares(LOOKED_UP).worth(2, 5, 0.6 * 0.75) == 2
-    assert Shares(LOOKED_UP).worth(2, 5, 0.6 * 0.75 + 1e-9) == 1
+    assert looked_up(2).worth(0.6 * 0.75)[0] == 2
+    assert looked_up(2).worth(0.6 * 0.75 + 1e-9)[0] == 1
 
 
 def test_what_the_target_says_changes_the_figures_of_each_length_up_to_the_first_wrong_token() -> None:
     shares = Shares(LOOKED_UP)
-    shares.saw(3, (7, 8, 9, 10), (7, 8, 1, 10))
+    looked_up(3, (7, 8, 9, 10), shares).judge((7, 8, 1, 10))
     assert shares.right(3) > LOOKED_UP[3]
     assert shares.right(4) > LOOKED_UP[4]
     assert shares.right(5) < LOOKED_UP[5]
@@ -38,30 +53,30 @@ def test_what_the_target_says_changes_the_figures_of_each_length_up_to_the_first
 
 def test_matches_longer_than_the_longest_that_is_compared_are_one() -> None:
     shares = Shares(LOOKED_UP)
-    shares.saw(LONGEST, (7, 7, 7), (7, 7, 1))
+    looked_up(LONGEST, (7, 7, 7), shares).judge((7, 7, 1))
     assert shares.right(LONGEST) == shares.right(LONGEST + 2) < LOOKED_UP[LONGEST]
 
 
 def test_shares_that_were_not_worth_their_rows_are_once_more_when_they_turn_out_right() -> None:
     shares = Shares(LOOKED_UP)
     for _ in range(100):
-        shares.saw(4, (7,), (1,))
-    assert shares.worth(4, 5, 0.1) == 0
+        looked_up(4, (7,), shares).judge((1,))
+    assert looked_up(4, shares=shares).worth(0.1)[0] == 0
     for _ in range(20):
-        shares.saw(4, (7, 8, 9), (7,))
-    assert shares.worth(4, 5, 0.1) > 0
+        looked_up(4, (7, 8, 9), shares).judge((7,))
+    assert looked_up(4, shares=shares).worth(0.1)[0] > 0
 
 
 def test_where_nothing_was_found_nothing_is_learned() -> None:
     shares = Shares(LOOKED_UP)
-    shares.saw(0, (), (7,))
+    looked_up(0, (), shares).judge((7,))
     assert [shares.right(matched) for matched in range(LONGEST + 1)] == pytest.approx(list(LOOKED_UP))
 
 
 def test_expected_is_the_sum_of_the_chances_to_be_reached_and_right() -> None:
     shares = Shares((0.5, 0.8))
-    assert shares.expected(0, 3) == pytest.approx(0.5 + 0.5 * 0.8 + 0.5 * 0.8 * 0.8)
-    assert shares.expected(0, 0) == 0.0
+    assert looked_up(0, (7, 8, 9), shares).worth(0.0) == (3, pytest.approx(0.5 + 0.5 * 0.8 + 0.5 * 0.8 * 0.8))
+    assert looked_up(0, (), shares).worth(0.0) == (0, 0.0)
 
 
 # --- a session's drafts -------------------------------------------------------------------------------------------
@@ -106,3 +121,40 @@ def test_what_a_pass_says_that_the_floor_did_not_draft_teaches_nothing() -> None
     known = [shares.left_over.right(place) for place in range(5)]
     floor.judge((5, 5))
     assert [shares.left_over.right(place) for place in range(5)] == known
+
+
+# --- the draft head's word ----------------------------------------------------------------------------------------
+
+
+def test_a_head_is_believed_at_first_and_cut_where_a_row_is_not_worth_it() -> None:
+    floor = FloorDraft(FloorShares())
+    floor.hear([(4, 0.9), (5, 0.6), (6, 0.1)])
+    assert floor.draft((1, 2, 3), Tail(), 0.2) == (4, 5)
+
+
+def test_of_head_lookup_and_rest_that_is_taken_which_is_expected_to_bring_most() -> None:
+    floor = FloorDraft(FloorShares())
+    floor.hear([(8, 0.9)])
+    assert floor.draft(SAID_TWICE, Tail(), 0.0) == (4, 5, 6, 7, 1, 2, 3, 4)
+    floor.hear([(8, 0.9), (9, 0.9), (10, 0.9)])
+    assert floor.draft((1, 2, 3), Tail(0, (6, 7)), 0.0) == (8, 9, 10)
+
+
+def test_a_head_that_is_surer_than_it_should_be_is_believed_less() -> None:
+    shares = FloorShares()
+    floor = FloorDraft(shares)
+    for _ in range(60):
+        floor.hear([(4, 0.95)])
+        floor.draft((1, 2, 3), Tail(), 0.0)
+        floor.judge((5,))
+    floor.hear([(4, 0.95)])
+    assert floor.draft((1, 2, 3), Tail(), 0.2) == ()
+    floor.hear([(4, 0.55)])
+    assert floor.draft((1, 2, 3), Tail(), 0.2) == (4,), "what it says less surely is another matter"
+
+
+def test_what_a_head_has_said_counts_for_the_next_pass_alone() -> None:
+    floor = FloorDraft(FloorShares())
+    floor.hear([(4, 0.9)])
+    floor.judge((9,))
+    assert floor.draft((1, 2, 3, 9), Tail(), 0.0) == ()

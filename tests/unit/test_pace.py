@@ -18,6 +18,7 @@ from shared.speculation.pace import (
     Mean,
     PassCost,
     Rate,
+    Rivals,
     Trial,
     best_length,
     expected_tokens,
@@ -247,3 +248,42 @@ def test_a_rate_is_that_of_late_and_no_single_value_is_all_of_it() -> None:
     for _ in range(200):
         rate.saw(1, 10.0)
     assert rate() == pytest.approx(0.1, rel=1e-3)
+
+
+# --- blocks beside the floor ----------------------------------------------------------------------------------------
+
+
+def rivals(block_tokens: int, floor_tokens: int, rounds: int = TRIALS) -> Rivals:
+    """Passes of 100 ms, of which every other one verifies a block."""
+    found = Rivals()
+    for _ in range(rounds):
+        found.verified(block_tokens, 100.0)
+        found.floor.saw(floor_tokens, 100.0)
+    return found
+
+
+def test_blocks_that_bring_less_than_the_floor_are_left_to_it() -> None:
+    assert rivals(2, 3).better_alone
+    assert not rivals(3, 2).better_alone
+
+
+def test_nothing_is_said_of_blocks_before_enough_of_them_were_seen() -> None:
+    assert not rivals(1, 3, TRIALS - 1).better_alone
+
+
+def test_blocks_that_become_better_again_are_sent_again() -> None:
+    found = rivals(2, 3)
+    for _ in range(40):
+        found.verified(4, 100.0)
+    assert not found.better_alone
+
+
+def test_drafts_that_the_floor_has_always_left_behind_are_left_alone() -> None:
+    found = Rivals()
+    for _ in range(TRIALS):
+        assert not found.better_alone
+        found.overtaken()
+    assert found.better_alone
+    for _ in range(6):
+        found.verified(3, 100.0)
+    assert not found.better_alone, "there is no floor to be slower than"

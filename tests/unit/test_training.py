@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from services.draft_gateway.drafting.packed import pack, product_codes, product_rows, quantize_rows, unpack
+from services.verifier.engine.draft_head import MOST_DRAFTED, HeadShape
 from services.verifier.engine.exit_modules import calibrated_odds
 from shared.errors import ModelFilesError
 from shared.speculation.outcomes import Guess, Mixture, Ranked
@@ -30,6 +32,7 @@ from training.draft import (
     read_draft,
     write_draft,
 )
+from training.draft_head import HeadPlan, HeadTrainer
 from training.exits import ExitPlan, ExitTrainer, load_exits, write_calibrations, write_exits
 from training.llama import KeyValueCache, LlamaConfig, Target
 from training.progress import Journal
@@ -394,3 +397,56 @@ def test_greedy_answers_in_the_data_are_what_the_target_says(
     greedy_places = (roles[:, 1:] == 2) & (tokens[:, 1:] != end) & (chosen != end)
     assert int(greedy_places.sum()) > 20
     assert bool((chosen == tokens[:, 1:])[greedy_places].all())
+
+
+# --- the draft head ---------------------------------------------------------------------------------------------------
+
+
+def head_trainer(
+    target: Target, data: tuple[list[Tensor], list[Tensor]], steps: int, window: int
+) -> HeadTrainer:
+    depth = CONFIG.num_hidden_layers
+    shape = HeadShape(48, (1, depth), window, 4, 2, 64, 64, CONFIG.rope_theta, CONFIG.rms_norm_eps)
+    plan = HeadPlan(vocabulary=96, steps=steps, batch_tokens=1_024, seed=3)
+    return HeadTrainer(target, shape, plan, torch.arange(96), *data, compiled=False)
+
+
+def held_out_loss(trainer: HeadTrainer) -> float:
+    """Of the head, on text that it is never trained on."""
+    ((tokens, roles),) = trainer._held
+    torch.manual_seed(1)
+    return trainer.losses(tokens.long(), roles, 0.3)[0].item()
+
+
+@pytest.mark.parametrize("window", [0, 6])
+def test_a_head_learns_to_say_what_the_target_says_next(
+    target: Target, data: tuple[list[Tensor], list[Tensor]], tmp_path: Path, window: int
+) -> None:
+    untaught = held_out_loss(head_trainer(target, data, 100, window))
+    trained = head_trainer(target, data, 100, window)
+    trained.run(Journal(tmp_path / "training.jsonl", lambda _: None), lambda: None)
+    found = trained.held_out()
+    assert len(found) == MOST_DRAFTED
+    assert found == sorted(found, reverse=True), (
+        "all tokens up to a place are right no oftener than up to one before"
+    )
+    assert held_out_loss(trained) < 0.9 * untaught
+
+
+def test_a_head_that_goes_on_from_a_checkpoint_comes_to_the_same(
+    target: Target, data: tuple[list[Tensor], list[Tensor]], tmp_path: Path
+) -> None:
+    def say(_: str) -> None:
+        return
+
+    whole = head_trainer(target, data, 6, 6)
+    whole.run(Journal(tmp_path / "whole.jsonl", say), lambda: None)
+    first = head_trainer(target, data, 6, 6)
+    kept: list[dict[str, object]] = []
+    first.plan = replace(first.plan, save_every=3)
+    first.run(Journal(tmp_path / "first.jsonl", say), lambda: kept.append(copy.deepcopy(first.state())))
+    second = head_trainer(target, data, 6, 6)
+    second.load_state(kept[0])
+    second.run(Journal(tmp_path / "second.jsonl", say), lambda: None)
+    for name, weight in whole.head.state_dict().items():
+        assert torch.equal(weight, second.head.state_dict()[name]), name

@@ -70,6 +70,13 @@ class ExitHead(Protocol):
         """
 
 
+class NamingHead(ExitHead, Protocol):
+    """One that can name the likeliest token alone, which takes less."""
+
+    def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest token of each row, greedily, and its probability: each `[rows]`."""
+
+
 class ExactHead:
     """The model's own head, in full."""
 
@@ -87,6 +94,13 @@ class ExactHead:
             if draws
             else self._greedy(hidden, drafts, k)
         )
+
+    def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """See `ExitHead`."""
+        logits = self._logits(hidden).float()
+        named = logits if self._ids is None else logits[:, self._ids]
+        best, column = named.softmax(dim=-1).max(dim=-1)
+        return (column if self._ids is None else self._ids[column]), best
 
     def _draw(self, hidden: Tensor, drafts: Tensor, k: int, rows: Sequence[Row]) -> Scores:
         logits = self._logits(hidden).float()
@@ -124,6 +138,20 @@ class ShortlistHead:
             if draws
             else self._greedy(hidden, drafts, k)
         )
+
+    def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """See `ExitHead`. The shortlist is compared exactly; the sum is the rough copy's, but for these."""
+        rough = self._rough(hidden if self._reduce is None else hidden @ self._reduce.T)
+        columns = largest(rough, self._shortlist)
+        some = rough.gather(1, columns)
+        tokens = columns if self._ids is None else self._ids[columns]
+        rows = functional.embedding(tokens, self._weight)
+        exact = torch.bmm(rows, hidden[:, :, None])[:, :, 0]
+        total = rough.logsumexp(dim=-1)
+        others = (1.0 - (some - total[:, None]).exp().sum(dim=-1)).clamp(min=1e-6).log() + total + self._tail
+        best, place = exact.max(dim=-1)
+        total = torch.logaddexp(exact.logsumexp(dim=-1), others)
+        return tokens.gather(1, place[:, None])[:, 0], (best - total).exp()
 
     def _draw(self, hidden: Tensor, drafts: Tensor, k: int, rows: Sequence[Row]) -> Scores:
         rough = self._rough(hidden if self._reduce is None else hidden @ self._reduce.T)
@@ -220,7 +248,7 @@ def can_shortlist(weight: Tensor) -> bool:
 
 def best_head(
     logits: Callable[[Tensor], Tensor], weight: Tensor, naming: Naming, *, plain: bool = True
-) -> ExitHead:
+) -> NamingHead:
     """The quickest head for a weight; `plain`: the logits are a product with it and nothing else."""
     if plain and can_shortlist(weight):
         return ShortlistHead(weight, naming)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from services.verifier.engine.channel import ExitMessage, Outlook
 from services.verifier.engine.exit_files import ExitSet
-from services.verifier.engine.exit_head import ExitHead
+from services.verifier.engine.exit_head import NamingHead
 from services.verifier.engine.exit_modules import Judged
 from shared.sampling.rules import Row
 from shared.speculation.outcomes import calibrated, rank_outcomes
@@ -51,7 +51,7 @@ class ExitReader:
     """Applies the exits to a pass' rows and says what they foresee."""
 
     def __init__(
-        self, exits: ExitSet, norm: Callable[[Tensor], Tensor], head: ExitHead, outcomes: int
+        self, exits: ExitSet, norm: Callable[[Tensor], Tensor], head: NamingHead, outcomes: int
     ) -> None:
         """`norm` and `head` are the model's last ones; `outcomes` is how many a hint names at most."""
         self.exits = exits

@@ -1,57 +1,120 @@
 """The draft head at work: after a pass it drafts what sessions will say next, for their floor to verify.
 
-It reads the states of the rows that were committed, keeps a key and a value of each (as many as it attends to, a few MB a
-session at most), and drafts as long as the whole draft is likely enough. What it says of its own chances is close to true,
+It reads the states of the rows that were committed, keeps a key and a value of each (a few MB a session at most), and drafts
+as long as the whole draft is likely enough. Where vLLM has found the beginning of a text in its prefix cache no states of it
+are computed: keys and values are then taken from a text that began alike. What it says of its own chances is close to true,
 and the verifier learns what it is worth (`floor_drafts`). CPU: the head's matrices are kept in int8.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 
-from services.verifier.engine.draft_head import MOST_DRAFTED, DraftHead
-from services.verifier.engine.exit_head import ExitHead
+from services.verifier.engine.draft_head import MOST_DRAFTED, DraftHead, Gated, turned
+from services.verifier.engine.exit_head import NamingHead
 from services.verifier.engine.int8 import Int8Matrix, has_int8
 
 Drafted = list[tuple[int, float]]
 """Tokens, each with the chance that it is right if those before it are."""
+PAST_PLACES: Final = 65_536
+"""Places of texts that have ended, of which keys and values are kept: some 100 MB for a hidden size of 576."""
 LEAST_CHANCE: Final = 0.08
 """A draft that is likelier to fail than this is not gone on with: no row that it could have would be worth it."""
 
 
 class CommittedRows(NamedTuple):
     """Rows of a pass that came to stay: `start` and one for each of `tokens`, those that follow them, among the rows whose
-    states were kept; the first stands at `place` of the request's text. `speaks`: the last of these tokens is one that was
-    said, and others may be drafted to follow it."""
+    states were kept; the first stands at `place` of the request's `text`, of which as much is there. `speaks`: the last of
+    these tokens is one that was said, and others may be drafted to follow it."""
 
     request: str
     start: int
     place: int
     tokens: Sequence[int]
+    text: Sequence[int] | npt.NDArray[np.int32]
     speaks: bool = True
 
 
-class _Int8Linear(nn.Module):
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self._matrix = Int8Matrix(weight, alone=True)
+class QuickHead:
+    """`DraftHead`'s arithmetic in few calls: on a CPU each call costs about as much as the arithmetic in it.
 
-    def forward(self, values: Tensor) -> Tensor:
-        return self._matrix(values)
+    Matrices are kept in int8 where there are kernels for it. Vectors of the hidden size are normed without the little that
+    RMSNorm adds to their squares, which is nothing beside them.
+    """
+
+    def __init__(self, head: DraftHead, longest: int) -> None:
+        """No text is longer than `longest`."""
+        self.shape = head.shape
+        self._scale = head.shape.hidden_size**0.5
+        self._enter = _matrix(head.enter.weight)
+        self._enter_further = _matrix(head.enter_further.weight)
+        self._first, self._further = _Gated(head.first), _Gated(head.further)
+        if head.shape.window:
+            self._attention = _matrix(torch.cat((head.query.weight, head.key_value.weight)))
+            self._out = _matrix(head.out.weight, alone=True)
+            ones = torch.ones(longest, 1, head.shape.head_dim)
+            half = head.shape.head_dim // 2
+            ones[..., half:] = 0.0  # turned, a one in the first half shows its cosine and sine
+            both = turned(ones, torch.arange(longest), head.shape.rope_theta)
+            self._cos, self._sin = both[..., :half].repeat(1, 1, 2), both[..., half:].repeat(1, 1, 2)
+            self._sin[..., :half] *= -1.0
+
+    def normed(self, vectors: Tensor) -> Tensor:
+        """`[…, hidden]` to a mean square of one."""
+        sizes: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+        found: Tensor = vectors * (self._scale / sizes)
+        return found
+
+    def entered(self, states: Sequence[Tensor], tokens: Tensor) -> Tensor:
+        """See `DraftHead.entered`."""
+        inputs = self.normed(torch.stack((*states, tokens), dim=1)).flatten(1)
+        return states[-1] + self._enter(inputs)
+
+    def attention_inputs(self, entered: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[rows, heads, head_dim]`, keys and values `[rows, key-value heads, head_dim]` of rows at `places`."""
+        shape = self.shape
+        groups = (shape.heads, shape.key_value_heads, shape.key_value_heads)
+        found = self._attention(self.normed(entered)).view(len(entered), sum(groups), shape.head_dim)
+        both, values = found[:, : -groups[2]], found[:, -groups[2] :]
+        swapped = both.roll(shape.head_dim // 2, dims=-1)
+        placed = both * self._cos[places] + swapped * self._sin[places]
+        return placed[:, : groups[0]], placed[:, groups[0] :], values
+
+    def begin(self, entered: Tensor, attended: Tensor | None) -> Tensor:
+        """See `DraftHead.begin`."""
+        return self._first(self, entered if attended is None else entered + self._out(attended))
+
+    def go_on(self, guess: Tensor, token: Tensor) -> Tensor:
+        """See `DraftHead.go_on`."""
+        inputs = self.normed(torch.stack((guess, token), dim=1)).flatten(1)
+        return self._further(self, guess + self._enter_further(inputs))
 
 
-def quickened(head: DraftHead) -> DraftHead:
-    """The head with its matrices in the form that is quickest where they are."""
-    for module in list(head.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and has_int8(child.weight):
-                setattr(module, name, _Int8Linear(child.weight.detach()))
-    return head
+class _Gated:
+    def __init__(self, gated: Gated) -> None:
+        self._gate_up = _matrix(gated.gate_up.weight)
+        self._down = _matrix(gated.down.weight, alone=True)
+
+    def __call__(self, head: QuickHead, state: Tensor) -> Tensor:
+        gate, up = self._gate_up(head.normed(state)).chunk(2, dim=-1)
+        return state + self._down(functional.silu(gate).mul_(up))
+
+
+def _matrix(weight: Tensor, *, alone: bool = False) -> Callable[[Tensor], Tensor]:
+    """A product with a matrix, in int8 where that goes; `alone` as for `Int8Matrix`."""
+    weight = weight.detach()
+    if has_int8(weight):
+        return Int8Matrix(weight, alone=alone)
+    return lambda values: functional.linear(values, weight)
 
 
 class HeadTap:
@@ -70,12 +133,22 @@ class HeadTap:
 
 @dataclass(slots=True)
 class _Memory:
-    """Keys and values `[key-value heads, room, head_dim]` of one text's places from `first` to `end`."""
+    """Keys and values `[key-value heads, room, head_dim]` of one text's places from `first` to `end`, and its tokens."""
 
     keys: Tensor
     values: Tensor
+    text: list[int]
     first: int = 0
     end: int = 0
+
+    def cut(self) -> _Memory:
+        """Without room for more."""
+        keys, values = (each[:, : self.end].clone() for each in (self.keys, self.values))
+        return _Memory(keys, values, self.text, self.first, self.end)
+
+    def began_like(self, text: Sequence[int], places: int) -> bool:
+        """Whether it has keys and values for the last of so many places of a text."""
+        return self.first < places <= self.end and self.text[:places] == text[:places]
 
 
 class FloorHead:
@@ -85,7 +158,7 @@ class FloorHead:
         self,
         head: DraftHead,
         norm: Callable[[Tensor], Tensor],
-        naming: ExitHead,
+        naming: NamingHead,
         embedding: Tensor,
         *,
         longest: int,
@@ -93,10 +166,12 @@ class FloorHead:
         """`norm` is the model's last one, `naming` finds the likeliest tokens of what comes out of it, `embedding`
         [vocabulary, hidden size] is the model's; no text is longer than `longest`."""
         self.tap = HeadTap(head.shape.layers)
-        self._head = quickened(head)
+        self._head = QuickHead(head, longest)
         self._norm, self._naming, self._embedding = norm, naming, embedding
         self._longest = longest
         self._memories: dict[str, _Memory] = {}
+        self._past: deque[_Memory] = deque()
+        """Of texts that have ended, the last ones at the end."""
 
     @property
     def window(self) -> int:
@@ -104,9 +179,13 @@ class FloorHead:
         return max(1, self._head.shape.window)
 
     def forget(self, requests: Iterable[str]) -> None:
-        """These have ended."""
+        """These have ended; what is remembered of them serves texts that begin alike, as long as there is room."""
         for request in requests:
-            self._memories.pop(request, None)
+            memory = self._memories.pop(request, None)
+            if memory is not None:
+                self._past.append(memory.cut())
+        while sum(memory.end for memory in self._past) > PAST_PLACES:
+            self._past.popleft()
 
     @torch.inference_mode()
     def drafts(self, committed: Sequence[CommittedRows]) -> dict[str, Drafted]:
@@ -119,70 +198,76 @@ class FloorHead:
         places = torch.cat([torch.arange(each.place, each.place + len(each.tokens)) for each in committed])
         tokens = torch.tensor([token for each in committed for token in each.tokens])
         entered = head.entered([states[layer][rows] for layer in head.shape.layers], self._embedding[tokens])
-        if head.shape.window:
-            self._remember_all(committed, *head.keys_values(entered, places))
         ends = torch.tensor([len(each.tokens) for each in committed]).cumsum(0) - 1
         speaking = [each for each in committed if each.speaks]
-        if not speaking:
-            return {}
         last = ends[torch.tensor([each.speaks for each in committed])]
-        attended = (
-            self._attended(speaking, head.queries(entered[last], places[last])) if head.shape.window else None
-        )
-        return self._chains(speaking, head.begin(entered[last], attended))
-
-    def _remember_all(self, committed: Sequence[CommittedRows], keys: Tensor, values: Tensor) -> None:
-        begin = 0
-        for each in committed:
-            end = begin + len(each.tokens)
-            self._remember(each, keys[begin:end], values[begin:end])
-            begin = end
+        attended = None
+        if head.shape.window:
+            queries, keys, values = head.attention_inputs(entered, places)
+            begin = 0
+            for each in committed:
+                end = begin + len(each.tokens)
+                self._remember(each, keys[begin:end], values[begin:end])
+                begin = end
+            attended = self._attended(speaking, queries[last])
+        return self._chains(speaking, head.begin(entered[last], attended)) if speaking else {}
 
     def _attended(self, speaking: Sequence[CommittedRows], queries: Tensor) -> Tensor:
         """The values that each request's last row attends to, mixed: `[requests, hidden size]`."""
-        shape, mixed = self._head.shape, []
-        for each, query in zip(speaking, queries, strict=True):
+        shape = self._head.shape
+        mixed = queries.new_empty(len(speaking), shape.hidden_size)
+        for at, each in enumerate(speaking):
             memory = self._memories[each.request]
             seen = slice(max(memory.first, memory.end - shape.window), memory.end)
-            grouped = query.view(shape.key_value_heads, -1, shape.head_dim)
+            grouped = queries[at].view(shape.key_value_heads, -1, shape.head_dim)
             scores = grouped @ memory.keys[:, seen].transpose(1, 2) * shape.head_dim**-0.5
-            mixed.append((scores.softmax(dim=-1) @ memory.values[:, seen]).reshape(-1))
-        return torch.stack(mixed)
+            mixed[at] = (scores.softmax(dim=-1) @ memory.values[:, seen]).view(-1)
+        return mixed
 
     def _remember(self, rows: CommittedRows, keys: Tensor, values: Tensor) -> None:
         """Put a request's rows behind those that came before; what lies before a gap is forgotten."""
-        end = rows.place + len(rows.tokens)
-        memory = self._memories.get(rows.request)
-        if memory is None or memory.keys.shape[1] < end:
+        place, end = rows.place, rows.place + len(rows.tokens)
+        before = self._memories.get(rows.request)
+        if before is None or not before.first <= place <= before.end:
+            before = self._alike([int(token) for token in rows.text[: place + 1]], place)
+        memory = before
+        if memory is None or memory is not self._memories.get(rows.request) or memory.keys.shape[1] < end:
             room = min(self._longest, max(256, 2 * end))
             shape = (keys.shape[1], max(room, end), keys.shape[2])
-            larger = _Memory(keys.new_zeros(shape), values.new_zeros(shape))
-            if memory is not None:
-                larger.keys[:, : memory.end] = memory.keys[:, : memory.end]
-                larger.values[:, : memory.end] = memory.values[:, : memory.end]
-                larger.first, larger.end = memory.first, memory.end
-            memory = self._memories[rows.request] = larger
-        if not memory.first <= rows.place <= memory.end:
-            memory.first = rows.place
-        memory.keys[:, rows.place : end] = keys.transpose(0, 1)
-        memory.values[:, rows.place : end] = values.transpose(0, 1)
+            text = [int(token) for token in rows.text[: place + 1]]
+            memory = _Memory(keys.new_zeros(shape), values.new_zeros(shape), text, place, place)
+            if before is not None:
+                memory.keys[:, :place] = before.keys[:, :place]
+                memory.values[:, :place] = before.values[:, :place]
+                memory.first = before.first
+            self._memories[rows.request] = memory
+        memory.keys[:, place:end] = keys.transpose(0, 1)
+        memory.values[:, place:end] = values.transpose(0, 1)
+        memory.text[place + 1 :] = rows.tokens
         memory.end = end
+
+    def _alike(self, text: list[int], places: int) -> _Memory | None:
+        """What is remembered of a text that began with the same `places` tokens, most of it first."""
+        candidates = (*reversed(self._past), *self._memories.values())
+        alike = (memory for memory in candidates if memory.began_like(text, places))
+        return min(alike, key=lambda memory: memory.first, default=None)
 
     def _chains(self, committed: Sequence[CommittedRows], guess: Tensor) -> dict[str, Drafted]:
         """The head's drafts from its first guesses `[requests, hidden size]`."""
         found: list[Drafted] = [[] for _ in committed]
-        alive, chance = torch.arange(len(committed)), torch.ones(len(committed))
+        alive, chances = list(range(len(committed))), [1.0] * len(committed)
         for place in range(MOST_DRAFTED):
-            scores = self._naming(self._norm(guess), torch.zeros(len(guess), dtype=torch.long), 1)
-            token, sure = scores.tokens[:, 0], scores.log_probs[:, 0].exp()
-            chance = chance * sure
-            kept = chance >= LEAST_CHANCE
-            for at, each, share in zip(
-                alive[kept].tolist(), token[kept].tolist(), sure[kept].tolist(), strict=True
-            ):
-                found[at].append((each, share))
-            if place + 1 == MOST_DRAFTED or not bool(kept.any()):
+            token, sure = self._naming.likeliest(self._norm(guess))
+            tokens, shares = token.tolist(), sure.tolist()
+            kept = []
+            for at, (request, each, share) in enumerate(zip(alive, tokens, shares, strict=True)):
+                chances[request] *= share
+                if chances[request] >= LEAST_CHANCE:
+                    found[request].append((each, share))
+                    kept.append(at)
+            if place + 1 == MOST_DRAFTED or not kept:
                 break
-            alive, chance = alive[kept], chance[kept]
-            guess = self._head.go_on(guess[kept], self._embedding[token[kept]])
+            if len(kept) < len(alive):
+                alive, guess, token = [alive[at] for at in kept], guess[kept], token[kept]
+            guess = self._head.go_on(guess, self._embedding[token])
         return {each.request: drafted for each, drafted in zip(committed, found, strict=True) if drafted}

@@ -24,7 +24,7 @@ from services.verifier.engine import draft_head_files, graph_exits
 from services.verifier.engine.channel import Sender
 from services.verifier.engine.device_head import DeviceHead
 from services.verifier.engine.exit_files import ExitSet, TargetFacts, load_exits
-from services.verifier.engine.exit_head import ExactHead, ExitHead, Naming, best_head
+from services.verifier.engine.exit_head import ExactHead, ExitHead, Naming, NamingHead, best_head
 from services.verifier.engine.exit_modules import TrainedExit, quickest
 from services.verifier.engine.exits import ExitReader, Pass
 from services.verifier.engine.floor_head import FloorHead, HeadTap
@@ -115,7 +115,7 @@ class _WithExits:
         return tap
 
     def attach_head(
-        self, vllm_config: VllmConfig, naming: ExitHead
+        self, vllm_config: VllmConfig, naming: NamingHead
     ) -> tuple[draft_head_files.LoadedHead, FloorHead | None]:
         """Load the draft head, if there is one, and tap the layers that it reads; once, after the weights are loaded.
         `naming` finds the likeliest tokens, as for the exits."""

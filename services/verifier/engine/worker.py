@@ -107,7 +107,7 @@ class SessionRunner(SessionRows, CPUModelRunner):  # type: ignore[misc]
                 place + 1 : place + known + (not said)
             ].tolist()  # of a prompt that goes on, the next as well
             tokens = [*after, *said]
-            found.append(CommittedRows(request, start, place, tokens, speaks=bool(said)))
+            found.append(CommittedRows(request, start, place, tokens, text, speaks=bool(said)))
         return found
 
     def _show_exits(
