@@ -14,7 +14,7 @@ import pytest_asyncio
 
 from services.verifier.engine.engine import VllmEngine
 from services.verifier.settings import VerifierSettings
-from shared.protocol import FinishReason, Tokens
+from shared.protocol import FinishReason, Policy, Tokens
 from shared.text import Tokenizer
 from tests.integration.engine_bench import Bench, assert_accounted, change, endless, next_output
 from tests.prompts import real_prompts
@@ -119,3 +119,47 @@ async def test_every_exit_speaks_before_the_outcome_and_the_deeper_the_surer(
     print({layer: (round(statistics.median(leads[layer]), 1), named[layer]) for layer in leads}, "of", rounds)
     assert medians == sorted(medians, reverse=True)
     assert named[24] > named[18]
+
+
+async def drafted_along(
+    bench: Bench, session: str, prompt: Tokens, policy: Policy
+) -> tuple[Tokens, list[tuple[int, tuple[tuple[int, float], ...]]]]:
+    """An answer token by token, and what the draft head said might follow, with how many tokens stood before."""
+    params = endless(3 * ANSWER).model_copy(update={"policy": policy, "unheard": True})
+    said, found = Tokens(), list[tuple[int, tuple[tuple[int, float], ...]]]()
+    async for output in bench.engine.open(session, prompt, (), params):
+        said += output.tokens
+        if output.finish_reason is None:
+            found.append((len(said), output.drafted))
+            await bench.engine.submit(session, len(said), ())
+    return said, found
+
+
+async def test_the_draft_head_foresees_what_is_said_next(bench: Bench, prompts: list[Tokens]) -> None:
+    assert bench.info.draft_head == "draft-head.safetensors"
+    right: list[bool] = []
+    for number, prompt in enumerate(prompts[:6]):
+        said, found = await drafted_along(bench, f"head-{number}", prompt, Policy.LATENCY)
+        right += [drafted[0][0] == said[at] for at, drafted in found if drafted and at < len(said)]
+        assert all(0.0 < chance <= 1.0 for _, drafted in found for _, chance in drafted)
+    assert len(right) > 150, "it has something to say after nearly every token"
+    assert statistics.mean(right) > 0.45, "and about two thirds of it are right"
+
+
+async def test_a_cached_beginning_costs_the_draft_head_nothing(bench: Bench, prompts: list[Tokens]) -> None:
+    """The second time the prompt comes out of the prefix cache: no states of it are computed, none is missed."""
+    first, second = [await drafted_along(bench, f"again-{n}", prompts[6], Policy.LATENCY) for n in range(2)]
+    assert first[0] == second[0]
+    alike = [
+        a == b
+        for (_, one), (_, two) in zip(first[1], second[1], strict=True)
+        for a, b in zip([token for token, _ in one], [token for token, _ in two], strict=False)
+    ]
+    assert statistics.mean(alike) > 0.9
+
+
+async def test_nothing_is_drafted_for_sessions_that_wait_for_blocks(
+    bench: Bench, prompts: list[Tokens]
+) -> None:
+    _, found = await drafted_along(bench, "waits", prompts[0], Policy.COST)
+    assert not any(drafted for _, drafted in found)
