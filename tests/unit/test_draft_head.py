@@ -12,17 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from services.verifier.engine import draft_head_files
+from services.verifier.engine import draft_head_files, exit_choice
 from services.verifier.engine import floor_head as floor_head_module
 from services.verifier.engine.checkpoint import Checkpoint
 from services.verifier.engine.draft_head import MOST_DRAFTED, DraftHead, HeadShape
-from services.verifier.engine.draft_head_files import (
-    HeadChoice,
-    choose_head,
-    load_head,
-    read_head,
-    write_head,
-)
+from services.verifier.engine.draft_head_files import load_head, read_head, write_head
+from services.verifier.engine.exit_choice import HeadChoice, choose_head
 from services.verifier.engine.exit_files import TargetFacts
 from services.verifier.engine.exit_head import ExactHead
 from services.verifier.engine.floor_head import CommittedRows, FloorHead
@@ -315,7 +310,7 @@ def checkpoint(directory: Path) -> Checkpoint:
 
 def test_which_head_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped, own = tmp_path / "shipped.safetensors", tmp_path / "own.safetensors"
-    monkeypatch.setattr(draft_head_files, "shipped_head", lambda directory: shipped)
+    monkeypatch.setattr(exit_choice, "shipped_head", lambda directory: shipped)
     target = checkpoint(tmp_path)
     assert choose_head(VerifierSettings(), target, cuda=False) == HeadChoice(shipped)
     assert choose_head(VerifierSettings(draft_head=str(own)), target, cuda=False) == HeadChoice(own)
@@ -333,5 +328,5 @@ def test_where_no_head_comes_for_a_target_nothing_is_missing(
     def none(directory: Path) -> Path:
         raise ModelFilesError("no draft head came")
 
-    monkeypatch.setattr(draft_head_files, "shipped_head", none)
+    monkeypatch.setattr(exit_choice, "shipped_head", none)
     assert choose_head(VerifierSettings(), checkpoint(tmp_path), cuda=False) == HeadChoice()

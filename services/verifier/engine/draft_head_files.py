@@ -1,4 +1,4 @@
-"""Files of draft heads: which one a target runs with, and what it must say of itself.
+"""Files of draft heads: what they must say of themselves.
 
 A head that can't be used costs drafts, never service: the floor drafts from the text alone and a note says why. A file's
 metadata: `format` = "outrider-draft-head/1", `target_sha256` and `tokenizer_sha256` (see `shared.models`), and `shape`, JSON
@@ -17,42 +17,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from services.verifier.engine.checkpoint import AUTO, Checkpoint
 from services.verifier.engine.draft_head import DraftHead, HeadShape
-from services.verifier.engine.exit_choice import NONE
 from services.verifier.engine.exit_files import OFF, TargetFacts
 from services.verifier.engine.int8 import LARGEST
-from services.verifier.settings import VerifierSettings
 from shared.errors import ModelFilesError
 from shared.models import target_sha256
-from shared.pair import shipped_head
 
 FILE_FORMAT: Final = "outrider-draft-head/1"
-
-
-@dataclass(frozen=True, slots=True)
-class HeadChoice:
-    """The file of the head that a target should run with, if there is one; `notes` say why there is not."""
-
-    file: Path | None = None
-    notes: tuple[str, ...] = ()
-
-
-def choose_head(settings: VerifierSettings, checkpoint: Checkpoint, *, cuda: bool) -> HeadChoice:
-    """The draft head for a target: the settings' word, else the one that comes with Outrider. Where the floor doesn't draft
-    there is none. On CUDA they don't run yet, which is said where one was asked for by name."""
-    if settings.draft_head == NONE or not settings.floor_drafts:
-        return HeadChoice()
-    if cuda:
-        named = settings.draft_head != AUTO
-        notes = ("OUTRIDER_DRAFT_HEAD: draft heads run on a CPU; the floor drafts from the text alone",)
-        return HeadChoice(None, notes if named else ())
-    if settings.draft_head != AUTO:
-        return HeadChoice(Path(settings.draft_head))
-    try:
-        return HeadChoice(shipped_head(checkpoint.directory))
-    except ModelFilesError:
-        return HeadChoice()  # nothing was asked for, and nothing is missing
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from services.verifier.engine import launch
 from services.verifier.engine.channel import ChannelMessage, ExitMessage, FailureMessage, Receiver
 from services.verifier.engine.checkpoint import Checkpoint, read_checkpoint
-from services.verifier.engine.draft_head_files import HeadChoice, choose_head
-from services.verifier.engine.exit_choice import ExitChoice, choose_exits
-from services.verifier.engine.exit_files import OFF
+from services.verifier.engine.exit_choice import ExitChoice, HeadChoice, choose_exits, choose_head
 from services.verifier.engine.grammar import as_schema
 from services.verifier.engine.opened import Opened, drafted_of
 from services.verifier.engine.options import (
@@ -164,7 +162,7 @@ class VllmEngine:
             exit_layers=tuple(found["exit_layers"]),
             exits=found["exits"],
             dtype=found["dtype"],
-            draft_head=found.get("draft_head", OFF),
+            draft_head=found["draft_head"],
             notes=tuple(notes),
         )
 

@@ -1,6 +1,8 @@
-"""Which exits a target runs with: the settings' word, else the trained ones that come with Outrider, else untrained.
+"""Which exits and which draft head a target runs with: the settings' word, else the trained ones that come with Outrider,
+else untrained exits and no head.
 
-Looks at headers only; whether a file's modules can be used turns out when they are loaded (`exit_files.load_exits`).
+Looks at headers only; whether a file can be used turns out when it is loaded (`exit_files.load_exits`,
+`draft_head_files.load_head`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from services.verifier.engine.checkpoint import AUTO, Checkpoint, exit_layers
 from services.verifier.settings import VerifierSettings
 from shared.errors import EngineError, ModelFilesError
 from shared.models import read_metadata
-from shared.pair import shipped_exits
+from shared.pair import shipped_exits, shipped_head
 
 NONE: Final = "none"
 
@@ -50,3 +52,28 @@ def _trained_layers(file: Path, num_layers: int) -> tuple[int, ...]:
         return exit_layers(read_metadata(file).get("layers", ""), num_layers)
     except (ModelFilesError, EngineError):
         return ()
+
+
+@dataclass(frozen=True, slots=True)
+class HeadChoice:
+    """The file of the head that a target should run with, if there is one; `notes` say why there is not."""
+
+    file: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def choose_head(settings: VerifierSettings, checkpoint: Checkpoint, *, cuda: bool) -> HeadChoice:
+    """The draft head for a target: the settings' word, else the one that comes with Outrider. Where the floor doesn't draft
+    there is none. On CUDA they don't run yet, which is said where one was asked for by name."""
+    if settings.draft_head == NONE or not settings.floor_drafts:
+        return HeadChoice()
+    if cuda:
+        named = settings.draft_head != AUTO
+        notes = ("OUTRIDER_DRAFT_HEAD: draft heads run on a CPU; the floor drafts from the text alone",)
+        return HeadChoice(None, notes if named else ())
+    if settings.draft_head != AUTO:
+        return HeadChoice(Path(settings.draft_head))
+    try:
+        return HeadChoice(shipped_head(checkpoint.directory))
+    except ModelFilesError:
+        return HeadChoice()  # nothing was asked for, and nothing is missing
