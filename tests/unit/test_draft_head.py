@@ -20,7 +20,7 @@ from services.verifier.engine.draft_head_files import load_head, read_head, writ
 from services.verifier.engine.exit_choice import HeadChoice, choose_head
 from services.verifier.engine.exit_files import TargetFacts
 from services.verifier.engine.exit_head import ExactHead
-from services.verifier.engine.floor_head import CommittedRows, FloorHead
+from services.verifier.engine.floor_head import MOST_SESSIONS, CommittedRows, FloorHead
 from services.verifier.settings import VerifierSettings
 from shared.errors import ModelFilesError
 
@@ -183,6 +183,17 @@ def test_a_prompt_that_goes_on_is_remembered_and_not_drafted_upon() -> None:
     head.tap.states = {layer: rows[:20] for layer, rows in states().items()}
     assert head.drafts([CommittedRows("r", 0, 0, TEXT[1:21], TEXT, speaks=False)]) == {}
     assert same(fed(head, [LENGTH], first=20), fed(floor_head(), [LENGTH]))
+
+
+def test_a_crowd_is_not_drafted_for() -> None:
+    head = floor_head()
+
+    def rows(count: int) -> list[CommittedRows]:
+        head.tap.states = states()
+        return [CommittedRows(f"r{number}", 0, 0, TEXT[1:21], TEXT) for number in range(count)]
+
+    assert len(head.drafts(rows(MOST_SESSIONS))) == MOST_SESSIONS
+    assert head.drafts(rows(MOST_SESSIONS + 1)) == {}
 
 
 def test_a_request_that_has_ended_is_forgotten() -> None:

@@ -27,6 +27,10 @@ Drafted = list[tuple[int, float]]
 """Tokens, each with the chance that it is right if those before it are."""
 PAST_PLACES: Final = 65_536
 """Places of texts that have ended, of which keys and values are kept: some 100 MB for a hidden size of 576."""
+MOST_SESSIONS: Final = 8
+"""More in a pass are not drafted for. Rows are what such a pass is made of: a draft has to be as good as certain to be worth
+one, and the head takes longer than what is left of its use (a row takes a fifteenth of a pass of one on a CPU; with sixteen
+sessions the head a seventh of theirs)."""
 LEAST_CHANCE: Final = 0.08
 """A draft that is likelier to fail than this is not gone on with: no row that it could have would be worth it."""
 
@@ -191,7 +195,7 @@ class FloorHead:
     def drafts(self, committed: Sequence[CommittedRows]) -> dict[str, Drafted]:
         """What follows the last row of each request, after a pass whose states the tap holds."""
         states, self.tap.states = self.tap.states, {}
-        if not committed or len(states) < len(self.tap.layers):
+        if not committed or len(committed) > MOST_SESSIONS or len(states) < len(self.tap.layers):
             return {}
         head = self._head
         rows = torch.cat([torch.arange(each.start, each.start + len(each.tokens)) for each in committed])
