@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from services.verifier.engine import draft_head_files, exit_choice
+from services.verifier.engine import exit_choice, exit_files
 from services.verifier.engine import floor_head as floor_head_module
 from services.verifier.engine.checkpoint import Checkpoint
 from services.verifier.engine.draft_head import MOST_DRAFTED, DraftHead, HeadShape
@@ -256,7 +256,7 @@ LAYERS = 3
 
 @pytest.fixture
 def facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TargetFacts:
-    monkeypatch.setattr(draft_head_files, "target_sha256", lambda directory: "t" * 64)
+    monkeypatch.setattr(exit_files, "target_sha256", lambda directory: "t" * 64)
     return TargetFacts(tmp_path, 48, VOCABULARY, 1e-5, torch.float32)
 
 
@@ -277,7 +277,7 @@ def test_a_head_of_another_target_is_named_and_left_alone(tmp_path: Path, facts:
     file = written(tmp_path / "head.safetensors", target_sha256="u" * 64)
     loaded = load_head(file, facts, LAYERS)
     assert (loaded.head, loaded.label) == (None, "off")
-    assert "was trained for the target uuuuuuuuuuuu…" in loaded.notes[0]
+    assert "trained for the target uuuuuuuuuuuu…" in loaded.notes[0]
     assert "the floor drafts from the text alone" in loaded.notes[0]
 
 

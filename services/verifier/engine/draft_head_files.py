@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from services.verifier.engine.draft_head import DraftHead, HeadShape
-from services.verifier.engine.exit_files import OFF, TargetFacts
+from services.verifier.engine.exit_files import OFF, TargetFacts, check_target, read_tensors
 from services.verifier.engine.int8 import LARGEST
 from shared.errors import ModelFilesError
-from shared.models import target_sha256
 
 FILE_FORMAT: Final = "outrider-draft-head/1"
+WHAT: Final = "draft head"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +47,10 @@ def load_head(file: Path | None, target: TargetFacts, num_layers: int) -> Loaded
 
 def read_head(file: Path, target: TargetFacts, num_layers: int) -> DraftHead:
     """A written head in float32; `ModelFilesError` when it is unreadable or was made for another target."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError) as error:
-        raise ModelFilesError(f"draft head {file} can't be read ({error})") from error
+    header, tensors = read_tensors(file, WHAT)
     if header.get("format") != FILE_FORMAT:
         raise ModelFilesError(f"draft head {file}: format is {header.get('format')!r}, not {FILE_FORMAT!r}")
-    own = target_sha256(target.directory)
-    if header.get("target_sha256") != own:
-        raise ModelFilesError(
-            f"draft head {file} was trained for the target {str(header.get('target_sha256'))[:12]}…, "
-            f"{target.directory} is {own[:12]}…"
-        )
+    check_target(file, WHAT, header, target)
     try:
         fields = json.loads(header["shape"])
         shape = HeadShape(**{**fields, "layers": tuple(fields["layers"])})

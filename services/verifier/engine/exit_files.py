@@ -25,6 +25,7 @@ from shared.models import target_sha256
 from shared.speculation.outcomes import Calibration
 
 FILE_FORMAT: Final = "outrider-exits/1"
+WHAT: Final = "exit modules"
 UNTRAINED: Final = "untrained"
 OFF: Final = "off"
 
@@ -80,20 +81,35 @@ def load_exits(layers: Sequence[int], file: Path | None, target: TargetFacts) ->
 def read_exits(file: Path, target: TargetFacts) -> tuple[dict[int, TrainedExit], Naming]:
     """The trained exits in `file` by layer, and how they name tokens; `ModelFilesError` when it is unreadable or
     was made for another target."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError) as error:
-        raise ModelFilesError(f"exit modules {file} can't be read ({error})") from error
+    header, tensors = read_tensors(file, WHAT)
     _check_header(file, header, target)
     calibrations = _calibrations(file, header)
     exits = {layer: _exit(file, layer, tensors, target) for layer in _layers(file, header)}
     for layer, module in exits.items():
         module.calibration = calibrations.get(layer, Calibration())
     return exits, _naming(file, tensors, target)
+
+
+def read_tensors(file: Path, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file; `ModelFilesError` says that `what` it is can't be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+            return opened.metadata() or {}, tensors
+    except (OSError, SafetensorError) as error:
+        raise ModelFilesError(f"{what} {file} can't be read ({error})") from error
+
+
+def check_target(file: Path, what: str, header: Mapping[str, str], target: TargetFacts) -> None:
+    """`ModelFilesError` when a file was trained for another target."""
+    own = target_sha256(target.directory)
+    if header.get("target_sha256") != own:
+        raise ModelFilesError(
+            f"{what} {file}: trained for the target {str(header.get('target_sha256'))[:12]}…, "
+            f"{target.directory} is {own[:12]}…"
+        )
 
 
 def _check_header(file: Path, header: dict[str, str], target: TargetFacts) -> None:
@@ -103,12 +119,7 @@ def _check_header(file: Path, header: dict[str, str], target: TargetFacts) -> No
             raise ModelFilesError(
                 f"exit modules {file}: {name} is {header.get(name)!r}, this target needs {value!r}"
             )
-    own = target_sha256(target.directory)
-    if header.get("target_sha256") != own:
-        raise ModelFilesError(
-            f"exit modules {file} were trained for the target {str(header.get('target_sha256'))[:12]}…, "
-            f"{target.directory} is {own[:12]}…"
-        )
+    check_target(file, WHAT, header, target)
 
 
 def _layers(file: Path, header: dict[str, str]) -> list[int]:
