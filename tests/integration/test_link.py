@@ -188,7 +188,8 @@ async def test_answers_over_a_link_are_those_without_and_hints_come_in_time_and_
     events = await disturbed(edge.client, 60, {})
     assert said(events) == truth(60)
     report = events[-2].json["usage"]["outrider"]
-    assert report["hits"] > 0.4 * report["rounds"]  # 25 of 48 on an idle machine; beside other work one may be late
+    # 25 of 48 on an idle machine; beside other work one may be late
+    assert report["hits"] > 0.4 * report["rounds"]
     assert report["hints_before_verdict"] >= report["rounds"] / 2
     after = edge.uplink.traffic()
     assert 0 < after.bytes_up - before.bytes_up <= 24 * 60
