@@ -1,1 +1,1 @@
-"""Makes the pair for a target: training data, a distilled draft, early exits, and the figures that they reach."""
+"""Makes what ships for a target: training data, a distilled draft, early exits, a draft head, and the figures they reach."""

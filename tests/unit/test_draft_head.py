@@ -185,6 +185,17 @@ def test_a_prompt_that_goes_on_is_remembered_and_not_drafted_upon() -> None:
     assert same(fed(head, [LENGTH], first=20), fed(floor_head(), [LENGTH]))
 
 
+def test_a_target_in_bfloat16_is_drafted_for_as_well() -> None:
+    rows = embedding().bfloat16()
+    naming = ExactHead(lambda hidden: hidden @ rows.T, rows)
+    head = FloorHead(made().bfloat16(), norm, naming, rows, longest=64)
+    for begin, end in ((0, 20), (20, 21), (21, 24)):
+        head.tap.states = {layer: part[begin:end].bfloat16() for layer, part in states().items()}
+        found = head.drafts([CommittedRows("r", 0, begin, TEXT[begin + 1 : end + 1], TEXT)])
+        assert all(0.0 < chance <= 1.0 for _, chance in found.get("r", []))
+    assert head._memories["r"].end == 24
+
+
 def test_a_crowd_is_not_drafted_for() -> None:
     head = floor_head()
 

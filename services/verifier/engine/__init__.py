@@ -3,8 +3,8 @@
 An out-of-tree plugin of vLLM 0.32.0 (entry point `vllm.general_plugins`), never an edited copy. In reading order:
 `types` (what the verifier sees), `engine` (`VllmEngine`, the face over AsyncLLM), `launch` (how the engine process is
 started), `scheduler` (a session is one long request that parks), `model`, `exits` and `worker` (early exits; which they
-are is said in `exit_choice`, `exit_files`, `exit_modules` and `exit_head`), `channel` (their way out), `compat` (what of
-vLLM all this relies on).
+are is said in `exit_choice`, `exit_files`, `exit_modules` and `exit_head`), `draft_head` and `floor_head` (what drafts for
+sessions that go on by themselves), `channel` (the exits' way out), `compat` (what of vLLM all this relies on).
 
 Importing this package imports neither vLLM nor torch.
 """

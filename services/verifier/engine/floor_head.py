@@ -90,7 +90,7 @@ class QuickHead:
         found = self._attention(self.normed(entered)).view(len(entered), sum(groups), shape.head_dim)
         both, values = found[:, : -groups[2]], found[:, -groups[2] :]
         swapped = both.roll(shape.head_dim // 2, dims=-1)
-        placed = both * self._cos[places] + swapped * self._sin[places]
+        placed = (both * self._cos[places] + swapped * self._sin[places]).to(values.dtype)
         return placed[:, : groups[0]], placed[:, groups[0] :], values
 
     def begin(self, entered: Tensor, attended: Tensor | None) -> Tensor:

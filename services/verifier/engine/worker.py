@@ -103,10 +103,8 @@ class SessionRunner(SessionRows, CPUModelRunner):  # type: ignore[misc]
             known = count - drafted
             said = output.sampled_token_ids[output.req_id_to_index[request]]
             text = self.input_batch.token_ids_cpu[at]
-            after = text[
-                place + 1 : place + known + (not said)
-            ].tolist()  # of a prompt that goes on, the next as well
-            tokens = [*after, *said]
+            end = place + known + (not said)  # of a prompt that goes on, the next token is known as well
+            tokens = [*text[place + 1 : end].tolist(), *said]
             found.append(CommittedRows(request, start, place, tokens, text, speaks=bool(said)))
         return found
 
