@@ -9,7 +9,6 @@ real target says (recorded once, which takes minutes; `--record FILE` keeps them
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -198,21 +197,21 @@ def _record(
     facts = TargetFacts(target, config.hidden_size, config.vocab_size, config.rms_norm_eps, torch.float32)
     head = read_head(shipped_head(target), facts, config.num_hidden_layers)
     naming = best_head(model.logits, model.head, Naming())
+    longest = most + max(len(question.tokens) for question in asked)
+    floor = FloorHead(head, model.decoder.normed, naming, model.embedding, longest=longest)
     engine = LlamaDraft.load(directory, target=target, threads=1, cache_tokens=65536)
 
     def headed(text: Continuation) -> Iterator[tuple[tuple[int, float], ...]]:
         """What the head says after each token of the answer but the last, fed as the engine feeds it."""
         said, kept = model.decoder.full(model.embed(torch.tensor([text.text])), head.shape.layers)
         states = {layer: kept.get(layer, said)[0] for layer in head.shape.layers}
-        floor = FloorHead(
-            copy.deepcopy(head), model.decoder.normed, naming, model.embedding, longest=len(text.text)
-        )
         begin = 0
         for end in range(len(text.prompt), len(text.text) - 1):
             floor.tap.states = {layer: rows[begin:end] for layer, rows in states.items()}
             found = floor.drafts([CommittedRows("s", 0, begin, text.text[begin + 1 : end + 1], text.text)])
             yield tuple(found.get("s", ()))
             begin = end
+        floor.forget(["s"])
 
     for question in asked:
         (text,) = greedy(model, [question.tokens], most=most, end=end)

@@ -15,8 +15,11 @@ from shared.errors import InvalidRequest, ModelFilesError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from torch import device as Device
 
-    from training.draft import DraftModel
+    from training.draft import DraftModel, DraftTrainer
+    from training.draft_head import HeadTrainer
+    from training.exits import ExitTrainer
     from training.llama import Target
 
 Subparsers = Any  # argparse keeps the type of what add_subparsers returns private
@@ -185,7 +188,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Path, Target, Tokenizer, bool]
     from training.llama import load_target
 
     directory, device = _directory(arguments), _device(arguments.device)
-    cuda = device.startswith("cuda")
+    cuda = device == "cuda"
     target = load_target(directory, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
     path = directory / "tokenizer.json"
     if not path.exists():
@@ -248,9 +251,27 @@ def spread(depth: int, count: int) -> tuple[int, ...]:
     return tuple(sorted({*ends, *between}))[:count]
 
 
+def _train(trainer: DraftTrainer | ExitTrainer | HeadTrainer, name: str, out: Path, device: Device) -> None:
+    """Go on from the checkpoint `name`.pt in `out`, if there is one, until the plan is met; save on the way and after."""
+    import torch
+
+    from training.draft import save_checkpoint
+    from training.progress import Journal
+
+    checkpoint = out / f"{name}.pt"
+    if checkpoint.exists():
+        trainer.load_state(torch.load(checkpoint, map_location=device, weights_only=True))
+        print(f"{name}: going on from step {trainer.step}")
+
+    def save() -> None:
+        save_checkpoint(checkpoint, trainer.state())
+
+    trainer.run(Journal(out / "training.jsonl", print), save)
+    save()
+
+
 def _draft(arguments: argparse.Namespace) -> int:
     """Distils a draft from the target; run again to go on from the last checkpoint."""
-    import torch
 
     from training.data import load_groups
     from training.draft import (
@@ -258,10 +279,8 @@ def _draft(arguments: argparse.Namespace) -> int:
         DraftPlan,
         DraftTrainer,
         common_tokens,
-        save_checkpoint,
         write_draft,
     )
-    from training.progress import Journal
 
     directory, target, _, cuda = _load(arguments)
     depth = target.config.num_hidden_layers
@@ -281,16 +300,7 @@ def _draft(arguments: argparse.Namespace) -> int:
     draft: DraftModel = DraftModel.from_target(target, vocabulary, plan.layers, seed=plan.seed)
     draft = draft.to(target.embedding.device)
     trainer = DraftTrainer(target, draft, plan, tokens, roles, compiled=cuda)
-    checkpoint = arguments.out / "draft.pt"
-    if checkpoint.exists():
-        trainer.load_state(torch.load(checkpoint, map_location=target.embedding.device, weights_only=True))
-        print(f"draft: going on from step {trainer.step}")
-
-    def save() -> None:
-        save_checkpoint(checkpoint, trainer.state())
-
-    trainer.run(Journal(arguments.out / "training.jsonl", print), save)
-    save()
+    _train(trainer, "draft", arguments.out, target.embedding.device)
     figures = trainer.held_out()
     header = _header(
         directory,
@@ -313,9 +323,8 @@ def _exits(arguments: argparse.Namespace) -> int:
 
     from training.calibrate import Files, answers, calibrate, held_out
     from training.data import load_groups
-    from training.draft import common_tokens, read_draft, save_checkpoint
+    from training.draft import common_tokens, read_draft
     from training.exits import ExitPlan, ExitTrainer, fitting_width, write_exits
-    from training.progress import Journal
 
     directory, target, _, cuda = _load(arguments)
     config = target.config
@@ -337,16 +346,7 @@ def _exits(arguments: argparse.Namespace) -> int:
     vocabulary = common_tokens(tokens, roles, plan.vocabulary, config.vocab_size)
     draft = read_draft(arguments.draft).to(target.embedding.device)
     trainer = ExitTrainer(target, draft, plan, vocabulary, tokens, roles, compiled=cuda)
-    checkpoint = arguments.out / "exits.pt"
-    if checkpoint.exists():
-        trainer.load_state(torch.load(checkpoint, map_location=target.embedding.device, weights_only=True))
-        print(f"exits: going on from step {trainer.step}")
-
-    def save() -> None:
-        save_checkpoint(checkpoint, trainer.state())
-
-    trainer.run(Journal(arguments.out / "training.jsonl", print), save)
-    save()
+    _train(trainer, "exits", arguments.out, target.embedding.device)
     header = _header(
         directory,
         hidden_size=config.hidden_size,
@@ -370,9 +370,8 @@ def _head(arguments: argparse.Namespace) -> int:
     from services.verifier.engine.draft_head_files import read_head, write_head
     from services.verifier.engine.exit_files import TargetFacts
     from training.data import load_groups
-    from training.draft import common_tokens, save_checkpoint
+    from training.draft import common_tokens
     from training.draft_head import HeadPlan, HeadTrainer
-    from training.progress import Journal
 
     directory, target, _, cuda = _load(arguments)
     config = target.config
@@ -413,16 +412,7 @@ def _head(arguments: argparse.Namespace) -> int:
         if replace(begun.shape, window=shape.window) != shape:
             raise InvalidRequest(f"--start {arguments.start} has other sizes: {begun.shape}")
         trainer.head.load_state_dict(begun.state_dict())
-    checkpoint = arguments.out / "head.pt"
-    if checkpoint.exists():
-        trainer.load_state(torch.load(checkpoint, map_location=target.embedding.device, weights_only=True))
-        print(f"head: going on from step {trainer.step}")
-
-    def save() -> None:
-        save_checkpoint(checkpoint, trainer.state())
-
-    trainer.run(Journal(arguments.out / "training.jsonl", print), save)
-    save()
+    _train(trainer, "head", arguments.out, target.embedding.device)
     right = trainer.held_out()
     header = _header(
         directory,

@@ -1,7 +1,7 @@
 """Trains draft heads on a frozen target: the verifier's own draft for sessions that nobody drafts for.
 
 On the target's own text every position teaches: the states there and the token that followed are what the head will see,
-the tokens after it are what it has to guess. Several heads may be trained at once; they share the target's pass.
+the tokens after it are what it has to guess.
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ class HeadTrainer:
         query, keys, values = (
             part.view(rows, length, -1, shape.head_dim).transpose(1, 2) for part in (query, keys, values)
         )
-        back = torch.arange(length, device=tokens.device)[:, None] - torch.arange(
-            length, device=tokens.device
-        )
+        back = places[:length, None] - places[:length]
         seen = (back >= 0) & (back < shape.window)
         mixed = F.scaled_dot_product_attention(
             query, keys, values.to(query.dtype), attn_mask=seen, enable_gqa=True

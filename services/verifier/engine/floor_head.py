@@ -182,6 +182,11 @@ class FloorHead:
         """Rows before the last one that are of any use."""
         return max(1, self._head.shape.window)
 
+    @staticmethod
+    def serves(sessions: int) -> bool:
+        """Whether a pass with so many is drafted for."""
+        return 0 < sessions <= MOST_SESSIONS
+
     def forget(self, requests: Iterable[str]) -> None:
         """These have ended; what is remembered of them serves texts that begin alike, as long as there is room."""
         for request in requests:
@@ -195,7 +200,7 @@ class FloorHead:
     def drafts(self, committed: Sequence[CommittedRows]) -> dict[str, Drafted]:
         """What follows the last row of each request, after a pass whose states the tap holds."""
         states, self.tap.states = self.tap.states, {}
-        if not committed or len(committed) > MOST_SESSIONS or len(states) < len(self.tap.layers):
+        if not self.serves(len(committed)) or len(states) < len(self.tap.layers):
             return {}
         head = self._head
         rows = torch.cat([torch.arange(each.start, each.start + len(each.tokens)) for each in committed])
@@ -231,14 +236,13 @@ class FloorHead:
     def _remember(self, rows: CommittedRows, keys: Tensor, values: Tensor) -> None:
         """Put a request's rows behind those that came before; what lies before a gap is forgotten."""
         place, end = rows.place, rows.place + len(rows.tokens)
-        before = self._memories.get(rows.request)
-        if before is None or not before.first <= place <= before.end:
-            before = self._alike([int(token) for token in rows.text[: place + 1]], place)
-        memory = before
-        if memory is None or memory is not self._memories.get(rows.request) or memory.keys.shape[1] < end:
+        memory = self._memories.get(rows.request)
+        goes_on = memory is not None and memory.first <= place <= memory.end
+        if memory is None or not goes_on or memory.keys.shape[1] < end:
+            text = [int(token) for token in rows.text[: place + 1]]
+            before = memory if goes_on else self._alike(text, place)
             room = min(self._longest, max(256, 2 * end))
             shape = (keys.shape[1], max(room, end), keys.shape[2])
-            text = [int(token) for token in rows.text[: place + 1]]
             memory = _Memory(keys.new_zeros(shape), values.new_zeros(shape), text, place, place)
             if before is not None:
                 memory.keys[:, :place] = before.keys[:, :place]

@@ -63,10 +63,9 @@ EVEN_ROWS: Final = "outrider_even_rows"
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Options of ours, beside vLLM's. `exit_address` is a ZMQ endpoint; `exit_modules` and `draft_head` a path or
-    empty. `uniform`: every
-    block of a pass is padded to the longest there may be, unless nobody drafts, so that a pass of n sessions is always the
-    same CUDA graph."""
+    """Options of ours, beside vLLM's. `exit_address` is a ZMQ endpoint; `exit_modules` and `draft_head` are paths or empty.
+    `uniform`: every block of a pass is padded to the longest there may be, unless nobody drafts, so that a pass of n
+    sessions is always the same CUDA graph."""
 
     exit_address: str
     exit_layers: tuple[int, ...]

@@ -92,8 +92,9 @@ class SessionRunner(SessionRows, CPUModelRunner):  # type: ignore[misc]
                 computed.append(ComputedRows(request, at, len(rows), place, count, drafted[at]))
                 rows.extend(range(first + skipped, first + scheduled[at]))
             first += scheduled[at]
-        self._computed = computed
-        head.tap.rows = torch.tensor(rows) if rows else None
+        served = head.serves(len(computed))
+        self._computed = computed if served else []
+        head.tap.rows = torch.tensor(rows) if served else None
 
     def _committed(self, computed: Sequence[ComputedRows], output: Any) -> list[CommittedRows]:
         """Which of these rows came to stay, and the tokens that follow them, by what the pass has said. A request whose
