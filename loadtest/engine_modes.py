@@ -282,6 +282,7 @@ def _verifiers_arguments(plan: Plan, mode: Mode) -> dict[str, Any]:
         exit_modules=str(exits.file or ""),
         exit_outcomes=settings.exit_outcomes,
         threads=plan.threads,
+        compact=settings.reads_compact,
     )
     return launch.arguments(settings, checkpoint, options, cuda=plan.device == "cuda")
 

@@ -91,12 +91,13 @@ class VerifierService:
             for note in self._info.notes:
                 log.warning("%s", note)
             log.info(
-                "engine ready: %s, %d layers, exits after %s (%s), %s",
+                "engine ready: %s, %d layers, exits after %s (%s), %s, %.2f of its bytes read by a pass of few rows",
                 self._info.model_name,
                 self._info.num_layers,
                 ", ".join(map(str, self._info.exit_layers)) or "none",
                 self._info.exits,
                 self._info.dtype,
+                self._info.compact,
             )
             try:
                 await self._serve(stop)

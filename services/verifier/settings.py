@@ -45,6 +45,11 @@ class VerifierSettings(ModelSettings):
         1024, description="Tokens of one engine step; longer prefills are chunked."
     )
     engine_threads: Positive = Field(1, description="CPU threads of the engine.")
+    compact_weights: bool = Field(
+        True,
+        description="On a CPU and with one thread, read weights in the few bits that they are made of (bfloat16, or blocks "
+        "of 4 or 8 bits), where all of them come back from these bit for bit.",
+    )
     idle_ttl_s: Seconds = Field(
         60.0, description="A session without a block for so long loses its KV, not its tokens."
     )
@@ -69,3 +74,8 @@ class VerifierSettings(ModelSettings):
     session_queue: Positive = Field(
         32, description="Messages that wait for one session; more are answered as faults."
     )
+
+    @property
+    def reads_compact(self) -> bool:
+        """Whether weights are to be read compact: the kernels for it run on one thread."""
+        return self.compact_weights and self.engine_threads == 1

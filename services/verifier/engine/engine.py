@@ -129,6 +129,7 @@ class VllmEngine:
             exit_outcomes=self._settings.exit_outcomes,
             threads=self._settings.engine_threads,
             draft_head=str(head.file or ""),
+            compact=self._settings.reads_compact,
         )
         with launch.engine_environment(self._settings.engine_threads):
             launch.warm_up()
@@ -163,6 +164,7 @@ class VllmEngine:
             exits=found["exits"],
             dtype=found["dtype"],
             draft_head=found["draft_head"],
+            compact=found["compact"],
             notes=tuple(notes),
         )
 

@@ -40,11 +40,13 @@ class ExitSet:
     naming: Naming = field(default_factory=Naming)
 
     def described(self, dtype: torch.dtype) -> dict[str, Any]:
-        """What `EngineInfo` says of the exits, without a draft head, and of the `dtype` that the model computes in."""
+        """What `EngineInfo` says of the exits, and of the `dtype` that the model computes in; without a draft head, and with
+        weights as they are."""
         return {
             "exit_layers": sorted(self.modules),
             "exits": self.label,
             "draft_head": OFF,
+            "compact": 1.0,
             "notes": list(self.notes),
             "dtype": str(dtype).removeprefix("torch."),
         }

@@ -23,7 +23,8 @@ class EngineInfo:
     """What was started. `notes` tell an operator what is not as it was asked for, one sentence each.
 
     Sizes are tokens. `exits` is `"untrained"`, `"trained: <file>"` or `"off"`; `exit_layers` counts layers from 1: an
-    exit after layer 18 sees what the first 18 layers have computed. `draft_head` is a file's name, or `"off"`.
+    exit after layer 18 sees what the first 18 layers have computed. `draft_head` is a file's name, or `"off"`. `compact` is
+    the share of the bytes of the weights' type that a pass of few rows reads.
     """
 
     model_name: str
@@ -37,6 +38,7 @@ class EngineInfo:
     exits: str
     dtype: str
     draft_head: str = "off"
+    compact: float = 1.0
     notes: tuple[str, ...] = ()
 
 

@@ -17,6 +17,8 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from services.verifier.engine.channel import Sender
+from services.verifier.engine.compact import share_of
+from services.verifier.engine.compact_layers import compacting
 from services.verifier.engine.exits import Pass, VerifiedRows
 from services.verifier.engine.floor_head import CommittedRows, FloorHead
 from services.verifier.engine.model import ExitTap
@@ -169,8 +171,10 @@ class SessionWorker(CPUWorker):  # type: ignore[misc]
             cpu_worker.CPUModelRunner = vllms_own
 
     def load_model(self, **kwargs: Any) -> None:
-        """Load the weights, then attach the exits."""
-        super().load_model(**kwargs)
+        """Load the weights, in few bits where they are made of few, then attach the exits."""
+        with compacting(self._options.compact) as compacted:
+            super().load_model(**kwargs)
+        self._compact = share_of(compacted) if compacted else 1.0
         model = self.model_runner.get_model()
         self.model_runner.exit_tap = tap = model.attach_exits(self.vllm_config, self._sender)
         self._loaded_head, self.model_runner.floor_head = model.attach_head(self.vllm_config, tap.reader.head)
@@ -181,7 +185,12 @@ class SessionWorker(CPUWorker):  # type: ignore[misc]
         """What `EngineInfo` says of the exits."""
         found: dict[str, Any] = self.model_runner.exit_tap.reader.exits.described(self.model_config.dtype)
         head = self._loaded_head
-        return {**found, "draft_head": head.label, "notes": [*found["notes"], *head.notes]}
+        return {
+            **found,
+            "draft_head": head.label,
+            "compact": self._compact,
+            "notes": [*found["notes"], *head.notes],
+        }
 
     def dropped_hints(self) -> int:
         """Hints that the channel had no room for."""
