@@ -48,7 +48,7 @@ class VerifierSettings(ModelSettings):
     compact_weights: bool = Field(
         True,
         description="On a CPU and with one thread, read weights in the few bits that they are made of (bfloat16, or blocks "
-        "of 4 or 8 bits), where all of them come back from these bit for bit.",
+        "of 4 or 8 bits), where all of them come back from these exactly.",
     )
     idle_ttl_s: Seconds = Field(
         60.0, description="A session without a block for so long loses its KV, not its tokens."

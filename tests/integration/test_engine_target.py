@@ -135,6 +135,10 @@ async def drafted_along(
     return said, found
 
 
+async def test_the_targets_weights_are_read_in_a_fifth_of_their_bytes(bench: Bench) -> None:
+    assert bench.info.compact < 0.2
+
+
 async def test_the_draft_head_foresees_what_is_said_next(bench: Bench, prompts: list[Tokens]) -> None:
     assert bench.info.draft_head == "draft-head.safetensors"
     right: list[bool] = []

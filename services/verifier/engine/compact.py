@@ -1,10 +1,10 @@
-"""Weights in the few bits that they were made of, without a bit lost: what a pass of few rows on a CPU takes is the time to
-read the weights, so a quarter of the bytes is a quarter of the time, and further rows are next to free.
+"""Weights in the few bits that they were made of, exactly: what a pass of few rows on a CPU takes is the time to read the
+weights, so a fifth of the bytes is a fifth of the time, and further rows cost little.
 
 A float32 weight often says less than its 32 bits could: it was published in bfloat16, or is what a block-quantised file
 (GGUF's Q4_1 and Q8_0) unpacks to. `compact` finds the coding out and keeps a matrix in it only if **every weight comes
-back bit for bit**, so that the products are those of the float32 matrix, added up in another order. It knows nothing of
-where the weights came from. `compact_kernels` multiplies.
+back as it was** (a zero without its sign), so that the products are those of the float32 matrix, added up in another
+order. It knows nothing of where the weights came from. `compact_kernels` multiplies.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-LANES: Final = 16
-"""Rows of a matrix that lie beside each other, column by column: a vector of a kernel holds one value of each."""
+from services.verifier.engine.vector_code import LANES
+
 BLOCK: Final = 32
 """Columns of a row that share a scale."""
 GROUPED: Final = 64
@@ -41,9 +41,11 @@ class Coding(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CompactMatrix:
-    """A matrix `[rows, columns]` in `LANES` rows a group: `codes` uint8 by group, block, column (with NIBBLES column n of a
-    block in the lower bits and n + 16 in the upper ones) and row; `scales` float16 by group, block and row, with NIBBLES
-    the scales of a group's block before its least values."""
+    """A matrix `[rows, columns]` in groups of `LANES` rows, of which a vector holds one value each.
+
+    `codes` are uint8 by group, block, column (with NIBBLES column n of a block in the lower bits and n + 16 in the upper
+    ones) and row; `scales` float16 by group, block and row, with NIBBLES those of a group's block before its least values.
+    """
 
     coding: Coding
     rows: int

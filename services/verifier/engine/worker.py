@@ -18,7 +18,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from services.verifier.engine.channel import Sender
 from services.verifier.engine.compact import share_of
-from services.verifier.engine.compact_layers import compacting
+from services.verifier.engine.compact_layers import compacting, run_compact
 from services.verifier.engine.exits import Pass, VerifiedRows
 from services.verifier.engine.floor_head import CommittedRows, FloorHead
 from services.verifier.engine.model import ExitTap
@@ -176,6 +176,7 @@ class SessionWorker(CPUWorker):  # type: ignore[misc]
             super().load_model(**kwargs)
         self._compact = share_of(compacted) if compacted else 1.0
         model = self.model_runner.get_model()
+        run_compact(model)
         self.model_runner.exit_tap = tap = model.attach_exits(self.vllm_config, self._sender)
         self._loaded_head, self.model_runner.floor_head = model.attach_head(self.vllm_config, tap.reader.head)
 
