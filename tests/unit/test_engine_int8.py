@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from services.verifier.engine.int8 import Int8Matrix, has_int8
+from services.verifier.engine.int8 import Int8Matrix, QuickMatrix, has_int8
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +42,16 @@ def test_a_large_row_takes_nothing_from_a_small_one_where_each_stands_alone(weig
     assert missed(alone=True) < 0.02
     assert missed(alone=False) > 0.5
     assert torch.equal(Int8Matrix(weight, alone=True)(torch.zeros(1, 64)), torch.zeros(1, 96))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 40])
+@pytest.mark.parametrize("shape", [(128, 64), (96, 64)], ids=["with kernels for few rows", "without"])
+def test_few_rows_and_many_are_near_the_exact_product(rows: int, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if not has_int8(weight):
+        pytest.skip("no int8 kernel here")
+    values = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows))
+    exact = values @ weight.T
+    found = QuickMatrix(weight, alone=True)(values)
+    assert found.shape == exact.shape
+    assert (found - exact).norm() < 0.02 * exact.norm()

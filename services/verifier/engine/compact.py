@@ -63,8 +63,7 @@ def compact(weight: Tensor) -> CompactMatrix | None:
     """`weight` [rows, columns] in the fewest bits that give it back exactly; None where there is no such coding, or its
     sizes are not multiples of `GROUPED` and `BLOCK`."""
     weight = weight.detach()
-    plain = weight.dim() == 2 and weight.dtype is torch.float32 and weight.device.type == "cpu"
-    if not plain or not weight.numel() or weight.shape[0] % GROUPED or weight.shape[1] % BLOCK:
+    if not can_be_compact(weight):
         return None
     for coding, code in _CODERS.items():
         if code(weight[:_GLANCE]) is None:
@@ -75,6 +74,18 @@ def compact(weight: Tensor) -> CompactMatrix | None:
             codes, scales = (torch.cat(each) for each in zip(*whole, strict=True))
             return CompactMatrix(coding, weight.shape[0], weight.shape[1], codes, scales)
     return None
+
+
+def rounded(weight: Tensor) -> CompactMatrix:
+    """`weight` in bytes, each the nearest to what it was; for matrices of which `can_be_compact` says so."""
+    scale, codes = _nearest(_blocks(weight.detach()))
+    return CompactMatrix(Coding.BYTES, weight.shape[0], weight.shape[1], *_bytes_of(scale, codes))
+
+
+def can_be_compact(weight: Tensor) -> bool:
+    """Whether there are kernels for a matrix of its sizes."""
+    plain = weight.dim() == 2 and weight.dtype is torch.float32 and weight.device.type == "cpu"
+    return plain and weight.numel() > 0 and not (weight.shape[0] % GROUPED or weight.shape[1] % BLOCK)
 
 
 _Coded = tuple[Tensor, Tensor]
@@ -104,11 +115,20 @@ def _nibbles(weight: Tensor) -> _Coded | None:
 def _bytes(weight: Tensor) -> _Coded | None:
     """Blocks of which all values are whole multiples of the 127th part of the largest."""
     blocks = _blocks(weight)
-    scale = (blocks.abs().amax(dim=-1, keepdim=True) / 127).half().float()
-    codes = (blocks / scale.clamp(min=1e-30)).round().clamp(-128, 127)
-    if not torch.equal(_scaled(scale, codes, torch.zeros_like(scale)), blocks):
+    scale, codes = _nearest(blocks)
+    if not torch.equal(scale * codes, blocks):
         return None
+    return _bytes_of(scale, codes)
+
+
+def _bytes_of(scale: Tensor, codes: Tensor) -> _Coded:
     return _in_lanes(codes.to(torch.int8)).flatten(1).view(torch.uint8), _in_lanes(scale.half()).flatten(1)
+
+
+def _nearest(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and whole numbers of bytes."""
+    scale = (blocks.abs().amax(dim=-1, keepdim=True) / 127).half().float()
+    return scale, (blocks / scale.clamp(min=1e-30)).round().clamp(-128, 127)
 
 
 def _bfloat16(weight: Tensor) -> _Coded | None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from services.verifier.engine.int8 import Int8Matrix, has_int8
+from services.verifier.engine.int8 import QuickMatrix, has_int8
 from shared.speculation.outcomes import Calibration
 
 FEATURES: Final = 8
@@ -102,8 +102,8 @@ class Int8Exit(ExitModule):
     def __init__(self, trained: TrainedExit) -> None:
         super().__init__()
         self._norm, self._eps = trained.norm.weight, trained.norm.eps
-        self._gate_up = Int8Matrix(torch.cat((trained.gate.weight, trained.up.weight)), alone=True)
-        self._down = Int8Matrix(trained.down.weight, alone=True)
+        self._gate_up = QuickMatrix(torch.cat((trained.gate.weight, trained.up.weight)), alone=True)
+        self._down = QuickMatrix(trained.down.weight, alone=True)
         self.judge = trained.judge
         self.calibration = trained.calibration
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from services.verifier.engine.draft_head import MOST_DRAFTED, DraftHead, Gated, turned
 from services.verifier.engine.exit_head import NamingHead
-from services.verifier.engine.int8 import Int8Matrix, has_int8
+from services.verifier.engine.int8 import QuickMatrix, has_int8
 
 Drafted = list[tuple[int, float]]
 """Tokens, each with the chance that it is right if those before it are."""
@@ -114,10 +114,10 @@ class _Gated:
 
 
 def _matrix(weight: Tensor, *, alone: bool = False) -> Callable[[Tensor], Tensor]:
-    """A product with a matrix, in int8 where that goes; `alone` as for `Int8Matrix`."""
+    """A product with a matrix, in int8 where that goes; `alone` as for `QuickMatrix`."""
     weight = weight.detach()
     if has_int8(weight):
-        return Int8Matrix(weight, alone=alone)
+        return QuickMatrix(weight, alone=alone)
     return lambda values: functional.linear(values, weight)
 
 
