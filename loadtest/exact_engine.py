@@ -225,7 +225,8 @@ async def run(plan: Plan) -> None:
     try:
         print("ready", flush=True)
         truths = await asyncio.to_thread(answers, Path(plan.truths))
-        run = Run(plan, engine, info.vocab_size, truths, ahead=launch.floor_ahead(settings) > 0)
+        ahead = launch.floor_ahead(settings, drafts=info.own_drafts) > 0
+        run = Run(plan, engine, info.vocab_size, truths, ahead=ahead)
         found = [await run.sessions(count) for count in plan.sessions]
         await asyncio.sleep(LAST_HINTS_S)
     finally:

@@ -133,6 +133,8 @@ class ReplayEngine:
         tokens: Tokens,
         confidences: Sequence[int] = (),
         rows: Sequence[SparseRow] = (),
+        *,
+        alone: bool = True,
     ) -> BlockStatus:
         """See `Engine.submit`."""
         held = self._sessions.get(session)

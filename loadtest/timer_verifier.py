@@ -86,6 +86,8 @@ class TimerEngine:
         tokens: Tokens,
         confidences: Sequence[int] = (),
         rows: Sequence[SparseRow] = (),
+        *,
+        alone: bool = True,
     ) -> BlockStatus:
         """Accept `tokens` after a step."""
         if session not in self._sessions:

@@ -157,6 +157,7 @@ class VerifierService:
                 max_block=self.settings.max_block,
                 chain=chain,
                 floor_drafts=self.settings.floor_drafts,
+                own_drafts=self._info is not None and self._info.own_drafts,
             )
             self._shells[message.session] = shell
         if shell.unanswered >= self.settings.session_queue and not isinstance(message, Cancel):

@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 Step = Callable[[], Coroutine[None, None, None]]
 RETRY_AFTER_S = 0.5
+ALONE_AFTER = 4
+"""Passes of the floor in a row after which nobody is taken to draft for a session, until a block comes."""
 NOTE_AFTER_S = 0.1
 """A round that has been open for so long is noted for operators: most end before."""
 
@@ -154,8 +156,16 @@ class SessionShell:
     """Carries out what `core.VerifierSession` decides for one session."""
 
     def __init__(
-        self, session: str, host: Host, *, max_block: int, chain: Chain, floor_drafts: bool = True
+        self,
+        session: str,
+        host: Host,
+        *,
+        max_block: int,
+        chain: Chain,
+        floor_drafts: bool = True,
+        own_drafts: bool = False,
     ) -> None:
+        """`own_drafts` is what `EngineInfo` says."""
         self.session = session
         self.chain = chain
         self.partition = -1
@@ -166,6 +176,8 @@ class SessionShell:
             session, max_block=max_block, floor_draft=self._draft if floor_drafts else core.no_draft
         )
         self._floor = FloorDraft(host.passes.floor)
+        self._own_drafts = own_drafts
+        self._floor_passes = 0  # since a block
         self._state: SessionState | None = None
         self._prompt: Tokens = ()
         self._reader: asyncio.Task[None] | None = None
@@ -403,11 +415,15 @@ class SessionShell:
 
     async def _verify(self, action: core.Verify) -> None:
         confidences = action.confidences
+        alone = self._alone
         if action.round == core.NO_ROUND:  # the floor's: no gateway knows of it
             confidences = (UNHEARD,) * len(action.tokens)
+            self._floor_passes += 1
+        else:
+            alone, self._floor_passes = False, 0
         try:
             status = await self._host.engine.submit(
-                self.session, action.base, action.tokens, confidences, action.rows
+                self.session, action.base, action.tokens, confidences, action.rows, alone=alone
             )
         except OutriderError as error:
             self.handle(_failed(error))
@@ -516,8 +532,15 @@ class SessionShell:
             self._answered.append(clock)
 
     def _draft(self, said: Sequence[int], tail: core.Tail) -> Tokens:
-        """What the floor verifies beside the target's next token."""
+        """What the floor verifies beside the target's next token; nothing where the engine sees to that."""
+        if self._own_drafts and self._alone:
+            return ()
         return self._floor.draft((*self._prompt, *said), tail, self._host.passes.least_worth())
+
+    @property
+    def _alone(self) -> bool:
+        """Whether nobody else drafts for the session."""
+        return self._floor_passes >= ALONE_AFTER
 
     def _judge(self, said: Tokens) -> None:
         """Learn from what a pass said: how much that is, and what the floor's drafts were worth."""

@@ -120,6 +120,8 @@ class ScriptedEngine:
         tokens: Tokens,
         confidences: Sequence[int] = (),
         rows: Sequence[SparseRow] = (),
+        *,
+        alone: bool = True,
     ) -> BlockStatus:
         """See `Engine.submit`."""
         self.submitted.append((session, base, tokens))

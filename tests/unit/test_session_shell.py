@@ -177,6 +177,8 @@ class _Engine:
         tokens: Tokens,
         confidences: Sequence[int] = (),
         rows: Sequence[SparseRow] = (),
+        *,
+        alone: bool = True,
     ) -> BlockStatus:
         self.submitted.append(tokens)
         if not self.silent:

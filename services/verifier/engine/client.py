@@ -14,7 +14,7 @@ from services.verifier.engine.options import DESCRIBE_CALL, STATS_CALL, SUBMIT_C
 
 STOP_TIMEOUT_S: Final = 5.0
 
-_Block = tuple[str, int, list[int], list[int], list[tuple[list[int], list[int]]], int]
+_Block = tuple[str, int, list[int], list[int], list[tuple[list[int], list[int]]], int, int]
 
 
 class EngineClient(AsyncLLM):  # type: ignore[misc]
@@ -33,13 +33,14 @@ class EngineClient(AsyncLLM):  # type: ignore[misc]
         levels: list[int],
         rows: list[tuple[list[int], list[int]]],
         number: int,
+        ahead: int,
     ) -> asyncio.Future[str]:
         """A `BlockStatus`; see `SessionScheduler.submit_block`. Blocks of one turn of the event loop go in one call."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[str] = loop.create_future()
         if not self._blocks:
             loop.call_soon(self._submit_all)
-        self._blocks.append(((key, base, tokens, levels, rows, number), answer))
+        self._blocks.append(((key, base, tokens, levels, rows, number, ahead), answer))
         return answer
 
     def _submit_all(self) -> None:

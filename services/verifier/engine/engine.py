@@ -77,6 +77,7 @@ class VllmEngine:
     def __init__(self, settings: VerifierSettings) -> None:
         self._settings = settings
         self._ahead = 0
+        self._own_drafts = False
         self._open: dict[str, Opened] = {}
         self._by_key: dict[str, Opened] = {}
         self._numbers = count()
@@ -100,9 +101,10 @@ class VllmEngine:
             raise EngineError(f"the engine {self._state} and can't be started; make a new one")
         self._on_exit = on_exit
         checkpoint = self._checkpoint = read_checkpoint(self._settings.model)
-        self._ahead = launch.floor_ahead(self._settings)
         exits = choose_exits(self._settings, checkpoint)
         head = choose_head(self._settings, checkpoint, cuda=launch.on_cuda())
+        self._ahead = launch.floor_ahead(self._settings, drafts=head.file is not None)
+        self._own_drafts = head.file is not None and self._ahead > 0
         self._state = _State.RUNNING
         try:
             self._llm = await self._build(checkpoint, exits, head)
@@ -130,6 +132,7 @@ class VllmEngine:
             threads=self._settings.engine_threads,
             draft_head=str(head.file or ""),
             compact=self._settings.reads_compact,
+            own_drafts=self._own_drafts,
         )
         with launch.engine_environment(self._settings.engine_threads):
             launch.warm_up()
@@ -165,6 +168,7 @@ class VllmEngine:
             dtype=found["dtype"],
             draft_head=found["draft_head"],
             compact=found["compact"],
+            own_drafts=self._own_drafts,
             notes=tuple(notes),
         )
 
@@ -231,7 +235,9 @@ class VllmEngine:
             )
         eager = params.policy is Policy.LATENCY
         ahead = self._ahead if eager else 0
-        opened = Opened(session, f"{session}.{next(self._numbers)}", len(committed), ahead)
+        key = f"{session}.{next(self._numbers)}"
+        permitted = 0 if self._own_drafts else ahead
+        opened = Opened(session, key, len(committed), ahead, permitted)
         sampling.extra_args = {
             **(sampling.extra_args or {}),
             SESSION_KEY: opened.key,
@@ -261,6 +267,8 @@ class VllmEngine:
         tokens: Tokens,
         confidences: Sequence[int] = (),
         rows: Sequence[SparseRow] = (),
+        *,
+        alone: bool = True,
     ) -> BlockStatus:
         """See `Engine.submit`."""
         llm = self._alive()
@@ -285,10 +293,13 @@ class VllmEngine:
         drawn_from = [(list(row.tokens), list(row.counts)) for row in rows]
         if answered := opened.ask(tokens):
             own_base, tokens, levels, drawn_from = own_base + answered, (), [], []
-        if opened.ahead and not tokens and not opened.falls_behind(own_base):
-            return BlockStatus.QUEUED  # the engine needn't be told: it goes on as it is
-        opened.taken = own_base
-        call = llm.submit_block(opened.key, own_base, list(tokens), levels, drawn_from, opened.submitted)
+        ahead = opened.ahead if alone or not self._own_drafts else 0
+        if not tokens and opened.goes_on(own_base, ahead):
+            return BlockStatus.QUEUED
+        opened.taken, opened.permitted = own_base, ahead
+        call = llm.submit_block(
+            opened.key, own_base, list(tokens), levels, drawn_from, opened.submitted, ahead
+        )
         status = BlockStatus(await self._call(call))
         if status is BlockStatus.STALE:
             opened.asked = 0  # it went on by itself

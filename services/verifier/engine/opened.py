@@ -26,6 +26,8 @@ class Opened:
     key: str
     offset: int
     ahead: int = 0
+    permitted: int = 0
+    """How far ahead it may be now, as the engine knows it."""
     submitted: int = 0
     """Blocks so far, which is the number of the last one."""
     asked: int = 0
@@ -56,9 +58,10 @@ class Opened:
         self.wanted.set()
         return 0 if reaches_on else len(unread)
 
-    def falls_behind(self, taken: int) -> bool:
-        """Whether the engine had better be told that so many tokens are taken, before it stops for their sake."""
-        return taken - self.taken > self.ahead // 2
+    def goes_on(self, taken: int, ahead: int) -> bool:
+        """Whether the engine goes on as it should if it isn't told that so many tokens are taken and it may be so far ahead:
+        it knows that, and won't stop for their sake."""
+        return 0 < ahead == self.permitted and taken - self.taken <= ahead // 2
 
     async def answer(self) -> RequestOutput:
         """The next output that answers what is asked, with all that was said before it."""

@@ -65,7 +65,8 @@ EVEN_ROWS: Final = "outrider_even_rows"
 class EngineOptions:
     """Options of ours, beside vLLM's. `exit_address` is a ZMQ endpoint; `exit_modules` and `draft_head` are paths or empty.
     `uniform`: every block of a pass is padded to the longest there may be, unless nobody drafts, so that a pass of n
-    sessions is always the same CUDA graph. `compact`: weights are read in the few bits that they are made of (`compact`)."""
+    sessions is always the same CUDA graph. `compact`: weights are read in the few bits that they are made of (`compact`).
+    `own_drafts`: sessions that go on by themselves draft in the engine, and do so when they are told to."""
 
     exit_address: str
     exit_layers: tuple[int, ...]
@@ -75,6 +76,7 @@ class EngineOptions:
     draft_head: str = ""
     uniform: bool = False
     compact: bool = False
+    own_drafts: bool = False
 
     def as_config(self) -> dict[str, Any]:
         """As a value for vLLM's `additional_config`."""

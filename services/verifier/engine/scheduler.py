@@ -20,9 +20,9 @@ otherwise, and why it is overridden:
 - it would pad a one-token prefill with placeholder drafts (`num_spec_tokens` is 0 here for that);
 - it would keep stepping while every session is parked: those do not count as unfinished.
 
-A session may also *go on* by itself, one token a step, while its verifier commits and tells what it has said: a few tokens
-ahead of that (`Session.ahead`), and only while no block is there. Its outputs say which of the blocks that were submitted
-they answer (`ANSWERED`), since some were asked for by nobody.
+A session may also *go on* by itself, by one token a step or with drafts of its own (`OwnDrafts`), while its verifier
+commits and tells what it has said: a few tokens ahead of that, and only while no block is there. Its outputs say which
+of the blocks that were submitted they answer (`ANSWERED`), since some were asked for by nobody.
 
 It does not decide what a block's outcome is, and it knows nothing of epochs or commits.
 """
@@ -49,6 +49,7 @@ from services.verifier.engine.options import (
     schema_of,
     session_key,
 )
+from services.verifier.engine.own_drafts import OwnDrafts
 from services.verifier.engine.sessions import (
     PADDING,
     Block,
@@ -61,7 +62,7 @@ from services.verifier.engine.sessions import (
 )
 from services.verifier.engine.steady_schedule import SteadySchedule
 from services.verifier.engine.step_costs import StepCosts
-from services.verifier.engine.types import BlockStatus
+from services.verifier.engine.types import UNHEARD, BlockStatus
 from shared.sampling.sparse import SparseRow
 from shared.speculation.pace import Mean
 
@@ -88,7 +89,9 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.num_spec_tokens = 0
         self.max_block: int = self.vllm_config.num_speculative_tokens
-        self.uniform = EngineOptions.of(self.vllm_config).uniform
+        options = EngineOptions.of(self.vllm_config)
+        self.uniform = options.uniform
+        self._own_drafts = OwnDrafts() if options.own_drafts else None
         self.counters = Counters()
         self._costs = StepCosts()
         self._by_key: dict[str, Session] = {}
@@ -116,16 +119,19 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         levels: list[int],
         rows: list[tuple[list[int], list[int]]],
         number: int = 0,
+        ahead: int | None = None,
     ) -> BlockStatus:
         """Take a block that continues the session's first `base` output tokens.
 
         A newer block takes the place of one that has not been looked at yet. Without tokens it asks a session that goes on
-        by itself to do so, wherever it has come to.
+        by itself to do so, wherever it has come to. `ahead` is how far it may do so from now on unasked; None: as before.
         """
         session = self._by_key.get(key)
         if session is None:
             return BlockStatus.GONE
         session.taken = max(session.taken, base)
+        if ahead is not None:
+            session.permitted = ahead
         block = Block(base, tokens, levels, rows, number)
         only_on = session.ahead and not tokens
         if session.parked_at is None and not session.resting:
@@ -144,7 +150,10 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             session.resting = False
             self._enqueue_waiting_request(session.request)
             return BlockStatus.QUEUED
-        self._arm(session, block, trimmed)
+        if only_on and self._own_drafts is not None and session.permitted:
+            self._going_on.add(session.key)
+        else:
+            self._arm(session, block, trimmed)
         return BlockStatus.ARMED
 
     def _trim(self, session: Session, block: Block) -> list[int] | None:
@@ -204,6 +213,18 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if session.goes_on:
             self._going_on.add(session.key)
 
+    def _go_on(self, session: Session) -> None:
+        """Have a parked session say more in the step that begins, with drafts of its own where it has any."""
+        drafts: list[int] = []
+        if self._own_drafts is not None:
+            request = session.request
+            room = min(self.max_block, self.max_model_len - request.num_tokens - 1)
+            drafts = self._own_drafts.draft(session, self.counters, max(1, len(self._going_on)))[
+                : max(0, room)
+            ]
+        levels = [UNHEARD] * len(drafts)
+        self._arm(session, Block(session.request.num_output_tokens, drafts, levels, []), drafts)
+
     def _hold_back(self) -> None:
         """Keep blocks for a later step where so few have one that they are not worth their padding.
 
@@ -237,7 +258,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         self._let_go_on(session)
         if not session.eager:
             self._companions.spoke(session.key, time.monotonic())
-        elif not session.ahead or session.verified:  # what follows a token of its own is not worth a wait
+        elif not session.permitted or session.verified:  # what follows a token of its own is not worth a wait
             self._awaited.add(session.key)
 
     def gather_s(self) -> float:
@@ -287,8 +308,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         self._awaited.clear()
         self._step = Step(began=time.monotonic())
         for key in () if self._starved else tuple(self._going_on):  # parked ones make room
-            session = self._by_key[key]
-            self._arm(session, Block(session.request.num_output_tokens, [], [], []), [])
+            self._go_on(self._by_key[key])
         if self.uniform:
             self._hold_back()
         if not throttle_prefills and (steady := self._steady.begin()) is not None:
@@ -410,6 +430,10 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         outputs = self._steady.end(scheduler_output, model_runner_output)
         if outputs is None:
             outputs = self._take_in(scheduler_output, model_runner_output)
+        if self._own_drafts is not None:
+            for output in (output for several in outputs.values() for output in several.outputs):
+                if (session := self._by_request.get(output.request_id)) is not None and session.ahead:
+                    self._own_drafts.heard(session, output.new_token_ids)
         if verified := sum(step.verified.values()):
             self._agreed.saw((counters.accepted_tokens - accepted) / verified)
         self._heard_s = time.monotonic()
@@ -511,7 +535,8 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 request=request,
                 eager=is_eager(extra),
                 unheard=is_unheard(extra),
-                ahead=ahead_of(extra),
+                ahead=(ahead := ahead_of(extra)),
+                permitted=ahead if self._own_drafts is None else 0,
                 opened_s=time.monotonic(),
                 plain=not (request.use_structured_output or request.has_encoder_inputs or request.resumable),
                 stops=stops_of(request),
@@ -526,6 +551,8 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if session is not None:
             self._patient -= not session.eager
             self._by_key.pop(session.key, None)
+            if self._own_drafts is not None:
+                self._own_drafts.forget(session)
             self._awaited.discard(session.key)
             self._going_on.discard(session.key)
             self._companions.left(session.key)

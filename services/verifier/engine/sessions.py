@@ -52,7 +52,9 @@ class Session:
     unheard: bool = False
     """Nobody waits for what exits foresee of it."""
     ahead: int = 0
-    """Tokens that it may say by itself beyond those that the verifier has taken."""
+    """Tokens that it may say by itself beyond those that the verifier has taken, whenever it may do so."""
+    permitted: int = 0
+    """The same for now."""
     taken: int = 0
     """Output tokens that the verifier has taken, as far as it has said."""
     verified: int = 0
@@ -73,7 +75,7 @@ class Session:
     @property
     def goes_on(self) -> bool:
         """Whether it may say another token by itself."""
-        return bool(self.request.num_output_tokens - self.taken < self.ahead)
+        return bool(self.request.num_output_tokens - self.taken < self.permitted)
 
     def spoke(self) -> None:
         """A pass of it has ended, and with it the block under way."""

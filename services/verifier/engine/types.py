@@ -24,7 +24,8 @@ class EngineInfo:
 
     Sizes are tokens. `exits` is `"untrained"`, `"trained: <file>"` or `"off"`; `exit_layers` counts layers from 1: an
     exit after layer 18 sees what the first 18 layers have computed. `draft_head` is a file's name, or `"off"`. `compact` is
-    the share of the bytes of the weights' type that a pass of few rows reads.
+    the share of the bytes of the weights' type that a pass of few rows reads. `own_drafts`: sessions that nobody drafts for
+    do so themselves (`Engine.submit`).
     """
 
     model_name: str
@@ -39,6 +40,7 @@ class EngineInfo:
     dtype: str
     draft_head: str = "off"
     compact: float = 1.0
+    own_drafts: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -169,8 +171,13 @@ class Engine(Protocol):
         tokens: Tokens,
         confidences: Sequence[int] = (),
         rows: Sequence[SparseRow] = (),
+        *,
+        alone: bool = True,
     ) -> BlockStatus:
         """Have a block verified: `tokens` continue the session's first `base` output tokens; may be empty.
+
+        `alone`: nobody else drafts for the session for now, so an engine with `EngineInfo.own_drafts` may go on after this
+        as far as its settings let it, without being asked for each pass.
 
         `confidences` are the draft's, as levels, one a token or none at all; early exits may listen to them (`UNHEARD` for
         each where no hints are wanted). `rows` are
