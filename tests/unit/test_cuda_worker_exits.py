@@ -54,7 +54,7 @@ class Runner(CudaSessionRunner):
 
 
 def speaker(key: str, **changes: Any) -> Speaker:
-    found = Speaker(None, None, key, eager=key == "b", unheard=key == "c", prompt=10)
+    found = Speaker(None, None, key, eager=key == "b", unheard=key == "c", prompt=10, greedy=True)
     return found._replace(**changes)
 
 
@@ -68,7 +68,6 @@ def even_blocks(lengths: tuple[int, ...], levels: dict[str, list[int]]) -> EvenB
         at=np.arange(len(lengths)),
         states=[],
         said=[],
-        drafts=[],
         requests=requests,
         speakers=[speaker(key) for key in requests],
         drawn=False,
