@@ -121,7 +121,7 @@ SYMBOLS: Final[tuple[Symbol, ...]] = (
         "vllm.v1.request",
         "Request.append_output_token_ids",
         ("self", "token_ids"),
-        ("update_block_hashes",),
+        ("_all_token_ids", "_output_token_ids", "update_block_hashes"),
     ),
     Symbol(
         "vllm.v1.core.sched.output",

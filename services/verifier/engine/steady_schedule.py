@@ -7,6 +7,9 @@ session tells whether a step is of this kind; if anything about it is not, vLLM'
 
 What is left behind is what vLLM would leave: each function names the one whose effects it has. vLLM's request states, KV
 manager and stop checks stay the only ones.
+
+What nobody needs before the pass is launched waits until the device has it (`meanwhile`): full blocks of KV are hashed, and
+entered in the prefix cache. Before a step goes the long way it has to be made up for (`catch_up`).
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ class SteadySchedule:
         self._possible = _is_possible(scheduler)
         self._padding = [[PADDING] * count for count in range(scheduler.max_block + 1)]
         self._under_way: list[tuple[Session, Request, int, int]] = []
+        self._filled: list[tuple[Request, int]] = []
         self._output: SchedulerOutput | None = None
         self._departures = 0
 
@@ -51,6 +55,7 @@ class SteadySchedule:
 
     def begin(self) -> SchedulerOutput | None:
         """As `Scheduler.schedule`, of a step in which each session that is not parked verifies a block."""
+        self.meanwhile()
         self._under_way, self._output = [], None
         own = self._scheduler
         if not self._possible or own.waiting or own.kv_holding_waiting:
@@ -208,9 +213,9 @@ class SteadySchedule:
         return output
 
     def _grown(self, ready: Ready, growing: Growing) -> list[tuple[list[int], ...] | None]:
-        """As `KVCacheManager.allocate_slots`, of running requests whose KV is all of one kind; what each session gets."""
-        coordinator = self._scheduler.kv_cache_manager.coordinator
-        (manager,) = coordinator.single_type_managers
+        """As `KVCacheManager.allocate_slots`, of running requests whose KV is all of one kind, but that full blocks are not
+        entered in the prefix cache yet; what each session gets."""
+        (manager,) = self._scheduler.kv_cache_manager.coordinator.single_type_managers
         found: list[tuple[list[int], ...] | None] = [None] * len(ready)
         for at, room, filled in growing:
             request = ready[at][1]
@@ -218,8 +223,22 @@ class SteadySchedule:
                 blocks = manager.allocate_new_blocks(request.request_id, room, room)
                 found[at] = ([block.block_id for block in blocks],)
             if filled:
-                coordinator.cache_blocks(request, request.num_computed_tokens + 1)
+                self._filled.append((request, request.num_computed_tokens + 1))
         return found
+
+    def meanwhile(self) -> None:
+        """The rest of the last step's scheduling; to be called before anything else happens to its requests."""
+        if self._filled:
+            filled, self._filled = self._filled, []
+            coordinator = self._scheduler.kv_cache_manager.coordinator
+            for request, known in filled:
+                request.update_block_hashes()
+                coordinator.cache_blocks(request, known)
+
+    def catch_up(self) -> None:
+        """Hash what requests have said, as `Request.append_output_token_ids` does; `end` leaves it over."""
+        for request in self._scheduler.running:
+            request.update_block_hashes()
 
     def _count(self, sessions: int, drafts: int) -> None:
         counters = self._scheduler.counters
@@ -234,6 +253,7 @@ class SteadySchedule:
     def end(self, output: SchedulerOutput, said: ModelRunnerOutput) -> dict[int, EngineCoreOutputs] | None:
         """As `Scheduler.update_from_output`, and ours, of a step that `begin` has scheduled: sessions that have spoken
         park."""
+        self.meanwhile()
         under_way, self._under_way = self._under_way, []
         own = self._scheduler
         if (
@@ -259,7 +279,8 @@ class SteadySchedule:
             room = min(longest - request.num_tokens, request.max_tokens - request.num_output_tokens)
             ends = False
             if session.stops is not None and new < room and session.stops.isdisjoint(tokens):
-                request.append_output_token_ids(tokens)
+                request._output_token_ids.extend(tokens)
+                request._all_token_ids.extend(tokens)
             else:
                 tokens, ends = own._update_request_with_output(request, tokens)
             finish_reason = None
