@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Final, NamedTuple
 from unittest import mock
@@ -66,7 +66,7 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
         self._width_offsets = np.arange(width, dtype=np.int32)
         self._starts = np.arange(self.max_num_reqs, dtype=np.int32)[:, None] * np.int32(width)
         self._untold = [[UNTOLD] * (width - told) for told in range(width + 1)]
-        self._hinted: tuple[EvenBlocks, list[int]] | None = None
+        self._hinted: EvenBlocks | None = None
 
     # --- graphs ---------------------------------------------------------------------------------------
 
@@ -163,40 +163,45 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
         if not even.tokens.size:
             exits.stage(None, hand_over=False)
             return
+        if not any(self._heard(even)):
+            exits.stage(None, hand_over=False)
+            return
         count, width = len(even.tokens), self.uniform_decode_query_len
         told: list[int] = []
-        heard: list[int] = []
-        for at, (speaker, request, length) in enumerate(
-            zip(even.roster.speakers, even.roster.requests, even.lengths.tolist(), strict=True)
-        ):
+        for request in even.roster.requests:
             said = even.levels.get(request, ())
             told += said
             told += self._untold[len(said)]
-            if self._is_heard(speaker, said, length):
-                heard.append(at)
-        if not heard:
-            exits.stage(None, hand_over=False)
-            return
         lengths = even.lengths.astype(np.int32)
         places = self._starts[:count] + np.minimum(self._width_offsets, lengths[:, None])
         drafts = np.zeros((count, width), dtype=np.int32)
         np.maximum(even.tokens, 0, out=drafts[:, :-1])
         sure = LOG_CONFIDENCES[np.array(told).reshape(count, width)]
         exits.stage(Blocks(self.step_clock.began, places, drafts, sure, lengths), hand_over=False)
-        self._hinted = even, heard
+        self._hinted = even
+
+    def _heard(self, even: EvenBlocks) -> Iterator[bool]:
+        """Of each block whether a gateway waits for hints on it."""
+        roster = even.roster
+        for speaker, request, length in zip(
+            roster.speakers, roster.requests, even.lengths.tolist(), strict=True
+        ):
+            yield self._is_heard(speaker, even.levels.get(request, ()), length)
 
     def _await_hints(self) -> None:
-        if self._hinted is None or self.graph_exits is None:
+        even, self._hinted = self._hinted, None
+        if even is None or self.graph_exits is None:
             return
-        (even, heard), self._hinted = self._hinted, None
-        rows, width = even.rows, self.uniform_decode_query_len
-        sessions = []
-        for at in heard:
-            own, speaker = rows[at], even.roster.speakers[at]
-            if speaker.key is not None and own.request not in self._drawn:
-                sessions.append(VerifiedRows(speaker.key, own.known - speaker.prompt, at * width, own.block))
+        width = self.uniform_decode_query_len
+        sessions = tuple(
+            VerifiedRows(speaker.key, own.known - speaker.prompt, at * width, own.block)
+            for at, (speaker, own, heard) in enumerate(
+                zip(even.roster.speakers, even.rows, self._heard(even), strict=True)
+            )
+            if heard and speaker.key is not None and own.request not in self._drawn
+        )
         if sessions:
-            self.graph_exits.expect(self.step_clock.began, tuple(sessions))
+            self.graph_exits.expect(self.step_clock.began, sessions)
 
     def _device_done(self) -> None:
         torch.cuda.current_stream().synchronize()
