@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Final, NamedTuple
 from unittest import mock
 
@@ -50,8 +51,8 @@ class Prelude(NamedTuple):
 class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
     """vLLM's runner, which tells the exits in the graph what each pass verifies, and draws what its rows yield.
 
-    Passes in which nobody drafts have whole graphs too, of one row a session and without exits: nobody waits for hints
-    then. vLLM captures those of K + 1 rows a session.
+    vLLM captures whole graphs of K + 1 rows a session. Beside these there are some without exits: of as many rows, for
+    passes in which nobody waits for hints, and of one row a session, for those in which nobody drafts.
     """
 
     graph_exits: GraphExits | None = None
@@ -59,6 +60,7 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._floor_graphs: list[int] = []
+        self._silent_graphs: frozenset[int] = frozenset()
         self._preludes: dict[tuple[int, int], Prelude] = {}
         self._prelude_pool = torch.cuda.graph_pool_handle()
         self._prelude_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -73,28 +75,40 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
     def _capture_cudagraphs(
         self, batch_descriptors: Any, cudagraph_runtime_mode: CUDAGraphMode, profiler: Any = None
     ) -> None:
-        """As vLLM's, and after its whole graphs those of one row a session."""
+        """As vLLM's, and after its whole graphs those without exits."""
         super()._capture_cudagraphs(batch_descriptors, cudagraph_runtime_mode, profiler)
         if cudagraph_runtime_mode != CUDAGraphMode.FULL:
             return
-        exits = self.graph_exits
+        sizes, width = captured_sessions(self.max_num_reqs), self.uniform_decode_query_len
+        if self.graph_exits is not None and self.graph_exits.layers and width > 1:
+            self._capture_silent([_silent_batch(sessions, width) for sessions in sizes])
+            self._silent_graphs = frozenset(sizes)
+        with mock.patch.object(self, "uniform_decode_query_len", 1):
+            self._capture_silent([_floor_batch(sessions) for sessions in sizes])
+        self._floor_graphs = sizes
+
+    def _capture_silent(self, batches: Sequence[BatchDescriptor]) -> None:
+        """Capture whole graphs of these batches, as vLLM does its own, under the names that they have here."""
+        exits, named = self.graph_exits, {batch.num_tokens: batch for batch in batches}
 
         def dispatched(
             num_tokens: int, valid_modes: Any = None, **_: Any
         ) -> tuple[CUDAGraphMode, BatchDescriptor]:
             if valid_modes is not None and CUDAGraphMode.FULL not in valid_modes:
                 return CUDAGraphMode.NONE, BatchDescriptor(num_tokens)
-            return CUDAGraphMode.FULL, _floor_batch(num_tokens)
+            return CUDAGraphMode.FULL, named[num_tokens]
 
-        sizes = captured_sessions(self.max_num_reqs)
         with (
-            mock.patch.object(self, "uniform_decode_query_len", 1),
             mock.patch.object(self.cudagraph_dispatcher, "dispatch", dispatched),
             mock.patch.object(exits, "silent", True) if exits is not None else nullcontext(),
         ):
-            for sessions in reversed(sizes):
-                self._warmup_and_capture(_floor_batch(sessions), CUDAGraphMode.FULL)
-        self._floor_graphs = sizes
+            for batch in reversed(batches):
+                self._warmup_and_capture(replace(batch, uniform=True), CUDAGraphMode.FULL)
+
+    def _graph_of_pass(self, graph: Graph) -> Graph:
+        if self._hinted is None and graph.width > 1 and graph.sessions in self._silent_graphs:
+            return graph._replace(batch=_silent_batch(graph.sessions, graph.width))
+        return graph
 
     def _find_graph(self, sessions: int, width: int) -> Graph | None:
         if width != 1:
@@ -211,6 +225,11 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
 
 def _floor_batch(sessions: int) -> BatchDescriptor:
     return BatchDescriptor(num_tokens=sessions, num_reqs=sessions, uniform=True)
+
+
+def _silent_batch(sessions: int, width: int) -> BatchDescriptor:
+    """It is as uniform as any: that it doesn't say so tells it from the one whose graph has exits."""
+    return BatchDescriptor(num_tokens=sessions * width, num_reqs=sessions, uniform=False)
 
 
 class CudaSessionWorker(Worker):  # type: ignore[misc]

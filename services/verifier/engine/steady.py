@@ -214,6 +214,7 @@ class SteadySteps(SessionRows):
         sessions = len(roster.order)
         self._lay_out(output, roster, graph)
         self._show_blocks(output, roster, graph.width)
+        graph = self._graph_of_pass(graph)
         metadata, slots = self._hand_over(sessions, graph)
         with set_forward_context(
             metadata,
@@ -471,6 +472,10 @@ class SteadySteps(SessionRows):
     def _show_even(self, even: EvenBlocks) -> None:
         """As `_show_exits`, for an even batch."""
         self._show_exits(even.rows, torch.arange(even.tokens.size + len(even.tokens)), even.levels)
+
+    def _graph_of_pass(self, graph: Graph) -> Graph:
+        """The graph for the blocks that were shown, of as many sessions and rows."""
+        return graph
 
     def _await_hints(self) -> None:
         """The pass is launched: what exits need to know only once they speak."""

@@ -9,12 +9,13 @@ What is left behind is what vLLM would leave: each function names the one whose 
 manager and stop checks stay the only ones.
 
 What nobody needs before the pass is launched waits until the device has it (`meanwhile`): full blocks of KV are hashed, and
-entered in the prefix cache. Before a step goes the long way it has to be made up for (`catch_up`).
+entered in the prefix cache, and answers are made ready but for what the target will say. What is left of that before a step
+goes the long way has to be made up for (`catch_up`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
@@ -32,6 +33,19 @@ if TYPE_CHECKING:
 
     from services.verifier.engine.scheduler import SessionScheduler
 
+
+class UnderWay(NamedTuple):
+    """A session's part of the step: its rows, how many of them are a draft's, how many tokens it may say yet, and its
+    answer, which lacks what it says."""
+
+    session: Session
+    request: Request
+    rows: int
+    drafts: int
+    room: int
+    answer: EngineCoreOutput
+
+
 Ready = list[tuple[Session, "Request"]]
 Growing = list[tuple[int, int, bool]]
 """Of a session that vLLM's KV manager has to be asked for: which of those that are ready it is, for how many tokens it needs
@@ -46,8 +60,9 @@ class SteadySchedule:
         self._scheduler = scheduler
         self._possible = _is_possible(scheduler)
         self._padding = [[PADDING] * count for count in range(scheduler.max_block + 1)]
-        self._under_way: list[tuple[Session, Request, int, int]] = []
+        self._scheduled: list[tuple[Session, Request, int, int]] = []
         self._filled: list[tuple[Request, int]] = []
+        self._under_way: list[UnderWay] = []
         self._output: SchedulerOutput | None = None
         self._departures = 0
 
@@ -148,7 +163,7 @@ class SteadySchedule:
         computed: list[int] = []
         said: list[int] = []
         total = total_drafts = 0
-        verified, under_way = own._step.verified, self._under_way
+        verified, under_way = own._step.verified, self._scheduled
         new_blocks = self._grown(ready, growing)
         for session, request in ready:
             request_id, drafts, armed = request.request_id, session.drafts, session.armed
@@ -164,7 +179,8 @@ class SteadySchedule:
                 lengths[request_id] = drafts
                 request.spec_token_ids = []
             if drafts:
-                levels[request_id] = armed.levels[-drafts:]
+                told = armed.levels
+                levels[request_id] = told if len(told) <= drafts else told[-drafts:]
             if armed.rows:
                 rows[request_id] = drawn_from(session, armed, drafts)
             count, before = 1 + len(block), request.num_computed_tokens
@@ -228,12 +244,30 @@ class SteadySchedule:
 
     def meanwhile(self) -> None:
         """The rest of the last step's scheduling; to be called before anything else happens to its requests."""
-        if self._filled:
-            filled, self._filled = self._filled, []
-            coordinator = self._scheduler.kv_cache_manager.coordinator
-            for request, known in filled:
-                request.update_block_hashes()
-                coordinator.cache_blocks(request, known)
+        if not self._scheduled:
+            return
+        own = self._scheduler
+        coordinator, longest = own.kv_cache_manager.coordinator, own.max_model_len
+        for request, known in self._filled:
+            request.update_block_hashes()
+            coordinator.cache_blocks(request, known)
+        self._under_way = [
+            UnderWay(
+                session,
+                request,
+                rows,
+                drafts,
+                min(longest - request.num_tokens, request.max_tokens - request.num_output_tokens),
+                EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[],
+                    trace_headers=request.trace_headers,
+                    num_nans_in_logits=request.num_nans_in_logits,
+                ),
+            )
+            for session, request, rows, drafts in self._scheduled
+        ]
+        self._scheduled, self._filled = [], []
 
     def catch_up(self) -> None:
         """Hash what requests have said, as `Request.append_output_token_ids` does; `end` leaves it over."""
@@ -265,45 +299,35 @@ class SteadySchedule:
         ):
             return None
         places, sampled = said.req_id_to_index, said.sampled_token_ids
-        longest = own.max_model_len
         found: dict[int, list[EngineCoreOutput]] = {}
         stopped: set[Request] = set()
         accepted = 0
-        for session, request, count, drafts in under_way:
+        for session, request, rows, drafts, room, answer in under_way:
             tokens = sampled[places[request.request_id]]
             new = len(tokens)
-            request.num_in_flight_tokens -= count
-            request.num_computed_tokens -= count - new  # drafts that were rejected
+            request.num_in_flight_tokens -= rows
+            request.num_computed_tokens -= rows - new  # drafts that were rejected
             if drafts:
                 accepted += new - 1
-            room = min(longest - request.num_tokens, request.max_tokens - request.num_output_tokens)
             ends = False
             if session.stops is not None and new < room and session.stops.isdisjoint(tokens):
                 request._output_token_ids.extend(tokens)
                 request._all_token_ids.extend(tokens)
             else:
                 tokens, ends = own._update_request_with_output(request, tokens)
-            finish_reason = None
             session.spoke()
             if ends:
-                finish_reason = request.get_finished_reason()
+                answer.finish_reason, answer.stop_reason = request.get_finished_reason(), request.stop_reason
                 own._handle_stopped_request(request)
                 own._free_request(request)
                 stopped.add(request)
             else:
                 own._park(session)
             session.verified = 0
-            found.setdefault(request.client_index, []).append(
-                EngineCoreOutput(
-                    request_id=request.request_id,
-                    new_token_ids=tokens,
-                    finish_reason=finish_reason,
-                    stop_reason=request.stop_reason,
-                    trace_headers=request.trace_headers,
-                    num_nans_in_logits=request.num_nans_in_logits,
-                    kv_transfer_params=session.told,
-                )
-            )
+            answer.new_token_ids = tokens
+            if session.ahead or session.drafted:
+                answer.kv_transfer_params = session.told
+            found.setdefault(request.client_index, []).append(answer)
         own.counters.accepted_tokens += accepted
         if stopped:
             own.running = remove_all(own.running, stopped)
