@@ -8,9 +8,9 @@ session tells whether a step is of this kind; if anything about it is not, vLLM'
 What is left behind is what vLLM would leave: each function names the one whose effects it has. vLLM's request states, KV
 manager and stop checks stay the only ones.
 
-What nobody needs before the pass is launched waits until the device has it (`meanwhile`): full blocks of KV are hashed, and
-entered in the prefix cache, and answers are made ready but for what the target will say. What is left of that before a step
-goes the long way has to be made up for (`catch_up`).
+What nobody needs before the pass is launched waits until the device has it (`meanwhile`): books are kept, full blocks of KV
+are hashed and entered in the prefix cache, answers are made ready but for what the target will say. What has been said since
+is hashed before a step goes the long way (`catch_up`).
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class SteadySchedule:
         self._padding = [[PADDING] * count for count in range(scheduler.max_block + 1)]
         self._scheduled: list[tuple[Session, Request, int, int]] = []
         self._filled: list[tuple[Request, int]] = []
+        self._unsorted = False
         self._under_way: list[UnderWay] = []
         self._output: SchedulerOutput | None = None
         self._departures = 0
@@ -105,8 +106,7 @@ class SteadySchedule:
                 return None
             else:
                 ready.append((session, request))
-        if parked:
-            own.running.sort(key=own._rank)
+        self._unsorted = parked
         return ready
 
     def _longest(self, ready: Ready) -> int | None:
@@ -162,8 +162,7 @@ class SteadySchedule:
         rows: dict[str, list[SparseRow]] = {}
         computed: list[int] = []
         said: list[int] = []
-        total = total_drafts = 0
-        verified, under_way = own._step.verified, self._scheduled
+        total = 0
         new_blocks = self._grown(ready, growing)
         for session, request in ready:
             request_id, drafts, armed = request.request_id, session.drafts, session.armed
@@ -183,21 +182,12 @@ class SteadySchedule:
                 levels[request_id] = told if len(told) <= drafts else told[-drafts:]
             if armed.rows:
                 rows[request_id] = drawn_from(session, armed, drafts)
-            count, before = 1 + len(block), request.num_computed_tokens
+            count = 1 + len(block)
             scheduled[request_id] = count
-            computed.append(before)
+            computed.append(request.num_computed_tokens)
             said.append(request.num_output_tokens)
-            request.num_computed_tokens = before + count
-            request.num_in_flight_tokens += count
-            session.verified, session.armed = armed.number, None
-            session.reached = max(session.reached, before)
-            verified[request_id] = drafts
-            under_way.append((session, request, count, drafts))
+            self._scheduled.append((session, request, count, drafts))
             total += count
-            total_drafts += drafts
-        self._count(len(ready), total_drafts)
-        own.prev_step_scheduled_req_ids.clear()
-        own.prev_step_scheduled_req_ids.update(scheduled)
         cached = CachedRequestData(
             req_ids=list(scheduled),
             resumed_req_ids=set(),
@@ -243,31 +233,42 @@ class SteadySchedule:
         return found
 
     def meanwhile(self) -> None:
-        """The rest of the last step's scheduling; to be called before anything else happens to its requests."""
+        """The rest of the step's scheduling; to be called before anything else happens to its requests."""
         if not self._scheduled:
             return
-        own = self._scheduler
-        coordinator, longest = own.kv_cache_manager.coordinator, own.max_model_len
-        for request, known in self._filled:
+        own, scheduled, filled = self._scheduler, self._scheduled, self._filled
+        self._scheduled, self._filled = [], []
+        if self._unsorted:
+            own.running.sort(key=own._rank)
+        verified = own._step.verified
+        for session, request, rows, drafts in scheduled:
+            before = request.num_computed_tokens
+            request.num_computed_tokens = before + rows
+            request.num_in_flight_tokens += rows
+            assert session.armed is not None
+            session.verified, session.armed = session.armed.number, None
+            session.reached = max(session.reached, before)
+            verified[request.request_id] = drafts
+        own.prev_step_scheduled_req_ids.clear()
+        own.prev_step_scheduled_req_ids.update(verified)
+        self._count(len(scheduled), sum(verified.values()))
+        coordinator = own.kv_cache_manager.coordinator
+        for request, known in filled:
             request.update_block_hashes()
             coordinator.cache_blocks(request, known)
-        self._under_way = [
-            UnderWay(
-                session,
-                request,
-                rows,
-                drafts,
-                min(longest - request.num_tokens, request.max_tokens - request.num_output_tokens),
-                EngineCoreOutput(
-                    request_id=request.request_id,
-                    new_token_ids=[],
-                    trace_headers=request.trace_headers,
-                    num_nans_in_logits=request.num_nans_in_logits,
-                ),
-            )
-            for session, request, rows, drafts in self._scheduled
-        ]
-        self._scheduled, self._filled = [], []
+        self._under_way = [self._begun(*each) for each in scheduled]
+
+    def _begun(self, session: Session, request: Request, rows: int, drafts: int) -> UnderWay:
+        room = min(
+            self._scheduler.max_model_len - request.num_tokens, request.max_tokens - request.num_output_tokens
+        )
+        answer = EngineCoreOutput(
+            request_id=request.request_id,
+            new_token_ids=[],
+            trace_headers=request.trace_headers,
+            num_nans_in_logits=request.num_nans_in_logits,
+        )
+        return UnderWay(session, request, rows, drafts, room, answer)
 
     def catch_up(self) -> None:
         """Hash what requests have said, as `Request.append_output_token_ids` does; `end` leaves it over."""
