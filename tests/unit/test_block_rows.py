@@ -33,8 +33,8 @@ def test_a_request_that_is_computed_anew_has_other_blocks() -> None:
 
 
 def test_more_requests_than_rows_take_turns() -> None:
-    rows, blocks = BlockRows(3, COLUMNS), {f"s{n}": [n, n + 1] for n in range(7)}
-    for first in (0, 2, 4, 1, 3, 0):
+    rows, blocks = BlockRows(3, COLUMNS), {f"s{n}": [n, n + 1] for n in range(30)}
+    for first in (0, 2, 4, 9, 12, 27, 0, 15, 18, 21, 0):
         own = {key: blocks[key] for key in list(blocks)[first : first + 3]}
         assert gathered(rows, own) == list(own.values())
         for ids in own.values():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,20 +23,23 @@ class _Row:
     filled: int = 0
 
 
+PASSES: Final = 4
+"""Rows are kept for the requests of so many passes."""
+
+
 class BlockRows:
-    """Rows for `most` requests, of up to `columns` blocks each. What is kept is a copy of what vLLM knows: where there is no
-    room for another request all are forgotten, and taken down again as they come."""
+    """Rows for passes of up to `most` requests, of up to `columns` blocks each. What is kept is a copy of what vLLM knows:
+    where there may not be room for another pass all rows are forgotten, and taken down again as requests come."""
 
     def __init__(self, most: int, columns: int) -> None:
-        self._table = np.zeros((most, columns), dtype=np.int32)
+        self._table = np.zeros((PASSES * most, columns), dtype=np.int32)
         self._rows: dict[str, _Row] = {}
 
     def gather(self, requests: Sequence[str], ids: Sequence[list[int]], out: npt.NDArray[np.int32]) -> None:
         """Write the rows of `requests`, whose blocks are `ids`, to `out` `[requests, columns]`; of each row only what its
-        blocks fill means anything. There are no more requests than rows, and each is named once."""
-        rows = self._rows
-        if len(rows) + sum(request not in rows for request in requests) > len(self._table):
-            rows.clear()
+        blocks fill means anything. Each request is named once."""
+        if len(self._rows) + len(requests) > len(self._table):
+            self._rows.clear()
         places = [self._place(request, own) for request, own in zip(requests, ids, strict=True)]
         np.take(self._table, places, axis=0, out=out, mode="clip")
 

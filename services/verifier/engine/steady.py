@@ -265,13 +265,16 @@ class SteadySteps(SessionRows):
             return None
         if ended or self.input_batch.num_reqs:
             self._empty_batch(ended)
-        for at, new in enumerate(cached.new_block_ids):
-            if new is not None:
-                for ids, more in zip(roster.states[at].block_ids, new, strict=True):
-                    ids.extend(more)
         layout = self._layout(len(roster.order), width)
         layout.computed[:] = cached.num_computed_tokens
-        self._block_rows.gather(roster.order, [state.block_ids[0] for state in roster.states], layout.blocks)
+        for at, new in enumerate(cached.new_block_ids):
+            if new is not None:
+                (ids,), (more,) = roster.states[at].block_ids, new
+                layout.blocks[at, len(ids) : len(ids) + len(more)] = more
+                ids.extend(more)
+        if roster is not self._roster:
+            blocks = [state.block_ids[0] for state in roster.states]
+            self._block_rows.gather(roster.order, blocks, layout.blocks)
         return roster
 
     def _called(self, order: list[str]) -> Roster:
@@ -374,7 +377,9 @@ class SteadySteps(SessionRows):
             blocks = itertools.chain.from_iterable(output.scheduled_spec_decode_tokens.values())
             tokens = np.fromiter(blocks, np.int32, sessions * (graph.width - 1))
             layout.inputs[roster.at, 1:] = tokens.reshape(sessions, -1)
-        layout.slots[:] = layout.table[layout.table_rows + places // size] * np.int64(size) + places % size
+        columns, rest = np.divmod(places, size)
+        np.multiply(layout.table[layout.table_rows + columns], size, out=columns, dtype=np.int64)
+        np.add(columns, rest, out=layout.slots)
 
     def _layout(self, sessions: int, width: int) -> Layout:
         found = self._layouts.get((sessions, width))
