@@ -174,6 +174,13 @@ SYMBOLS: Final[tuple[Symbol, ...]] = (
     Symbol("vllm.v1.core.block_pool", "BlockPool.get_num_free_blocks", ("self",)),
     Symbol(
         "vllm.v1.engine.core",
+        "EngineCore.step",
+        ("self",),
+        ("execute_model", "get_grammar_bitmask", "sample_tokens", "update_from_output"),
+    ),
+    Symbol("vllm.v1.core.sched.output", "SchedulerOutput.make_empty", ()),
+    Symbol(
+        "vllm.v1.engine.core",
         "EngineCoreProc._process_input_queue",
         ("self",),
         ("has_work", "input_queue", "_handle_client_request"),

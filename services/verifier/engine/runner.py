@@ -206,7 +206,9 @@ class SessionRows:
             is_eager(extra),
             is_unheard(extra),
             state.num_prompt_tokens,
-            greedy=rules is schema is params.logprobs is params.structured_outputs is None,
+            greedy=all(
+                asked is None for asked in (rules, schema, params.logprobs, params.structured_outputs)
+            ),
         )
 
     def _sample(
