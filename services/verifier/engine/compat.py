@@ -321,6 +321,7 @@ CUDA_SYMBOLS: Final = (
     Symbol("vllm.v1.worker.gpu_worker", "Worker._make_model_runner", ("self",)),
     Symbol("vllm.v1.worker.gpu_worker", "Worker.load_model", ("self", "load_dummy_weights")),
     Symbol("vllm.forward_context", "get_forward_context", ()),
+    Symbol(_RUNNER, "GPUModelRunner.capture_model", ("self",)),
     Symbol(
         _RUNNER,
         "GPUModelRunner._capture_cudagraphs",

@@ -87,6 +87,17 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
             self._capture_silent([_floor_batch(sessions) for sessions in sizes])
         self._floor_graphs = sizes
 
+    def capture_model(self) -> int:
+        """As vLLM's, and what precedes the passes of its whole graphs, so that no session waits for that."""
+        taken: int = super().capture_model()
+        with torch.inference_mode():
+            for width in sorted({1, self.uniform_decode_query_len}):
+                for sessions in captured_sessions(self.max_num_reqs):
+                    graph = self._known_graph(sessions, width)
+                    if graph is not None:
+                        self._prelude(graph)
+        return taken
+
     def _capture_silent(self, batches: Sequence[BatchDescriptor]) -> None:
         """Capture whole graphs of these batches, as vLLM does its own, under the names that they have here."""
         exits, named = self.graph_exits, {batch.num_tokens: batch for batch in batches}
@@ -119,12 +130,16 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
         return Graph(CUDAGraphMode.FULL, _floor_batch(fitting), fitting, fitting, width)
 
     def _hand_over(self, sessions: int, graph: Graph) -> tuple[ByLayer, ByLayer]:
-        key = graph.sessions, graph.width
-        prelude = self._preludes.get(key)
-        if prelude is None:
-            prelude = self._preludes[key] = self._captured_prelude(graph)
+        prelude = self._prelude(graph)
         prelude.graph.replay()
         return prelude.metadata, prelude.slots
+
+    def _prelude(self, graph: Graph) -> Prelude:
+        key = graph.sessions, graph.width
+        found = self._preludes.get(key)
+        if found is None:
+            found = self._preludes[key] = self._captured_prelude(graph)
+        return found
 
     def _captured_prelude(self, graph: Graph) -> Prelude:
         """The copies and the kernels that precede the forward; lengths are read on the device, as they will be then."""

@@ -175,7 +175,10 @@ class SteadySteps(SessionRows):
         width: int = getattr(output, EVEN_ROWS, 0)
         if not width or self.num_prompt_logprobs:
             return None
-        key = len(output.num_scheduled_tokens), width
+        return self._known_graph(len(output.num_scheduled_tokens), width)
+
+    def _known_graph(self, sessions: int, width: int) -> Graph | None:
+        key = sessions, width
         if key not in self._graphs:
             one_kind = len(self.attn_groups) == 1 and len(self.attn_groups[0]) == 1
             self._graphs[key] = self._find_graph(*key) if one_kind else None
