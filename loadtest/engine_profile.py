@@ -70,12 +70,15 @@ def watched_of(core: Any, worker: Any) -> list[tuple[object, str]]:
         (core.scheduler, "schedule"),
         (core.model_executor, "execute_model"),
         *((runner, name) for name in RUNNER_PARTS),
+        (core.scheduler, "get_grammar_bitmask"),
         (core.model_executor, "sample_tokens"),
         (core.scheduler, "update_from_output"),
     ]
 
 
 RUNNER_PARTS: Final = (
+    "_without_batch",
+    "_empty_batch",
     "_update_states",
     "_advance",
     "_prepare_inputs",
@@ -88,7 +91,7 @@ RUNNER_PARTS: Final = (
     "_sample",
     "_device_done",
     "_bookkeeping_sync",
-    "_keep",
+    "_end",
 )
 
 

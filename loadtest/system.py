@@ -3,8 +3,8 @@
 Broker, Redis, kv-session, gateways in the cloud, the verifier, and gateways at the edge behind proxies that delay;
 vLLM's own engine streams the same prompts through a link of the same kind, from the same device, in the same run. The
 target has the shapes asked for and knows its mind (`system_target`), the draft is replayed with a set acceptance and speed:
-all of it is SYNTHETIC but for the time that everything takes. Exits are computed in each pass; their hints are not used,
-since exits of such a target would foresee everything.
+all of it is SYNTHETIC but for the time that everything takes. Clients ask for no hints, since exits of such a target would
+foresee everything: on CUDA passes run without exits then.
 
 So many clients at a time ask one answer after another. In each turn every mode gives as many answers, and another mode
 comes first. `system.json` holds `{"device", "shapes", "acceptance", "draft_ms_per_token", "rtt_ms", "target": 2.0, "runs"}`;

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
-import numpy as np
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
 
@@ -25,35 +23,34 @@ class SteadyRunner(SteadySteps, worker.SessionRunner):
     def _lay_out(self, output: Any, roster: Any, graph: Graph) -> None:
         super()._lay_out(output, roster, graph)
         batch, cached = self.input_batch, output.scheduled_cached_reqs
-        assert sorted(batch.req_ids) == sorted(output.num_scheduled_tokens)
+        assert sorted(roster.requests) == sorted(output.num_scheduled_tokens)
+        assert sorted(batch.req_ids) == ([] if roster.drafts is None else sorted(roster.requests))
         for request, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-            at, state = batch.req_id_to_index[request], self.requests[request]
+            at, state = roster.requests.index(request), self.requests[request]
             rows = slice(at * graph.width, (at + 1) * graph.width)
             tokens = [*state.prompt_token_ids, *state.output_token_ids]
             block = output.scheduled_spec_decode_tokens.get(request, [])
             (ids,) = state.block_ids
-            assert computed == state.num_computed_tokens == len(tokens) - 1
-            assert (
-                self.input_ids.np[rows].tolist()
-                == [tokens[-1], *block]
-                == [tokens[-1], *batch.spec_token_ids[at]]
-            )
+            assert computed == len(tokens) - 1
+            assert self.input_ids.np[rows].tolist() == [tokens[-1], *block]
+            if roster.drafts is not None:
+                assert block == list(batch.spec_token_ids[at])
             assert self._places[rows].tolist() == list(range(computed, computed + graph.width))
-            size, slots = batch.block_table[0].block_size, batch.block_table[0].slot_mapping.np[rows].tolist()
+            table = batch.block_table[0]
+            size, slots = table.block_size, table.slot_mapping.np[rows].tolist()
             assert slots == [
                 ids[place // size] * size + place % size for place in self._places[rows].tolist()
             ]
+            assert table.block_table.np[at, : len(ids)].tolist() == ids
 
-    def _keep(self, tokens: Any, counts: Any, said: Sequence[list[int]]) -> None:
-        super()._keep(tokens, counts, said)
-        batch = self.input_batch
-        for at, request in enumerate(batch.req_ids):
-            state = self.requests[request]
-            known = [*state.prompt_token_ids, *state.output_token_ids]
-            assert known[-len(said[at]) :] == said[at]
-            assert batch.num_tokens_no_spec[at] == len(known)
-            assert batch.token_ids_cpu[at, : len(known)].tolist() == known
-            assert np.all(batch.is_token_ids[at, : len(known)])
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """The end of the pass; what requests have said is written down once."""
+        before = {request: list(state.output_token_ids) for request, state in self.requests.items()}
+        output = super().sample_tokens(grammar_output)
+        for request, at in output.req_id_to_index.items():
+            said = [*before[request], *output.sampled_token_ids[at]]
+            assert self.requests[request].output_token_ids == said
+        return output
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         assert not getattr(scheduler_output, EVEN_ROWS), "an even batch was prepared like any other"

@@ -6,8 +6,9 @@ The worker refuses to prepare an even batch as any other, so that each of these 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from tests.integration.engine_bench import (
     endless,
     next_output,
     nothing,
+    partly_right,
     settings_for,
 )
 from tests.integration.tiny_target import TinyTarget, random_prompt
@@ -38,8 +40,9 @@ ROOM = MAX_SESSIONS * (MAX_BLOCK + 1)
 WORKER = "tests.integration.steady_worker.SteadyWorker"
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def bench(tiny_target: TinyTarget) -> AsyncIterator[Bench]:
+@pytest.fixture(scope="module")
+def even_batches() -> Iterator[None]:
+    """Engines on the CPU run uniform batches, and look at what they do."""
     on_cpu = launch._on_cpu
 
     def even(settings: VerifierSettings, options: EngineOptions) -> dict[str, Any]:
@@ -48,9 +51,14 @@ async def bench(tiny_target: TinyTarget) -> AsyncIterator[Bench]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "_on_cpu", even)
-        settings = settings_for(tiny_target, max_batched_tokens=ROOM)
-        async with Bench.over(VllmEngine(settings)) as bench:
-            yield bench
+        yield
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def bench(tiny_target: TinyTarget, even_batches: None) -> AsyncIterator[Bench]:
+    settings = settings_for(tiny_target, max_batched_tokens=ROOM)
+    async with Bench.over(VllmEngine(settings)) as bench:
+        yield bench
 
 
 def mixed(number: int) -> GenerationParams:
@@ -114,3 +122,59 @@ async def test_sessions_that_nobody_drafts_for_are_exact_beside_each_other(bench
         *(bench.speculate(f"f{n}", prompts[n], truths[n].tokens, params, nothing, n) for n in range(4))
     )
     assert found == truths
+
+
+async def test_sessions_that_take_turns_come_go_and_are_drawn_now_and_then_are_exact(bench: Bench) -> None:
+    """Whose blocks share a pass is another every time: passes go from vLLM's batch to none and back."""
+    random, kinds = Random(5), [endless(60), mixed(2)]
+    prompts = [random_prompt(740 + n, 6 + 3 * n) for n in range(12)]
+    params = [kinds[n % 4 == 3] for n in range(12)]
+    truths = [(await bench.answer(prompt, each)).tokens for prompt, each in zip(prompts, params, strict=True)]
+    streams: dict[int, AsyncIterator[Any]] = {}
+    outs: dict[int, tuple[int, ...]] = {}
+    waiting = list(range(12))
+    before = await bench.engine.stats()
+
+    async def turn(n: int, block: tuple[int, ...]) -> None:
+        await bench.engine.submit(f"t{n}", len(outs[n]), block)
+        outs[n] += (await next_output(streams[n])).tokens
+
+    for _ in range(40):
+        if waiting and (len(streams) < 3 or random.random() < 0.3):
+            n = waiting.pop(0)
+            streams[n] = bench.engine.open(f"t{n}", prompts[n], (), params[n])
+            outs[n] = (await next_output(streams[n])).tokens
+        greedy_only = random.random() < 0.7
+        able = [n for n in streams if len(outs[n]) < 20 and not (greedy_only and n % 4 == 3)]
+        chosen = random.sample(able, random.randint(0, len(able)))
+        await asyncio.gather(*(turn(n, partly_right(truths[n], outs[n], random)) for n in chosen))
+        for n in [n for n in streams if len(outs[n]) >= 20 or random.random() < 0.02]:
+            del streams[n]
+            await bench.engine.close(f"t{n}")
+    assert (await bench.engine.stats()).steady_steps > before.steady_steps + 10
+    assert len(outs) > 6
+    assert all(out == truths[n][: len(out)] for n, out in outs.items())
+    for n in streams:
+        await bench.engine.close(f"t{n}")
+
+
+async def test_sessions_that_are_computed_anew_between_even_passes_are_exact(
+    tiny_target: TinyTarget, even_batches: None
+) -> None:
+    """With KV for a part of them, sessions come back with other blocks than they had."""
+    settings = settings_for(
+        tiny_target, max_batched_tokens=ROOM, kv_cache_mb=2, max_sessions=8, exit_layers="6"
+    )
+    async with Bench.over(VllmEngine(settings)) as bench:
+        prompts, params = [random_prompt(seed, 60 + 4 * seed) for seed in range(8)], endless(30)
+        truths = [await bench.answer(prompt, params) for prompt in prompts]
+        found = await asyncio.gather(
+            *(
+                bench.speculate(f"s{n}", prompts[n], truths[n].tokens, params, partly_right, n)
+                for n in range(8)
+            )
+        )
+        stats = await bench.engine.stats()
+    assert found == truths
+    assert stats.preemptions > 0
+    assert stats.steady_steps > 0

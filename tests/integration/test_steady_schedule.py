@@ -104,7 +104,9 @@ class Client:
         return self.scheduler.submit_block(key, known, list(tokens), [40] * len(tokens), drawn)
 
     def begin(self) -> Any:
-        return self.scheduler.schedule()
+        work = self.scheduler.schedule()
+        self.scheduler.get_grammar_bitmask(work)  # vLLM's loop asks for it when the pass is launched
+        return work
 
     def answer(self, work: Any) -> Any:
         """What the target makes of a step; padding it never accepts."""
@@ -150,7 +152,9 @@ class Client:
 
 
 def state(scheduler: SessionScheduler) -> dict[str, Any]:
-    """All that a step may change."""
+    """All that a step may change. Whether what was said is hashed already is not among it."""
+    for request in scheduler.requests.values():
+        request.update_block_hashes()
     kv = scheduler.kv_cache_manager
     (manager,) = kv.coordinator.single_type_managers
     stats = scheduler.session_stats()

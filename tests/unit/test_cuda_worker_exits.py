@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor
 
 from services.verifier.engine.cuda_worker import UNTOLD, CudaSessionRunner
 from services.verifier.engine.exits import VerifiedRows
 from services.verifier.engine.graph_exits import Blocks
 from services.verifier.engine.runner import NO_TOKEN, Speaker
-from services.verifier.engine.steady import EvenBlocks, Roster
+from services.verifier.engine.steady import EvenBlocks, Graph, Roster
 from services.verifier.engine.types import UNHEARD
 
 WIDTH = 4
@@ -50,11 +52,12 @@ class Runner(CudaSessionRunner):
         self._starts = np.arange(9, dtype=np.int32)[:, None] * np.int32(WIDTH)
         self._untold = [[UNTOLD] * (WIDTH - told) for told in range(WIDTH + 1)]
         self._hinted = None
+        self._silent_graphs = frozenset((2, 4))
         self._speakers = {key: speaker(key) for key in KEYS}
 
 
 def speaker(key: str, **changes: Any) -> Speaker:
-    found = Speaker(None, None, key, eager=key == "b", unheard=key == "c", prompt=10)
+    found = Speaker(None, None, key, eager=key == "b", unheard=key == "c", prompt=10, greedy=True)
     return found._replace(**changes)
 
 
@@ -68,7 +71,6 @@ def even_blocks(lengths: tuple[int, ...], levels: dict[str, list[int]]) -> EvenB
         at=np.arange(len(lengths)),
         states=[],
         said=[],
-        drafts=[],
         requests=requests,
         speakers=[speaker(key) for key in requests],
         drawn=False,
@@ -124,3 +126,20 @@ def test_a_pass_of_single_rows_is_shown_to_no_exit() -> None:
     runner._await_hints()
     assert runner.graph_exits.blocks is None
     assert runner.graph_exits.sessions == ()
+
+
+@pytest.mark.parametrize(
+    ("case", "has_exits"),
+    [("full blocks", True), ("one that nobody waits for", True), ("nobody waits", False)],
+)
+def test_a_pass_in_which_nobody_waits_for_hints_runs_without_exits(case: str, has_exits: bool) -> None:
+    runner, even = Runner(), even_blocks(*CASES[case])
+    sessions = len(even.tokens)
+    rows = sessions * WIDTH
+    usual = Graph(CUDAGraphMode.FULL, BatchDescriptor(rows, sessions, uniform=True), sessions, rows, WIDTH)
+    runner._show_even(even)
+    found = runner._graph_of_pass(usual)
+    assert (found == usual) is has_exits
+    assert (found.sessions, found.rows, found.width) == (sessions, rows, WIDTH)
+    assert found.batch.num_tokens == rows
+    assert runner._graph_of_pass(usual._replace(sessions=3)).batch == usual.batch, "there is no other"

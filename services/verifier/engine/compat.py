@@ -121,7 +121,7 @@ SYMBOLS: Final[tuple[Symbol, ...]] = (
         "vllm.v1.request",
         "Request.append_output_token_ids",
         ("self", "token_ids"),
-        ("update_block_hashes",),
+        ("_all_token_ids", "_output_token_ids", "update_block_hashes"),
     ),
     Symbol(
         "vllm.v1.core.sched.output",
@@ -172,6 +172,13 @@ SYMBOLS: Final[tuple[Symbol, ...]] = (
         ("self", "blocks", "num_computed_tokens"),
     ),
     Symbol("vllm.v1.core.block_pool", "BlockPool.get_num_free_blocks", ("self",)),
+    Symbol(
+        "vllm.v1.engine.core",
+        "EngineCore.step",
+        ("self",),
+        ("execute_model", "get_grammar_bitmask", "sample_tokens", "update_from_output"),
+    ),
+    Symbol("vllm.v1.core.sched.output", "SchedulerOutput.make_empty", ()),
     Symbol(
         "vllm.v1.engine.core",
         "EngineCoreProc._process_input_queue",
@@ -314,6 +321,7 @@ CUDA_SYMBOLS: Final = (
     Symbol("vllm.v1.worker.gpu_worker", "Worker._make_model_runner", ("self",)),
     Symbol("vllm.v1.worker.gpu_worker", "Worker.load_model", ("self", "load_dummy_weights")),
     Symbol("vllm.forward_context", "get_forward_context", ()),
+    Symbol(_RUNNER, "GPUModelRunner.capture_model", ("self",)),
     Symbol(
         _RUNNER,
         "GPUModelRunner._capture_cudagraphs",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Final, NamedTuple
 from unittest import mock
 
@@ -50,8 +51,8 @@ class Prelude(NamedTuple):
 class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
     """vLLM's runner, which tells the exits in the graph what each pass verifies, and draws what its rows yield.
 
-    Passes in which nobody drafts have whole graphs too, of one row a session and without exits: nobody waits for hints
-    then. vLLM captures those of K + 1 rows a session.
+    vLLM captures whole graphs of K + 1 rows a session. Beside these there are some without exits: of as many rows, for
+    passes in which nobody waits for hints, and of one row a session, for those in which nobody drafts.
     """
 
     graph_exits: GraphExits | None = None
@@ -59,6 +60,7 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._floor_graphs: list[int] = []
+        self._silent_graphs: frozenset[int] = frozenset()
         self._preludes: dict[tuple[int, int], Prelude] = {}
         self._prelude_pool = torch.cuda.graph_pool_handle()
         self._prelude_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -66,35 +68,58 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
         self._width_offsets = np.arange(width, dtype=np.int32)
         self._starts = np.arange(self.max_num_reqs, dtype=np.int32)[:, None] * np.int32(width)
         self._untold = [[UNTOLD] * (width - told) for told in range(width + 1)]
-        self._hinted: tuple[EvenBlocks, list[int]] | None = None
+        self._hinted: EvenBlocks | None = None
 
     # --- graphs ---------------------------------------------------------------------------------------
 
     def _capture_cudagraphs(
         self, batch_descriptors: Any, cudagraph_runtime_mode: CUDAGraphMode, profiler: Any = None
     ) -> None:
-        """As vLLM's, and after its whole graphs those of one row a session."""
+        """As vLLM's, and after its whole graphs those without exits."""
         super()._capture_cudagraphs(batch_descriptors, cudagraph_runtime_mode, profiler)
         if cudagraph_runtime_mode != CUDAGraphMode.FULL:
             return
-        exits = self.graph_exits
+        sizes, width = captured_sessions(self.max_num_reqs), self.uniform_decode_query_len
+        if self.graph_exits is not None and self.graph_exits.layers and width > 1:
+            self._capture_silent([_silent_batch(sessions, width) for sessions in sizes])
+            self._silent_graphs = frozenset(sizes)
+        with mock.patch.object(self, "uniform_decode_query_len", 1):
+            self._capture_silent([_floor_batch(sessions) for sessions in sizes])
+        self._floor_graphs = sizes
+
+    def capture_model(self) -> int:
+        """As vLLM's, and what precedes the passes of its whole graphs, so that no session waits for that."""
+        taken: int = super().capture_model()
+        with torch.inference_mode():
+            for width in sorted({1, self.uniform_decode_query_len}):
+                for sessions in captured_sessions(self.max_num_reqs):
+                    graph = self._known_graph(sessions, width)
+                    if graph is not None:
+                        self._prelude(graph)
+        return taken
+
+    def _capture_silent(self, batches: Sequence[BatchDescriptor]) -> None:
+        """Capture whole graphs of these batches, as vLLM does its own, under the names that they have here."""
+        exits, named = self.graph_exits, {batch.num_tokens: batch for batch in batches}
 
         def dispatched(
             num_tokens: int, valid_modes: Any = None, **_: Any
         ) -> tuple[CUDAGraphMode, BatchDescriptor]:
             if valid_modes is not None and CUDAGraphMode.FULL not in valid_modes:
                 return CUDAGraphMode.NONE, BatchDescriptor(num_tokens)
-            return CUDAGraphMode.FULL, _floor_batch(num_tokens)
+            return CUDAGraphMode.FULL, named[num_tokens]
 
-        sizes = captured_sessions(self.max_num_reqs)
         with (
-            mock.patch.object(self, "uniform_decode_query_len", 1),
             mock.patch.object(self.cudagraph_dispatcher, "dispatch", dispatched),
             mock.patch.object(exits, "silent", True) if exits is not None else nullcontext(),
         ):
-            for sessions in reversed(sizes):
-                self._warmup_and_capture(_floor_batch(sessions), CUDAGraphMode.FULL)
-        self._floor_graphs = sizes
+            for batch in reversed(batches):
+                self._warmup_and_capture(replace(batch, uniform=True), CUDAGraphMode.FULL)
+
+    def _graph_of_pass(self, graph: Graph) -> Graph:
+        if self._hinted is None and graph.width > 1 and graph.sessions in self._silent_graphs:
+            return graph._replace(batch=_silent_batch(graph.sessions, graph.width))
+        return graph
 
     def _find_graph(self, sessions: int, width: int) -> Graph | None:
         if width != 1:
@@ -105,12 +130,16 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
         return Graph(CUDAGraphMode.FULL, _floor_batch(fitting), fitting, fitting, width)
 
     def _hand_over(self, sessions: int, graph: Graph) -> tuple[ByLayer, ByLayer]:
-        key = graph.sessions, graph.width
-        prelude = self._preludes.get(key)
-        if prelude is None:
-            prelude = self._preludes[key] = self._captured_prelude(graph)
+        prelude = self._prelude(graph)
         prelude.graph.replay()
         return prelude.metadata, prelude.slots
+
+    def _prelude(self, graph: Graph) -> Prelude:
+        key = graph.sessions, graph.width
+        found = self._preludes.get(key)
+        if found is None:
+            found = self._preludes[key] = self._captured_prelude(graph)
+        return found
 
     def _captured_prelude(self, graph: Graph) -> Prelude:
         """The copies and the kernels that precede the forward; lengths are read on the device, as they will be then."""
@@ -163,40 +192,45 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
         if not even.tokens.size:
             exits.stage(None, hand_over=False)
             return
+        if not any(self._heard(even)):
+            exits.stage(None, hand_over=False)
+            return
         count, width = len(even.tokens), self.uniform_decode_query_len
         told: list[int] = []
-        heard: list[int] = []
-        for at, (speaker, request, length) in enumerate(
-            zip(even.roster.speakers, even.roster.requests, even.lengths.tolist(), strict=True)
-        ):
+        for request in even.roster.requests:
             said = even.levels.get(request, ())
             told += said
             told += self._untold[len(said)]
-            if self._is_heard(speaker, said, length):
-                heard.append(at)
-        if not heard:
-            exits.stage(None, hand_over=False)
-            return
         lengths = even.lengths.astype(np.int32)
         places = self._starts[:count] + np.minimum(self._width_offsets, lengths[:, None])
         drafts = np.zeros((count, width), dtype=np.int32)
         np.maximum(even.tokens, 0, out=drafts[:, :-1])
         sure = LOG_CONFIDENCES[np.array(told).reshape(count, width)]
         exits.stage(Blocks(self.step_clock.began, places, drafts, sure, lengths), hand_over=False)
-        self._hinted = even, heard
+        self._hinted = even
+
+    def _heard(self, even: EvenBlocks) -> Iterator[bool]:
+        """Of each block whether a gateway waits for hints on it."""
+        roster = even.roster
+        for speaker, request, length in zip(
+            roster.speakers, roster.requests, even.lengths.tolist(), strict=True
+        ):
+            yield self._is_heard(speaker, even.levels.get(request, ()), length)
 
     def _await_hints(self) -> None:
-        if self._hinted is None or self.graph_exits is None:
+        even, self._hinted = self._hinted, None
+        if even is None or self.graph_exits is None:
             return
-        (even, heard), self._hinted = self._hinted, None
-        rows, width = even.rows, self.uniform_decode_query_len
-        sessions = []
-        for at in heard:
-            own, speaker = rows[at], even.roster.speakers[at]
-            if speaker.key is not None and own.request not in self._drawn:
-                sessions.append(VerifiedRows(speaker.key, own.known - speaker.prompt, at * width, own.block))
+        width = self.uniform_decode_query_len
+        sessions = tuple(
+            VerifiedRows(speaker.key, own.known - speaker.prompt, at * width, own.block)
+            for at, (speaker, own, heard) in enumerate(
+                zip(even.roster.speakers, even.rows, self._heard(even), strict=True)
+            )
+            if heard and speaker.key is not None and own.request not in self._drawn
+        )
         if sessions:
-            self.graph_exits.expect(self.step_clock.began, tuple(sessions))
+            self.graph_exits.expect(self.step_clock.began, sessions)
 
     def _device_done(self) -> None:
         torch.cuda.current_stream().synchronize()
@@ -206,6 +240,11 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
 
 def _floor_batch(sessions: int) -> BatchDescriptor:
     return BatchDescriptor(num_tokens=sessions, num_reqs=sessions, uniform=True)
+
+
+def _silent_batch(sessions: int, width: int) -> BatchDescriptor:
+    """It is as uniform as any: that it doesn't say so tells it from the one whose graph has exits."""
+    return BatchDescriptor(num_tokens=sessions * width, num_reqs=sessions, uniform=False)
 
 
 class CudaSessionWorker(Worker):  # type: ignore[misc]

@@ -21,6 +21,8 @@ rank 0 alone would copy outcomes to the host. That is not written: more than one
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -51,8 +53,9 @@ from services.verifier.engine.ranking import RANK_FIELDS, rank
 if TYPE_CHECKING:
     from services.verifier.engine.fused_exits import FusedExit
 
-POLL_S: Final = 30e-6
+POLL_S: Final = 10e-6
 """Time between two looks at the marks."""
+PR_SET_TIMERSLACK: Final = 29
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +188,7 @@ class GraphExits:
             self._wake.clear()
 
     def _poll(self) -> None:
+        _sleep_exactly()
         while True:
             self._wake.wait()
             awaited = self._awaited
@@ -298,8 +302,15 @@ def _pinned(*shape: int, pin: bool) -> Tensor:
     return torch.zeros(shape, dtype=torch.int32, device="cpu", pin_memory=pin)
 
 
+def _sleep_exactly() -> None:
+    """Have the sleeps of the calling thread end when they should: Linux adds up to 50 µs to each, where it isn't told."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, ctypes.c_ulong(1), 0, 0, 0)
+
+
 def _outlooks(found: npt.NDArray[np.int32], sessions: Sequence[VerifiedRows], width: int) -> list[Outlook]:
     """What an exit foresees, by session. Outcomes of probability 0 are none: fewer were to be had."""
+    found = found[: 1 + max((rows.start for rows in sessions), default=0) // width]
     lengths, tokens = found[..., 0].tolist(), found[..., 1].tolist()
     shares = np.ascontiguousarray(found[..., 2]).view(np.float32).tolist()
     outlooks = []

@@ -27,6 +27,7 @@ from services.verifier.engine.options import (
     is_eager,
     is_unheard,
     rules_of,
+    schema_of,
     session_key,
 )
 from services.verifier.engine.types import UNHEARD
@@ -70,7 +71,8 @@ class RequestRows(NamedTuple):
 
 
 class Speaker(NamedTuple):
-    """What a pass has to know of a request besides its rows; `state` is vLLM's own of it, `prompt` counts tokens."""
+    """What a pass has to know of a request besides its rows; `state` is vLLM's own of it, `prompt` counts tokens. `greedy`:
+    its tokens are the likeliest whatever they are, and nothing else is asked of them."""
 
     state: Any
     rules: Rules | None
@@ -78,6 +80,7 @@ class Speaker(NamedTuple):
     eager: bool
     unheard: bool
     prompt: int
+    greedy: bool
 
 
 class SessionRows:
@@ -193,14 +196,19 @@ class SessionRows:
         state, known = self.requests[request], self._speakers.get(request)
         if known is not None and known.state is state:
             return known
-        extra = state.sampling_params.extra_args
+        params = state.sampling_params
+        extra = params.extra_args
+        rules, schema = rules_of(extra), schema_of(extra)
         return Speaker(
             state,
-            rules_of(extra),
+            rules,
             session_key(extra),
             is_eager(extra),
             is_unheard(extra),
             state.num_prompt_tokens,
+            greedy=all(
+                asked is None for asked in (rules, schema, params.logprobs, params.structured_outputs)
+            ),
         )
 
     def _sample(

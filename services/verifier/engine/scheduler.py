@@ -68,7 +68,7 @@ from shared.speculation.pace import Mean
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
     from vllm.v1.request import Request
 
@@ -255,7 +255,8 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 session.answered = max(session.answered, pending.number)
         if session.armed is not None:
             return
-        self._let_go_on(session)
+        if session.ahead:
+            self._let_go_on(session)
         if not session.eager:
             self._companions.spoke(session.key, time.monotonic())
         elif not session.permitted or session.verified:  # what follows a token of its own is not worth a wait
@@ -314,6 +315,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if not throttle_prefills and (steady := self._steady.begin()) is not None:
             self._starved = False
             return steady
+        self._steady.catch_up()
         if self._starved and self.waiting:
             self._make_room()
         self.running.sort(key=self._rank)
@@ -471,6 +473,11 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 output.kv_transfer_params = told.get(output.request_id, output.kv_transfer_params)
         return outputs
 
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """As vLLM's, which asks for it when the pass is launched: time for what needn't be known before."""
+        self._steady.meanwhile()
+        return super().get_grammar_bitmask(scheduler_output)
+
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Nothing drafts but the clients: what a step's drafter says must not overwrite a block."""
 
@@ -478,6 +485,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         self.departures += 1
+        request.update_block_hashes()
         session = self._by_request.get(request.request_id)
         if session is None:
             super()._preempt_request(request, timestamp, drop_stale_output)

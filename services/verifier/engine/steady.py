@@ -3,9 +3,13 @@
 vLLM's runner prepares any batch: some sixty small copies and kernels before a launch, as many again to sample, and a
 read of every request's state in between. Where each request has as many rows as every other, a block of K tokens
 (padding included) or none, positions, slots of the KV cache and indices follow from how many tokens stand before the
-rows; NumPy works them out in microseconds, and they go over from memory that is pinned once. What vLLM keeps of its
-requests is kept as it does, so that the next pass may be any other; who they are is looked up once, as long as the passes
-that follow are the same requests'. What hints need is worked out while the device computes.
+rows; NumPy works them out in microseconds, and they go over from memory that is pinned once. What hints need is worked out
+while the device computes.
+
+Sessions take turns: whose blocks share a pass is another in most of them. vLLM's batch is made for requests that stay, and
+costs some 30 µs for each that comes or goes. Where all decode greedily a pass does without it: a request's state, the KV
+blocks that it holds (`block_rows`) and its last token are all that counts. vLLM's batch is left empty meanwhile, and filled
+by vLLM itself, from the same states, when a pass of another kind has need of it.
 
     host     requests' states ─ places ─ copies ─ launch ─ whom hints are for … wait ─ compare with the drafts
     device                                └▶ whole graph ─ LM head ─ arg-max ─┘
@@ -26,6 +30,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from services.verifier.engine.block_rows import BlockRows
 from services.verifier.engine.options import DRAFT_LENGTHS, DRAFT_LEVELS, DRAFT_ROWS, EVEN_ROWS
 from services.verifier.engine.runner import NO_TOKEN, RequestRows, SessionRows, Speaker
 
@@ -39,6 +44,8 @@ if TYPE_CHECKING:
 Tokens = npt.NDArray[np.int32]
 """[sessions, K]: the blocks of a pass, `NO_TOKEN` where one is padded."""
 ByLayer = dict[str, Any]
+SPEAKERS: Final = 4
+"""Of how many passes' sessions it is kept who they are."""
 NO_SLOT: Final = -1
 """Where keys and values of a graph's padding go: nowhere."""
 
@@ -57,23 +64,24 @@ class Graph(NamedTuple):
 class Roster:
     """The requests of a pass, the same in all that follow until one comes or goes.
 
-    `order` is the scheduler's; `at` are their places in the batch, and `states`, `said` (output tokens) and `drafts` vLLM's
-    of them, in that order. All else is in the batch's order; `drawn` says whether any request's tokens are.
+    `order` is the scheduler's; `at` are their places in the pass, and `states` and `said` (output tokens) vLLM's of them, in
+    that order. All else is in the pass's order; `drawn` says whether any request's tokens are. `drafts` are those in vLLM's
+    batch, in the scheduler's order, of a pass whose requests are those of that batch; None of one that does without it.
     """
 
     order: list[str]
     at: npt.NDArray[np.int64]
     states: list[Any]
     said: list[list[int]]
-    drafts: list[list[int]]
     requests: list[str]
     speakers: list[Speaker]
     drawn: bool
+    drafts: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)
 class EvenBlocks:
-    """What an even pass verifies, in the batch's order: `computed` tokens and one more stand before each request's block,
+    """What an even pass verifies, in the pass's order: `computed` tokens and one more stand before each request's block,
     `lengths` of whose `tokens` are a draft's. `levels` are as `DRAFT_LEVELS`."""
 
     roster: Roster
@@ -102,8 +110,8 @@ class EvenBlocks:
 
 class Layout(NamedTuple):
     """Where a pass of so many sessions and rows each is laid out: `[sessions, rows]` or `[sessions]`, parts of the buffers
-    that are handed over. `token_rows` and `table_rows` are where each session's tokens and its part of the block table
-    begin, among all sessions'."""
+    that are handed over. `blocks` are the sessions' rows of the block table, which `table` holds one after the other;
+    `table_rows` is where each begins there."""
 
     computed: npt.NDArray[np.int32]
     places: npt.NDArray[np.int64]
@@ -111,8 +119,7 @@ class Layout(NamedTuple):
     lengths_seen: npt.NDArray[np.int32]
     inputs: npt.NDArray[np.int32]
     slots: npt.NDArray[np.int64]
-    tokens: npt.NDArray[np.int32]
-    token_rows: npt.NDArray[np.int64]
+    blocks: npt.NDArray[np.int32]
     table: npt.NDArray[np.int32]
     table_rows: npt.NDArray[np.int64]
     block_size: int
@@ -154,6 +161,10 @@ class SteadySteps(SessionRows):
         self._batch_rows = np.arange(most, dtype=np.int64)[:, None]
         self._none_prefilling = torch.zeros(most, dtype=torch.bool, device="cpu")
 
+    @cached_property
+    def _block_rows(self) -> BlockRows:
+        return BlockRows(*self.input_batch.block_table[0].block_table.np.shape)
+
     def _pinned(self, size: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(size, dtype=dtype, device="cpu", pin_memory=self.device.type == "cuda")
 
@@ -164,7 +175,10 @@ class SteadySteps(SessionRows):
         width: int = getattr(output, EVEN_ROWS, 0)
         if not width or self.num_prompt_logprobs:
             return None
-        key = len(output.num_scheduled_tokens), width
+        return self._known_graph(len(output.num_scheduled_tokens), width)
+
+    def _known_graph(self, sessions: int, width: int) -> Graph | None:
+        key = sessions, width
         if key not in self._graphs:
             one_kind = len(self.attn_groups) == 1 and len(self.attn_groups[0]) == 1
             self._graphs[key] = self._find_graph(*key) if one_kind else None
@@ -199,17 +213,11 @@ class SteadySteps(SessionRows):
         from vllm.forward_context import set_forward_context
         from vllm.v1.worker.gpu_model_runner import ExecuteModelState
 
-        roster = self._same_requests(output)
-        if roster is None:
-            self._laid_out = (0, 0)
-            self._update_states(output)  # type: ignore[attr-defined]
-            roster = self._roster = self._enrolled(list(output.num_scheduled_tokens))
-            assert roster is not None, "a pass has other requests than its batch"
-        else:
-            self._advance(output, roster)
+        roster = self._roster = self._without_batch(output, graph.width) or self._in_batch(output)
         sessions = len(roster.order)
         self._lay_out(output, roster, graph)
         self._show_blocks(output, roster, graph.width)
+        graph = self._graph_of_pass(graph)
         metadata, slots = self._hand_over(sessions, graph)
         with set_forward_context(
             metadata,
@@ -235,23 +243,81 @@ class SteadySteps(SessionRows):
 
     # --- whose pass it is -----------------------------------------------------------------------------
 
-    def _same_requests(self, output: SchedulerOutput) -> Roster | None:
-        """The roster of an even pass to whose batch nothing has to be added and from which nothing has to be taken."""
+    def _same_as_known(self, output: SchedulerOutput, roster: Roster) -> bool:
+        """Whether all that vLLM keeps of a pass's requests, but for what this one changes, is what the roster says."""
         cached = output.scheduled_cached_reqs
         if (
-            output.finished_req_ids
-            or output.scheduled_new_reqs
+            output.scheduled_new_reqs
             or cached.resumed_req_ids
             or output.new_block_ids_to_zero
             or output.kv_cache_block_copies
             or output.free_encoder_mm_hashes
         ):
+            return False
+        # vLLM takes back what a request has said in few cases, none of ours
+        return not any(map(operator.lt, cached.num_output_tokens, map(len, roster.said)))
+
+    def _without_batch(self, output: SchedulerOutput, width: int) -> Roster | None:
+        """The roster of a pass that needs nothing of vLLM's batch, which is empty then; None of one that does."""
+        cached, ended, roster = output.scheduled_cached_reqs, output.finished_req_ids, self._roster
+        if roster is None or roster.drafts is not None or roster.order != cached.req_ids or ended:
+            roster = self._called(cached.req_ids)
+            if not all(speaker.greedy for speaker in roster.speakers):
+                return None
+        if not self._same_as_known(output, roster):
             return None
-        roster = self._roster
-        if roster is None or roster.order != cached.req_ids:
-            roster = self._roster = self._enrolled(cached.req_ids)
-        if roster is None or any(map(operator.lt, cached.num_output_tokens, map(len, roster.said))):
-            return None  # vLLM takes back what a request has said: it does so in few cases, none of ours
+        if ended or self.input_batch.num_reqs:
+            self._empty_batch(ended)
+        layout = self._layout(len(roster.order), width)
+        layout.computed[:] = cached.num_computed_tokens
+        for at, new in enumerate(cached.new_block_ids):
+            if new is not None:
+                (ids,), (more,) = roster.states[at].block_ids, new
+                layout.blocks[at, len(ids) : len(ids) + len(more)] = more
+                ids.extend(more)
+        if roster is not self._roster:
+            blocks = [state.block_ids[0] for state in roster.states]
+            self._block_rows.gather(roster.order, blocks, layout.blocks)
+        return roster
+
+    def _called(self, order: list[str]) -> Roster:
+        """The roster of a pass in the scheduler's order."""
+        states = [self.requests[request] for request in order]
+        speakers = [self._speaker(request) for request in order]
+        if len(self._speakers) > SPEAKERS * self.max_num_reqs:
+            self._speakers = {}
+        self._speakers.update(zip(order, speakers, strict=True))
+        return Roster(
+            order=order,
+            at=self._batch_rows[: len(order), 0],
+            states=states,
+            said=[state.output_token_ids for state in states],
+            requests=order,
+            speakers=speakers,
+            drawn=False,
+        )
+
+    def _empty_batch(self, ended: set[str]) -> None:
+        """As vLLM's `_update_states`, of a pass of nobody after some requests have ended."""
+        from vllm.v1.core.sched.output import SchedulerOutput
+
+        nobody = SchedulerOutput.make_empty()
+        nobody.finished_req_ids = ended
+        self._update_states(nobody)  # type: ignore[attr-defined]
+        self._laid_out = (0, 0)
+
+    def _in_batch(self, output: SchedulerOutput) -> Roster:
+        """The roster of a pass whose requests are made vLLM's batch."""
+        order, known = output.scheduled_cached_reqs.req_ids, self._roster
+        if known is not None and known.drafts is not None and not output.finished_req_ids:
+            roster = known if known.order == order else self._enrolled(order)
+            if roster is not None and self._same_as_known(output, roster):
+                self._advance(output, roster)
+                return roster
+        self._laid_out = (0, 0)
+        self._update_states(output)  # type: ignore[attr-defined]
+        roster = self._enrolled(list(output.num_scheduled_tokens))
+        assert roster is not None, "a pass has other requests than its batch"
         return roster
 
     def _enrolled(self, order: list[str]) -> Roster | None:
@@ -270,10 +336,10 @@ class SteadySteps(SessionRows):
             at=np.array(at, dtype=np.int64),
             states=states,
             said=[state.output_token_ids for state in states],
-            drafts=[batch.spec_token_ids[place] for place in at],
             requests=requests,
             speakers=speakers,
             drawn=any(speaker.rules is not None for speaker in speakers),
+            drafts=[batch.spec_token_ids[place] for place in at],
         )
 
     def _advance(self, output: SchedulerOutput, roster: Roster) -> None:
@@ -282,6 +348,7 @@ class SteadySteps(SessionRows):
         batch, cached = self.input_batch, output.scheduled_cached_reqs
         batch.num_computed_tokens_cpu[roster.at] = cached.num_computed_tokens
         blocks = output.scheduled_spec_decode_tokens
+        assert roster.drafts is not None, "a pass without vLLM's batch was to advance it"
         for own, state, drafts, computed in zip(
             roster.order, roster.states, roster.drafts, cached.num_computed_tokens, strict=True
         ):
@@ -300,10 +367,7 @@ class SteadySteps(SessionRows):
     def _lay_out(self, output: SchedulerOutput, roster: Roster, graph: Graph) -> None:
         """Work out tokens, positions, lengths and slots of the KV cache, in memory that the device can read."""
         sessions = len(roster.order)
-        key = sessions, graph.width
-        layout = self._layouts.get(key)
-        if layout is None:
-            layout = self._layouts[key] = self._layout(*key)
+        key, layout = (sessions, graph.width), self._layout(sessions, graph.width)
         if self._laid_out != key:
             self._pad(sessions, graph)
             self._laid_out = key
@@ -311,14 +375,22 @@ class SteadySteps(SessionRows):
         np.add(layout.computed[:, None], self._offsets[: graph.width], out=places)
         np.add(layout.computed, graph.width, out=layout.lengths)
         layout.lengths_seen[:] = layout.lengths
-        layout.inputs[:, 0] = layout.tokens[layout.token_rows + layout.computed]
+        layout.inputs[roster.at, 0] = [said[-1] for said in roster.said]
         if graph.width > 1:
             blocks = itertools.chain.from_iterable(output.scheduled_spec_decode_tokens.values())
             tokens = np.fromiter(blocks, np.int32, sessions * (graph.width - 1))
             layout.inputs[roster.at, 1:] = tokens.reshape(sessions, -1)
-        layout.slots[:] = layout.table[layout.table_rows + places // size] * np.int64(size) + places % size
+        columns, rest = np.divmod(places, size)
+        np.multiply(layout.table[layout.table_rows + columns], size, out=columns, dtype=np.int64)
+        np.add(columns, rest, out=layout.slots)
 
     def _layout(self, sessions: int, width: int) -> Layout:
+        found = self._layouts.get((sessions, width))
+        if found is None:
+            found = self._layouts[sessions, width] = self._new_layout(sessions, width)
+        return found
+
+    def _new_layout(self, sessions: int, width: int) -> Layout:
         batch, rows = self.input_batch, sessions * width
         table, own = batch.block_table[0], self._batch_rows[:sessions]
         shape = sessions, width
@@ -329,8 +401,7 @@ class SteadySteps(SessionRows):
             lengths_seen=self.optimistic_seq_lens_cpu.numpy()[:sessions],
             inputs=self.input_ids.np[:rows].reshape(shape),
             slots=table.slot_mapping.np[:rows].reshape(shape),
-            tokens=batch.token_ids_cpu.reshape(-1),
-            token_rows=own[:, 0] * batch.token_ids_cpu.shape[1],
+            blocks=table.block_table.np[:sessions],
             table=table.block_table.np.reshape(-1),
             table_rows=own * table.block_table.np.shape[1],
             block_size=table.block_size,
@@ -396,7 +467,7 @@ class SteadySteps(SessionRows):
         """Tell the exits and the sampler whose blocks are verified."""
         lengths: Mapping[str, int] = getattr(output, DRAFT_LENGTHS)
         sessions = len(roster.order)
-        layout = self._layouts[sessions, width]
+        layout = self._layout(sessions, width)
         own = np.zeros(sessions, dtype=np.int64)
         if lengths:
             own[roster.at] = list(lengths.values())
@@ -410,6 +481,10 @@ class SteadySteps(SessionRows):
         """As `_show_exits`, for an even batch."""
         self._show_exits(even.rows, torch.arange(even.tokens.size + len(even.tokens)), even.levels)
 
+    def _graph_of_pass(self, graph: Graph) -> Graph:
+        """The graph for the blocks that were shown, of as many sessions and rows."""
+        return graph
+
     def _await_hints(self) -> None:
         """The pass is launched: what exits need to know only once they speak."""
 
@@ -420,8 +495,9 @@ class SteadySteps(SessionRows):
         drafts, self._verified = self._verified, None
         if drafts is None:
             return super().sample_tokens(grammar_output)
-        logprobs = self.input_batch.sampling_metadata.max_num_logprobs
-        if grammar_output is not None or self._drawn or logprobs is not None:
+        roster = self._roster
+        assert roster is not None, "a pass ends that none has begun"
+        if roster.drafts is not None:
             self.execute_model_state = self.execute_model_state._replace(
                 spec_decode_metadata=replace(
                     self._indices(drafts),
@@ -429,8 +505,9 @@ class SteadySteps(SessionRows):
                 )
             )
             return super().sample_tokens(grammar_output)
+        assert grammar_output is None, "a pass without vLLM's batch knows no grammar"
         with torch.inference_mode():
-            said = self._end(drafts)
+            said = self._end(drafts, roster)
         self.step_clock.ended = time.monotonic()
         return said
 
@@ -444,7 +521,7 @@ class SteadySteps(SessionRows):
             found = self._metadata[sessions, drafted] = self._calc_spec_decode_metadata(counts, ends)  # type: ignore[attr-defined]
         return found
 
-    def _end(self, drafts: Tokens) -> ModelRunnerOutput:
+    def _end(self, drafts: Tokens, roster: Roster) -> ModelRunnerOutput:
         """Greedy decoding: of each block what agrees with the target, and the target's next token."""
         from vllm.v1.outputs import ModelRunnerOutput
 
@@ -459,26 +536,13 @@ class SteadySteps(SessionRows):
         np.not_equal(tokens[:, :-1], drafts, out=differ[:, :-1])
         counts = differ.argmax(axis=1) + 1
         said = [row[:count] for row, count in zip(tokens.tolist(), counts.tolist(), strict=True)]
-        self._keep(tokens, counts, said)
-        batch = self.input_batch
+        for own, more in zip(
+            roster.said, said, strict=True
+        ):  # as vLLM does: its scheduler doesn't send it again
+            own.extend(more)
         return ModelRunnerOutput(
-            req_ids=batch.req_ids.copy(),
-            req_id_to_index=batch.req_id_to_index.copy(),
+            req_ids=roster.order,
+            req_id_to_index=dict(zip(roster.order, range(len(said)), strict=True)),
             sampled_token_ids=said,
             num_nans_in_logits={},
         )
-
-    def _keep(
-        self, tokens: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], said: Sequence[list[int]]
-    ) -> None:
-        """Take down what requests have said, the first `counts` of `tokens`, as vLLM does, whose scheduler doesn't send it
-        again. There is room for all of a row's: a pass never reaches the end of the context."""
-        batch, roster = self.input_batch, self._roster
-        assert roster is not None
-        rows, ends = self._batch_rows[: len(said)], batch.num_tokens_no_spec[: len(said)]
-        places = ends[:, None] + self._offsets[: tokens.shape[1]]
-        batch.token_ids_cpu[rows, places] = tokens
-        batch.is_token_ids[rows, places] = True
-        ends += counts.astype(ends.dtype)
-        for own, at in zip(roster.said, roster.at.tolist(), strict=True):
-            own.extend(said[at])

@@ -7,11 +7,15 @@ session tells whether a step is of this kind; if anything about it is not, vLLM'
 
 What is left behind is what vLLM would leave: each function names the one whose effects it has. vLLM's request states, KV
 manager and stop checks stay the only ones.
+
+What nobody needs before the pass is launched waits until the device has it (`meanwhile`): books are kept, full blocks of KV
+are hashed and entered in the prefix cache, answers are made ready but for what the target will say. What has been said since
+is hashed before a step goes the long way (`catch_up`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
@@ -29,6 +33,19 @@ if TYPE_CHECKING:
 
     from services.verifier.engine.scheduler import SessionScheduler
 
+
+class UnderWay(NamedTuple):
+    """A session's part of the step: its rows, how many of them are a draft's, how many tokens it may say yet, and its
+    answer, which lacks what it says."""
+
+    session: Session
+    request: Request
+    rows: int
+    drafts: int
+    room: int
+    answer: EngineCoreOutput
+
+
 Ready = list[tuple[Session, "Request"]]
 Growing = list[tuple[int, int, bool]]
 """Of a session that vLLM's KV manager has to be asked for: which of those that are ready it is, for how many tokens it needs
@@ -43,7 +60,10 @@ class SteadySchedule:
         self._scheduler = scheduler
         self._possible = _is_possible(scheduler)
         self._padding = [[PADDING] * count for count in range(scheduler.max_block + 1)]
-        self._under_way: list[tuple[Session, Request, int, int]] = []
+        self._scheduled: list[tuple[Session, Request, int, int]] = []
+        self._filled: list[tuple[Request, int]] = []
+        self._unsorted = False
+        self._under_way: list[UnderWay] = []
         self._output: SchedulerOutput | None = None
         self._departures = 0
 
@@ -51,6 +71,7 @@ class SteadySchedule:
 
     def begin(self) -> SchedulerOutput | None:
         """As `Scheduler.schedule`, of a step in which each session that is not parked verifies a block."""
+        self.meanwhile()
         self._under_way, self._output = [], None
         own = self._scheduler
         if not self._possible or own.waiting or own.kv_holding_waiting:
@@ -85,8 +106,7 @@ class SteadySchedule:
                 return None
             else:
                 ready.append((session, request))
-        if parked:
-            own.running.sort(key=own._rank)
+        self._unsorted = parked
         return ready
 
     def _longest(self, ready: Ready) -> int | None:
@@ -142,8 +162,7 @@ class SteadySchedule:
         rows: dict[str, list[SparseRow]] = {}
         computed: list[int] = []
         said: list[int] = []
-        total = total_drafts = 0
-        verified, under_way = own._step.verified, self._under_way
+        total = 0
         new_blocks = self._grown(ready, growing)
         for session, request in ready:
             request_id, drafts, armed = request.request_id, session.drafts, session.armed
@@ -159,24 +178,16 @@ class SteadySchedule:
                 lengths[request_id] = drafts
                 request.spec_token_ids = []
             if drafts:
-                levels[request_id] = armed.levels[-drafts:]
+                told = armed.levels
+                levels[request_id] = told if len(told) <= drafts else told[-drafts:]
             if armed.rows:
                 rows[request_id] = drawn_from(session, armed, drafts)
-            count, before = 1 + len(block), request.num_computed_tokens
+            count = 1 + len(block)
             scheduled[request_id] = count
-            computed.append(before)
+            computed.append(request.num_computed_tokens)
             said.append(request.num_output_tokens)
-            request.num_computed_tokens = before + count
-            request.num_in_flight_tokens += count
-            session.verified, session.armed = armed.number, None
-            session.reached = max(session.reached, before)
-            verified[request_id] = drafts
-            under_way.append((session, request, count, drafts))
+            self._scheduled.append((session, request, count, drafts))
             total += count
-            total_drafts += drafts
-        self._count(len(ready), total_drafts)
-        own.prev_step_scheduled_req_ids.clear()
-        own.prev_step_scheduled_req_ids.update(scheduled)
         cached = CachedRequestData(
             req_ids=list(scheduled),
             resumed_req_ids=set(),
@@ -208,9 +219,9 @@ class SteadySchedule:
         return output
 
     def _grown(self, ready: Ready, growing: Growing) -> list[tuple[list[int], ...] | None]:
-        """As `KVCacheManager.allocate_slots`, of running requests whose KV is all of one kind; what each session gets."""
-        coordinator = self._scheduler.kv_cache_manager.coordinator
-        (manager,) = coordinator.single_type_managers
+        """As `KVCacheManager.allocate_slots`, of running requests whose KV is all of one kind, but that full blocks are not
+        entered in the prefix cache yet; what each session gets."""
+        (manager,) = self._scheduler.kv_cache_manager.coordinator.single_type_managers
         found: list[tuple[list[int], ...] | None] = [None] * len(ready)
         for at, room, filled in growing:
             request = ready[at][1]
@@ -218,8 +229,51 @@ class SteadySchedule:
                 blocks = manager.allocate_new_blocks(request.request_id, room, room)
                 found[at] = ([block.block_id for block in blocks],)
             if filled:
-                coordinator.cache_blocks(request, request.num_computed_tokens + 1)
+                self._filled.append((request, request.num_computed_tokens + 1))
         return found
+
+    def meanwhile(self) -> None:
+        """The rest of the step's scheduling; to be called before anything else happens to its requests."""
+        if not self._scheduled:
+            return
+        own, scheduled, filled = self._scheduler, self._scheduled, self._filled
+        self._scheduled, self._filled = [], []
+        if self._unsorted:
+            own.running.sort(key=own._rank)
+        verified = own._step.verified
+        for session, request, rows, drafts in scheduled:
+            before = request.num_computed_tokens
+            request.num_computed_tokens = before + rows
+            request.num_in_flight_tokens += rows
+            assert session.armed is not None
+            session.verified, session.armed = session.armed.number, None
+            session.reached = max(session.reached, before)
+            verified[request.request_id] = drafts
+        own.prev_step_scheduled_req_ids.clear()
+        own.prev_step_scheduled_req_ids.update(verified)
+        self._count(len(scheduled), sum(verified.values()))
+        coordinator = own.kv_cache_manager.coordinator
+        for request, known in filled:
+            request.update_block_hashes()
+            coordinator.cache_blocks(request, known)
+        self._under_way = [self._begun(*each) for each in scheduled]
+
+    def _begun(self, session: Session, request: Request, rows: int, drafts: int) -> UnderWay:
+        room = min(
+            self._scheduler.max_model_len - request.num_tokens, request.max_tokens - request.num_output_tokens
+        )
+        answer = EngineCoreOutput(
+            request_id=request.request_id,
+            new_token_ids=[],
+            trace_headers=request.trace_headers,
+            num_nans_in_logits=request.num_nans_in_logits,
+        )
+        return UnderWay(session, request, rows, drafts, room, answer)
+
+    def catch_up(self) -> None:
+        """Hash what requests have said, as `Request.append_output_token_ids` does; `end` leaves it over."""
+        for request in self._scheduler.running:
+            request.update_block_hashes()
 
     def _count(self, sessions: int, drafts: int) -> None:
         counters = self._scheduler.counters
@@ -234,6 +288,7 @@ class SteadySchedule:
     def end(self, output: SchedulerOutput, said: ModelRunnerOutput) -> dict[int, EngineCoreOutputs] | None:
         """As `Scheduler.update_from_output`, and ours, of a step that `begin` has scheduled: sessions that have spoken
         park."""
+        self.meanwhile()
         under_way, self._under_way = self._under_way, []
         own = self._scheduler
         if (
@@ -245,44 +300,35 @@ class SteadySchedule:
         ):
             return None
         places, sampled = said.req_id_to_index, said.sampled_token_ids
-        longest = own.max_model_len
         found: dict[int, list[EngineCoreOutput]] = {}
         stopped: set[Request] = set()
         accepted = 0
-        for session, request, count, drafts in under_way:
+        for session, request, rows, drafts, room, answer in under_way:
             tokens = sampled[places[request.request_id]]
             new = len(tokens)
-            request.num_in_flight_tokens -= count
-            request.num_computed_tokens -= count - new  # drafts that were rejected
+            request.num_in_flight_tokens -= rows
+            request.num_computed_tokens -= rows - new  # drafts that were rejected
             if drafts:
                 accepted += new - 1
-            room = min(longest - request.num_tokens, request.max_tokens - request.num_output_tokens)
             ends = False
             if session.stops is not None and new < room and session.stops.isdisjoint(tokens):
-                request.append_output_token_ids(tokens)
+                request._output_token_ids.extend(tokens)
+                request._all_token_ids.extend(tokens)
             else:
                 tokens, ends = own._update_request_with_output(request, tokens)
-            finish_reason = None
             session.spoke()
             if ends:
-                finish_reason = request.get_finished_reason()
+                answer.finish_reason, answer.stop_reason = request.get_finished_reason(), request.stop_reason
                 own._handle_stopped_request(request)
                 own._free_request(request)
                 stopped.add(request)
             else:
                 own._park(session)
             session.verified = 0
-            found.setdefault(request.client_index, []).append(
-                EngineCoreOutput(
-                    request_id=request.request_id,
-                    new_token_ids=tokens,
-                    finish_reason=finish_reason,
-                    stop_reason=request.stop_reason,
-                    trace_headers=request.trace_headers,
-                    num_nans_in_logits=request.num_nans_in_logits,
-                    kv_transfer_params=session.told,
-                )
-            )
+            answer.new_token_ids = tokens
+            if session.ahead or session.drafted:
+                answer.kv_transfer_params = session.told
+            found.setdefault(request.client_index, []).append(answer)
         own.counters.accepted_tokens += accepted
         if stopped:
             own.running = remove_all(own.running, stopped)
