@@ -76,6 +76,12 @@ def read_answers(path: Path) -> tuple[Replayed, ...]:
         ) from error
 
 
+def draws_of(seed: int, prompt_length: int, at: int) -> Random:
+    """What decides a place of an answer: the first draw from it is how hard the place is, 0 to 1, so that a draft which is
+    right with probability p is right where it is below p."""
+    return Random(f"{seed}:{prompt_length}:{at}")
+
+
 def parse_replay(draft: str) -> tuple[Path, ReplayOptions]:
     """File and options of a `replay:` draft; `OutriderError` that names what is wrong with it."""
     file, _, query = draft.removeprefix(PREFIX).partition("?")
@@ -151,7 +157,7 @@ class ReplayDraft:
     def _place(self, prompt_length: int, answer: Tokens, at: int) -> tuple[Alternative, ...]:
         """What the draft thinks of a position: its token and the next likeliest."""
         options = self._options
-        random = Random(f"{options.seed}:{prompt_length}:{at}")
+        random = draws_of(options.seed, prompt_length, at)
         truth, wrong = answer[at], answer[at] ^ 1
         right = random.random() < options.acceptance
         near = random.random() < options.second
