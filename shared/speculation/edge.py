@@ -952,7 +952,8 @@ class EdgeSession:
         answers = self._answers(verdict.round)
         if answers and self._phase is Phase.VERIFYING:
             self._measure(verdict, now_ms)
-            self._rivals.verified(len(verdict.tokens), now_ms - self._progress_ms)
+            if self._floor_is_rival:
+                self._rivals.verified(len(verdict.tokens), now_ms - self._progress_ms)
         return self._advance(
             verdict.base,
             verdict.tokens,
@@ -1000,6 +1001,11 @@ class EdgeSession:
             answers=self._answers(stale.round),
             verified=False,
         )
+
+    @property
+    def _floor_is_rival(self) -> bool:
+        """The session chooses between blocks and the floor: how blocks fare in one that does not is no measure of theirs."""
+        return self._config.adaptive and self._config.policy is Policy.LATENCY
 
     def _answers(self, round: int) -> bool:
         if self._phase is Phase.PREFILL:

@@ -697,6 +697,24 @@ def test_a_draft_that_the_floor_has_left_is_counted_as_overtaken() -> None:
     assert (common.rivals.drafts, common.rivals.in_time(1.0)) == (1, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("config", "counted"),
+    [
+        (replace(AHEAD, adaptive=True), 1),
+        (replace(AHEAD, adaptive=True, policy=Policy.COST), 0),
+        (replace(AHEAD, guesses=False, forwards=False, policy=Policy.COST), 0),
+    ],
+)
+def test_only_sessions_that_have_the_choice_teach_how_blocks_fare_beside_the_floor(
+    config: EdgeConfig, counted: int
+) -> None:
+    common = Common()
+    edge = drafting(replace(config, common=common))
+    edge.handle(plain(0, 11, 12), 2.0)
+    edge.handle(verdict(1, 1, 2, 11, 12, 13), 9.0)
+    assert common.rivals.drafts == counted
+
+
 def test_no_more_forwards_go_up_than_are_earned_by_committed_tokens() -> None:
     edge = drafting(replace(AHEAD, forwards_per_token=0.5, max_lanes=8, lane_threshold=0.0))
     edge.handle(draft(0), 2.0)
