@@ -515,9 +515,9 @@ class SessionShell:
             clock.answered_s = now_s
             self._answered.append(clock)
 
-    def _draft(self, said: Sequence[int], tail: core.Tail) -> Tokens:
-        """What the floor verifies beside the target's next token."""
-        return self._floor.draft((*self._prompt, *said), tail, self._host.passes.least_worth())
+    def _draft(self, said: Sequence[int], tail: core.Tail, block: core.Tail) -> Tokens:
+        """What is verified beside the target's next token."""
+        return self._floor.draft((*self._prompt, *said), tail, self._host.passes.least_worth(), block)
 
     def _judge(self, said: Tokens) -> None:
         """Learn from what a pass said: how much that is, and what the floor's drafts were worth."""

@@ -18,7 +18,8 @@ this side lets go of it.
 
 What there is to verify are *drafts*, each a path of tokens from a base on. A block may be verified as soon as its path
 agrees with what the target has said; what was said meanwhile is trimmed from its front. A forward may be verified when
-the outcome that it assumes has come true. Of several, the newest goes first: its sender knew most.
+the outcome that it assumes has come true. Of several, the newest goes first: its sender knew most. Under policy `latency`
+what the verifier would draft itself goes before it where that promises more tokens, and behind it where it goes on with it.
 
 With nothing to verify, the policy decides. Under `cost` the session waits. Under `latency` the *AR floor* takes over: the
 target goes on by itself, with what the verifier drafts itself (by prompt lookup, or from what is left of a draft that was
@@ -96,20 +97,22 @@ TAILS: Final = 16
 
 
 class Tail(NamedTuple):
-    """What a draft that was refused goes on with, in the places that come next: often the target only said one word for
-    another. `foreseen` are the tokens before it that the draft had right again, in a row."""
+    """What is left of a draft, in the places that come next; of one that was refused, too, since often the target only said
+    one word for another. `foreseen` are the tokens before it that the draft had right (again), in a row."""
 
     foreseen: int = 0
     tokens: Tokens = ()
 
 
-FloorDraft = Callable[[Sequence[int], Tail], Tokens]
-"""From what was said, and what a refused draft goes on with, to what the verifier itself would draft, perhaps nothing."""
+FloorDraft = Callable[[Sequence[int], Tail, Tail], Tokens]
+"""From what was said, what a refused draft goes on with, and what is left of a draft that could be verified now, to what
+had best be verified: what is left of that draft, perhaps with more behind it, or what the verifier itself would draft,
+which may be nothing."""
 
 
-def no_draft(said: Sequence[int], tail: Tail) -> Tokens:
+def no_draft(said: Sequence[int], tail: Tail, block: Tail) -> Tokens:
     """The floor without drafts."""
-    return ()
+    return block.tokens
 
 
 # --- events -------------------------------------------------------------------------------------------
@@ -341,6 +344,11 @@ class _Pass:
     tokens: Tokens
     draft: _Draft | None = None
     since_ms: float = 0.0
+
+    @property
+    def own(self) -> Tokens:
+        """Its draft's among the tokens: more may stand behind them."""
+        return self.tokens[: len(self.draft.path) - (self.base - self.draft.base)] if self.draft else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -703,9 +711,12 @@ class VerifierSession:
             self._pace.saw_end(ready=bool(ready))
         if ready:
             draft = max(ready, key=lambda each: each.round)
-            left = draft.left(self._said) or ()
+            left = (draft.left(self._said) or ())[: self._max_block]
+            best = self._best(draft, left)
+            if best[: len(left)] != left:
+                return [*stale, self._verify(None, best, now_ms)]
             del self._drafts[draft.round]
-            return [*stale, self._verify(draft, left[: self._max_block], now_ms)]
+            return [*stale, self._verify(draft, best, now_ms)]
         if not self._results:
             stale += self._refuse_ahead()
         if self._evicting is not None or self._policy is Policy.COST or self._patient:
@@ -734,9 +745,26 @@ class VerifierSession:
 
     def _floor(self, now_ms: float) -> list[VerifierAction]:
         """One pass that nobody asked for."""
-        if len(self._said) - self._acknowledged >= MOST_AHEAD:
+        if not self._heard_from:
             return []
-        return [self._verify(None, self._floor_draft(self._said, self._tail())[: self._max_block], now_ms)]
+        own = self._floor_draft(self._said, self._tail(), Tail())
+        return [self._verify(None, own[: self._max_block], now_ms)]
+
+    def _best(self, draft: _Draft, left: Tokens) -> Tokens:
+        """What to verify where `left` is what is left of a draft: that, perhaps with more behind it, or something else,
+        which is the floor's then.
+
+        A draft that was drawn from distributions is verified as it is: whether it is must not hang on what was drawn.
+        """
+        if self._policy is Policy.COST or self._evicting is not None or draft.rows or not self._heard_from:
+            return left
+        foreseen = len(self._said) - draft.base - draft.assumed
+        return self._floor_draft(self._said, self._tail(), Tail(foreseen, left))[: self._max_block]
+
+    @property
+    def _heard_from(self) -> bool:
+        """A gateway has named a base of late, so that the floor may go on."""
+        return len(self._said) - self._acknowledged < MOST_AHEAD
 
     def _tail(self) -> Tail:
         """Of the drafts that reach beyond what was said, the rest of the one that has foreseen most of its end; of equals
@@ -821,12 +849,8 @@ class VerifierSession:
             base=draft.message.base,
             layer=event.layer,
             outcomes=tuple(
-                Outcome(
-                    accepted=outcome.accepted + trimmed,
-                    next_token=outcome.next_token,
-                    confidence=outcome.confidence,
-                )
-                for outcome in event.outcomes
+                Outcome(accepted=accepted + trimmed, next_token=next_token, confidence=min(confidence, 1.0))
+                for (accepted, next_token), confidence in _within(event.outcomes, ran.own, ran.tokens).items()
             ),
             elapsed_ms=event.elapsed_ms,
         )
@@ -840,9 +864,6 @@ class VerifierSession:
         self._committing = True
         result = self._results[0]
         ran = result.ran
-        drafted, accepted = (
-            (0, 0) if ran.draft is None else (len(ran.tokens), _accepted(ran.tokens, result.tokens))
-        )
         number = self._last_round if ran.draft is None else ran.draft.round
         return [
             Commit(
@@ -851,8 +872,8 @@ class VerifierSession:
                 self.base,
                 result.tokens,
                 result.finish_reason,
-                drafted,
-                accepted,
+                len(ran.own),
+                _accepted(ran.own, result.tokens),
                 result.logprobs,
             )
         ]
@@ -895,7 +916,7 @@ class VerifierSession:
             epoch=self._epoch,
             round=draft.round,
             base=base,
-            accepted=_accepted(_tokens(draft.message) if draft.asks else ran.tokens, tokens),
+            accepted=_accepted(_tokens(draft.message) if draft.asks else ran.own, tokens),
             tokens=tokens,
             finish_reason=result.finish_reason,
             taken=taken,
@@ -1016,6 +1037,17 @@ class VerifierSession:
             retry_after_s=retry_after_s,
         )
         return Publish(fault, message.reply)
+
+
+def _within(outcomes: Sequence[Outcome], own: Tokens, tokens: Tokens) -> dict[tuple[int, int], float]:
+    """Outcomes of `tokens` as those of the first of them, a sender's `own`: where more were accepted, what follows these is
+    the next of `tokens`."""
+    found: dict[tuple[int, int], float] = {}
+    for outcome in outcomes:
+        beyond = outcome.accepted > len(own)
+        key = (len(own), tokens[len(own)]) if beyond else (outcome.accepted, outcome.next_token)
+        found[key] = found.get(key, 0.0) + outcome.confidence
+    return found
 
 
 def _leading(values: Sequence[bool], value: bool) -> int:
