@@ -181,6 +181,7 @@ def play(
             max_lanes=settings.max_lanes,
             forwards_per_token=settings.forwards_per_token,
             foresight=foresight,
+            round_trip_ms=timings.rtt + 2 * timings.message,
             common=common,
         )
         answer = VirtualAnswer(text, timings, config, common, passes)

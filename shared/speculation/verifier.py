@@ -78,6 +78,8 @@ MOST_DRAFTS: Final = 32
 """Drafts kept a session; beyond it the oldest forward goes."""
 MOST_PATHS: Final = 128
 """Drafts that a forward may name as its parent."""
+MOST_FLOORS: Final = 4
+"""Passes of its own, the newest ones, that a forward may follow."""
 MOST_RESULTS: Final = 2
 """Results that may wait for Redis before no further pass is started."""
 TOKEN_IDS: Final = 1 << 31
@@ -448,6 +450,7 @@ class VerifierSession:
         self._running: _Pass | None = None
         self._drafts: dict[int, _Draft] = {}  # by round
         self._paths: OrderedDict[int, _Draft] = OrderedDict()  # what a forward may follow
+        self._floors: OrderedDict[int, Tokens] = OrderedDict()  # what the floor drafted, by base
         self._arrived: list[
             Prompt | Block | Forward
         ] = []  # during a claim, or in an epoch still to be claimed
@@ -580,7 +583,7 @@ class VerifierSession:
             )
 
     def _consider_forward(self, message: Forward) -> None:
-        parent = self._paths.get(message.parent)
+        parent = self._parent(message)
         if message.epoch < self._epoch or self._under_way(message.round) or parent is None:
             return
         own = parent.path[parent.assumed :]
@@ -595,6 +598,13 @@ class VerifierSession:
         draft = _Draft(message, parent.base, (*assumed, *message.tokens), len(assumed), rows)
         if self._ending is None and draft.left(self._said) is not None:
             self._keep(draft)
+
+    def _parent(self, message: Forward) -> _Draft | None:
+        """What a forward follows: a draft, or a pass of the floor."""
+        if message.parent != message.round:
+            return self._paths.get(message.parent)
+        drafted = self._floors.get(message.base)
+        return None if drafted is None else _Draft(message, message.base, drafted)
 
     def _may_follow(self, draft: _Draft) -> bool:
         left = draft.left(self._said)
@@ -640,6 +650,7 @@ class VerifierSession:
         self._phase = Phase.PARKED
         self._drafts.clear()
         self._paths.clear()
+        self._floors.clear()
         if not live:
             self._said = list(event.committed)
             self._logprobs = list(event.logprobs)
@@ -738,6 +749,9 @@ class VerifierSession:
         self._running = _Pass(len(self._said), tokens, draft, now_ms)
         self._patient = False
         if draft is None:
+            self._floors[len(self._said)] = tokens
+            if len(self._floors) > MOST_FLOORS:
+                self._floors.popitem(last=False)
             return Verify(NO_ROUND, len(self._said), tokens)
         confidences = _confidences(draft.message, tokens)
         rows = draft.drawn_from(self._said, len(tokens))
@@ -896,6 +910,7 @@ class VerifierSession:
         next_pass = self._results[0].ran if self._results else self._running  # it may have ended already
         following = next_pass.draft if next_pass is not None else None
         taken = following.round if following is not None and not following.asks else None
+        alone = next_pass.tokens if next_pass is not None and following is None else ()
         ran, draft = result.ran, result.ran.draft
         if draft is None:
             floor = Floor(
@@ -905,6 +920,7 @@ class VerifierSession:
                 tokens=result.tokens,
                 finish_reason=result.finish_reason,
                 taken=taken,
+                following=alone,
                 logprobs=result.logprobs,
             )
             return Publish(floor, self._reply)
@@ -920,6 +936,7 @@ class VerifierSession:
             tokens=tokens,
             finish_reason=result.finish_reason,
             taken=taken,
+            following=alone,
             logprobs=tuple(self._logprobs[base:end]),
         )
         return Publish(self._verdict, draft.message.reply)

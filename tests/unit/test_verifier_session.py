@@ -633,6 +633,28 @@ def test_a_hint_speaks_of_the_block_alone_though_more_is_verified_behind_it() ->
     assert found == [(1, 99, 0.1), (2, 13, pytest.approx(0.8))]
 
 
+def test_a_floor_says_what_it_verifies_next_and_a_forward_may_follow_that() -> None:
+    session, _ = promising((12, 13))
+    session.handle(EngineAnswered((11,)))
+    (told,) = published(session.handle(Committed(2)))
+    assert isinstance(told, Floor)
+    assert told.following == (12, 13)
+    session.handle(forward(5, 5, 1, 98, 12, 13, base=2))
+    session.handle(forward(6, 6, 0, 97, 12, base=2))
+    assert session.handle(EngineAnswered((12, 98)))[0] == Verify(5, 4, (12, 13))
+    (told,) = published(session.handle(Committed(4)))
+    assert isinstance(told, Floor)
+    assert (told.taken, told.following) == (5, ())
+
+
+def test_a_forward_that_follows_a_pass_that_was_never_run_is_dropped() -> None:
+    session, _ = promising((12, 13))
+    session.handle(EngineAnswered((11,)))
+    session.handle(Committed(2))
+    session.handle(forward(5, 5, 0, 12, 99, base=7))
+    assert not session.waits_for(5)
+
+
 def test_under_cost_a_block_is_verified_as_it_is() -> None:
     session, offered = promising((12, 13), policy=Policy.COST)
     assert session.handle(block(1, 1, 11))[0] == Verify(1, 1, (11,))
