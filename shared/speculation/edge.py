@@ -109,7 +109,7 @@ class EdgeConfig:
     round_timeout_ms: float = 2_000.0
     stall_timeout_ms: float = 120_000.0
     round_trip_ms: float | None = None
-    """What the way to the verifier and back takes, where something measures it; None: learned from blocks."""
+    """What the link measures: without the waits for a pass under way that blocks have. None where nothing measures it."""
     common: Common | None = None
     """What sessions have learned together; None for a session that learns alone."""
 
@@ -483,7 +483,7 @@ class EdgeSession:
         self._acceptance = Mean(common.acceptance(TYPICAL), memory=OWN)
         self._exits = common.exits
         self._rivals = common.rivals
-        self._round_trip = Mean(config.round_trip_ms)
+        self._round_trip = Mean()
         self._alone = Mean()  # a pass that the verifier runs by itself, ms
         self._pass = common.pass_ms
         self._step = common.step_ms
@@ -575,16 +575,14 @@ class EdgeSession:
         """Draft beside a pass that the verifier runs by itself, to verify `following`: what may come of it is guessed as the
         outcome of a block is. None where that would be too late."""
         config = self._config
-        if (
-            not (config.guesses and config.forwards and self._floor_is_rival)
-            or self._round_trip.value is None
-        ):
+        way_ms = config.round_trip_ms
+        if not (config.guesses and config.forwards and self._floor_is_rival) or way_ms is None:
             return None
         places = min(len(following), config.block_length) + 1
         places = min(places, config.max_tokens - self.base - 1)
         look_ms = self._step(max(1, places))
-        window_ms = self._alone(self._pass(self._sharers(1.0))) - self._round_trip(0.0) - look_ms
-        if self._rest > 0 or places < 1 or window_ms <= look_ms or not self._best_length():
+        left_ms = self._alone(self._pass(self._sharers(1.0))) - way_ms - HOPS_MS - look_ms
+        if self._rest > 0 or places < 1 or left_ms <= SHORTEST * self._step(1) or not self._best_length():
             return None
         number, self._next_lane = self._next_lane, self._next_lane + 1
         lane = _Lane(
@@ -985,8 +983,8 @@ class EdgeSession:
     def _room_beside(self, lane: _Lane, most: int, now_ms: float) -> tuple[int, int]:
         """The same beside a pass of the floor, of which the edge heard half a round trip after it had begun."""
 
-        end_ms = lane.started_ms + self._alone(self._pass(self._sharers(1.0))) - self._round_trip(0.0)
-        left_ms = end_ms - HOPS_MS - now_ms
+        way_ms = (self._config.round_trip_ms or 0.0) + HOPS_MS
+        left_ms = lane.started_ms + self._alone(self._pass(self._sharers(1.0))) - way_ms - now_ms
         for lanes in range(most, 0, -1):
             length = int(left_ms / max(self._step(lanes), 1e-3))
             if length >= SHORTEST:
@@ -1187,8 +1185,7 @@ class EdgeSession:
             away_ms = now_ms - lane.sent_ms - verdict.verify_ms - verdict.commit_ms
             # It may have waited for a pass under way: the shortest times are those of the way alone.
             known = self._round_trip(away_ms)
-            if self._config.round_trip_ms is None:
-                self._round_trip.saw(min(max(0.0, away_ms), 1.5 * known + 1.0))
+            self._round_trip.saw(min(max(0.0, away_ms), 1.5 * known + 1.0))
         for layer, hint_ms in lane.hint_ms.items():
             statistics.exit_lead_ms.setdefault(layer, []).append(now_ms - hint_ms)
 
