@@ -1311,10 +1311,8 @@ class EdgeSession:
     def _go_beside(self, following: Tokens, answers: bool, now_ms: float) -> list[EdgeAction] | None:
         """Have the open lane make room for a pass of the floor; None where that is not worth its while."""
         lane, main = self._open, self._lanes.get(self._main) if self._main is not None else None
-        if main is not None and self.base > main.base + len(
-            main.assumed
-        ):  # it is still being drafted, for an older base
-            return None
+        if main is not None and self.base > main.base + len(main.assumed):
+            return None  # what is being drafted for an older base may hold yet
         beside = self._beside(following, now_ms)
         if beside is None or lane is None:
             return beside
