@@ -19,7 +19,7 @@ a run is one mode at one round trip with so many sessions at a time. Its figures
     ratio_to            ms/token by that of another mode of the same setting, 95 % of resamplings of the prompts
 
 With `--paper` the draft is replayed and a timer verifies, in the timings of arXiv 2505.21594; all of it is marked
-`synthetic`.
+`synthetic`. So is the timer's draft head (`loadtest.replay_head`), which `full_headless` is without.
 """
 
 from __future__ import annotations
@@ -30,16 +30,19 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from loadtest import rounds
 from loadtest.compare_clients import Answer, StockReader
-from loadtest.compare_modes import DEFAULT, PAPER_SETTING, Mode, Place, chosen
+from loadtest.compare_modes import DEFAULT, PAPER_SETTING, REPLAYED, Mode, Place, chosen
 from loadtest.compare_parts import Parts, Wanted, cpu_name
 from loadtest.compare_report import Batch, Setting, by_prompt, charts, figures, ratio, table
+from loadtest.replay_head import ACCEPTANCE as HEAD_CHANCES
+from loadtest.replay_head import HEAD, parse_head
+from loadtest.replay_head import NONE as NO_HEAD
 from shared.errors import InvalidRequest
 from shared.models import fetch
 from shared.protocol import Tokens
@@ -57,6 +60,7 @@ PAPER_RTT_MS: Final = 96.0
 PAPER_GAMMA: Final = 4
 PAPER_DRAFT_MS: Final = 75.0
 PAPER_PASS_MS: Final = 522.0
+HEAD_ACCEPTANCE: Final = ",".join(f"{share:g}" for share in HEAD_CHANCES)
 
 WRONG: Final = "acceptance=0&confidence=0.7&second=0&ms_per_token=3"
 """A draft that is always wrong, sure of itself, and as fast as the one that ships."""
@@ -78,6 +82,7 @@ class Options:
     draft: str = "hybrid"
     paper: bool = False
     acceptance: float = 0.7
+    head: str = HEAD_ACCEPTANCE
     timeline: bool = False
 
 
@@ -262,13 +267,14 @@ async def compare(
     answers = folder / "answers.json"
     drafts = {
         Place.EDGE: _replay(answers, options) if options.paper else options.draft,
+        Place.HEADLESS: _replay(answers, options),
         Place.WRONG: f"replay:{answers}?{WRONG}",
     }
-    replay = {"OUTRIDER_REPLAY_ANSWERS": str(answers), "OUTRIDER_REPLAY_PASS_MS": str(PAPER_PASS_MS)}
+    replays = _replays(answers, options, places) if options.paper else {}
     async with Parts(folder, wanted) as parts:
         said = await reference(parts, asked, options)
         await asyncio.to_thread(write_answers, answers, asked, said)
-        await parts.start_edges(drafts, replay)
+        await parts.start_edges(drafts, replays)
         say(f"  up after {time.monotonic() - began_s:.0f} s")
         runs = await measure(parts, asked, [answer.tokens for answer in said], options, say)
         pinned = parts.pinned
@@ -276,7 +282,7 @@ async def compare(
         "prompts": f"{len(asked)} of {prompts.name}, at most {options.prompt_tokens} tokens of each, families in turn",
         "target": target.name
         if not options.paper
-        else f"a timer that knows the answers of {target.name} (synthetic)",
+        else f"a timer that knows the answers of {target.name}, its draft head {_head(options)} (synthetic)",
         "draft": _replay(Path(answers.name), options) + " (synthetic)" if options.paper else options.draft,
         "machine": machine(pinned),
         "max_tokens": options.max_tokens,
@@ -300,6 +306,18 @@ def write_answers(path: Path, asked: Sequence[Question], said: Sequence[Answer])
 
 def _replay(answers: Path, options: Options) -> str:
     return f"replay:{answers}?acceptance={options.acceptance:g}&ms_per_token={PAPER_DRAFT_MS:g}"
+
+
+def _head(options: Options) -> str:
+    """The draft head of the target that is replayed."""
+    return f"acceptance={options.head}" if options.head not in NO_HEAD else "none"
+
+
+def _replays(answers: Path, options: Options, places: Set[Place]) -> dict[Place, dict[str, str]]:
+    """What the verifiers that replay read from their environment: one with the draft head, one without where it is asked."""
+    common = {"OUTRIDER_REPLAY_ANSWERS": str(answers), "OUTRIDER_REPLAY_PASS_MS": str(PAPER_PASS_MS)}
+    heads = {Place.EDGE: _head(options), Place.HEADLESS: "none"}
+    return {place: {**common, HEAD: head} for place, head in heads.items() if place in places}
 
 
 def machine(pinned: bool) -> dict[str, Any]:
@@ -371,6 +389,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--paper", action="store_true", help="the paper's own timings (synthetic)")
     parser.add_argument("--acceptance", type=float, default=0.7, help="of the replayed draft (default: 0.7)")
     parser.add_argument(
+        "--head-acceptance",
+        default=HEAD_ACCEPTANCE,
+        help="of the replayed draft head, up to its 1st, 2nd … token; 0 or none is no head "
+        f"(default: {HEAD_ACCEPTANCE})",
+    )
+    parser.add_argument(
         "--timeline", action="store_true", help="tell where the time of a round goes (rounds.md)"
     )
     parser.add_argument("--logs", type=Path, help="folder for the processes' logs (default: a temporary one)")
@@ -392,14 +416,20 @@ def options_of(arguments: argparse.Namespace) -> Options:
         draft=arguments.draft,
         paper=paper,
         acceptance=arguments.acceptance,
+        head=arguments.head_acceptance,
         timeline=arguments.timeline,
     )
     if options.count < 1 or options.max_tokens < 2 or options.prompt_tokens < 1 or options.gamma < 0:
         raise InvalidRequest(
             "--count, --prompt-tokens and --gamma should be positive, --max-tokens at least 2"
         )
-    if paper and (wrong := [mode.name for mode in options.modes if mode.place is not Place.EDGE]):
+    if paper and (wrong := [mode.name for mode in options.modes if mode.place not in REPLAYED]):
         raise InvalidRequest(f"--paper has no target that runs, so it can't compare {', '.join(wrong)}")
+    if not paper and any(mode.place is Place.HEADLESS for mode in options.modes):
+        raise InvalidRequest(
+            "full_headless is a mode of --paper alone: other targets run with what they have"
+        )
+    parse_head(_head(options))
     return options
 
 

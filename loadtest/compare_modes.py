@@ -23,6 +23,11 @@ class Place(StrEnum):
     """The gateway at the edge, with the draft that is measured."""
     WRONG = "wrong"
     """A gateway at the edge whose draft is always wrong and sure of itself."""
+    HEADLESS = "headless"
+    """The gateway at the edge, before a verifier of its own whose target has no draft head; replayed only."""
+
+
+STOCK: Final = (Place.STOCK, Place.NGRAM, Place.DRAFT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,7 @@ class Mode:
     @property
     def speculates(self) -> bool:
         """Outrider answers."""
-        return self.place in (Place.EDGE, Place.WRONG)
+        return self.place not in STOCK
 
     @property
     def policy(self) -> str:
@@ -67,6 +72,12 @@ MODES: Final[Mapping[str, Mode]] = {
         Mode("sync", "speculative decoding over the link, each block after the verdict", Place.EDGE, _PLAIN),
         Mode("paper", "sync, and lanes from exits: the paper", Place.EDGE, {**_PLAIN, "hints": True}),
         Mode("full", "all of Outrider", Place.EDGE, _FULL),
+        Mode(
+            "full_headless",
+            "full without the target's draft head, in the paper's setting",
+            Place.HEADLESS,
+            _FULL,
+        ),
         Mode("full-guesses", "full without lanes at send time", Place.EDGE, {**_FULL, "guesses": False}),
         Mode("full_exits", "full with exits in every pass", Place.EDGE, {**_FULL, "hints": True}),
         Mode("full-hints", "full without exits", Place.EDGE, {**_FULL, "hints": False}),
@@ -89,9 +100,10 @@ MODES: Final[Mapping[str, Mode]] = {
     )
 }
 
-STOCK: Final = (Place.STOCK, Place.NGRAM, Place.DRAFT)
 DEFAULT: Final = ("ar", "vllm_ngram", "vllm_draft", "sync", "paper", "full", "full_cost")
-PAPER_SETTING: Final = ("sync", "paper", "full", "full_cost")
+PAPER_SETTING: Final = ("sync", "paper", "full_headless", "full", "full_cost")
+REPLAYED: Final = (Place.EDGE, Place.HEADLESS)
+"""Places that the paper's setting has."""
 
 
 def chosen(text: str) -> tuple[Mode, ...]:

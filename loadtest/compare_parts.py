@@ -48,10 +48,10 @@ class Wanted:
     """What to bring up: the target, and the places that modes ask. vLLM's own modes speculate `speculate` tokens.
 
     `verifier` is a module of ours that runs in the place of the stack's own verifier; with `replayed` it comes up with the
-    gateways at the edge, since it reads what was asked for before. At each place at the edge are `edges` gateways, which
-    link to the `gateways` in the cloud in turn, and answer in turn. `timeline` is a folder for what tells where the time of
-    rounds goes. `environment` is for all services, `stock_options` for vLLM as it comes. Without `pinned` no process is kept
-    to one core.
+    gateways at the edge (`Parts.start_edges`), since it reads what was asked for before. At each place at the edge are
+    `edges` gateways, which link to the `gateways` in the cloud in turn, and answer in turn. `timeline` is a folder for what
+    tells where the time of rounds goes. `environment` is for all services, `stock_options` for vLLM as it comes. Without
+    `pinned` no process is kept to one core.
     """
 
     target: Path
@@ -114,7 +114,8 @@ class Parts:
         self._proxies: list[DelayProcess] = []
         self._used: set[int] = set()
         self._stack: Stack | None = None
-        self._own_verifier: tuple[ManagedProcess, str] | None = None
+        self._verifiers: dict[Place, tuple[ManagedProcess, str]] = {}
+        """Those that stand in for the stack's, by the place that they serve; the edge's serves all that has none."""
 
     async def __aenter__(self) -> Self:
         try:
@@ -155,8 +156,8 @@ class Parts:
 
     async def verifier_metrics(self) -> str:
         """The page of metrics of the verifier that stands in for the stack's."""
-        assert self._own_verifier is not None
-        return (await self._http.get(f"{self._own_verifier[1]}/metrics", follow_redirects=True)).text
+        _, url = self._verifiers[Place.EDGE]
+        return (await self._http.get(f"{url}/metrics", follow_redirects=True)).text
 
     def cpu_ms(self, place: Place) -> float:
         """What the processes that hold the target have computed so far."""
@@ -193,7 +194,7 @@ class Parts:
         if self._edges:
             await self._cloud()
             if wanted.verifier and not wanted.replayed:
-                self._start_verifier({})
+                self._start_verifier(Place.EDGE, {})
         stops = await asyncio.to_thread(stop_tokens, wanted.target)
         for place, (process, port) in stock.items():
             await until(process, partial(says_ready, process.log), START_S)
@@ -202,30 +203,30 @@ class Parts:
             self._exits.callback(reader.close)
             assert process.pid is not None
             self.places[place] = Served(reader, (proxy,), process.pid)
-        if self._own_verifier is not None:
-            await self._verifier_ready()
+        await self._verifiers_ready()
 
     @property
     def _edges(self) -> list[Place]:
-        return [place for place in (Place.EDGE, Place.WRONG) if place in self._wanted.places]
+        return [place for place in Place if place not in STOCK and place in self._wanted.places]
 
     async def start_edges(
-        self, drafts: Mapping[Place, str], replay_environment: Mapping[str, str] | None = None
+        self,
+        drafts: Mapping[Place, str],
+        replay_environments: Mapping[Place, Mapping[str, str]] | None = None,
     ) -> None:
         """Bring up the gateways at the edge, and give everything its core. A draft may read answers that had to be asked
-        for first; so may the verifier that replays, by `replay_environment`."""
+        for first; so may the verifiers that replay, by `replay_environments`: one for each of these places, and that of
+        `Place.EDGE` for the others."""
         if self._stack is not None:
             stack = self._stack
-            if self._wanted.replayed:
-                self._start_verifier(replay_environment or {})
-            verifier = await self._verifier_ready() if self._own_verifier else stack.pid("verifier-0")
-            if verifier is None:
-                raise Unavailable("the verifier has no process")
+            for place, environment in (replay_environments or {}).items():
+                self._start_verifier(place, environment)
+            await self._verifiers_ready()
             links = [
                 await self._proxy(int(part.url.rpartition(":")[2])) for part in stack.record.of("gateway")
             ]
             for place in self._edges:
-                await self._serve_at(stack, place, drafts[place], tuple(links), verifier)
+                await self._serve_at(stack, place, drafts[place], tuple(links))
         self.pinned = self._wanted.pinned and self._pin()
 
     def _start(
@@ -272,25 +273,38 @@ class Parts:
         await asyncio.to_thread(self._stack.up)
 
     async def _serve_at(
-        self, stack: Stack, place: Place, draft: str, links: tuple[DelayProcess, ...], verifier: int
+        self, stack: Stack, place: Place, draft: str, links: tuple[DelayProcess, ...]
     ) -> None:
         """Start the place's gateways at the edge, all at once, and wait for them."""
+        own = self._verifiers.get(place) or self._verifiers.get(Place.EDGE)
+        verifier = own[0].pid if own is not None else stack.pid("verifier-0")
+        if verifier is None:
+            raise Unavailable("the verifier has no process")
+        model = self._model(stack, place)
         names = [
             f"edge-{place.value}" + (f"-{number}" if number else "") for number in range(self._wanted.edges)
         ]
-        started = [self._edge(name, draft, links[number % len(links)]) for number, name in enumerate(names)]
+        started = [
+            self._edge(name, model, draft, links[number % len(links)]) for number, name in enumerate(names)
+        ]
         for process, url in started:
             await until(process, partial(_is_ready, url), START_S)
-        readers = [GatewayReader(url, stack.model_name, self._http) for _, url in started]
+        readers = [GatewayReader(url, model, self._http) for _, url in started]
         edges = {url: process.pid for process, url in started if process.pid is not None}
         reader = readers[0] if len(readers) == 1 else TurnsReader(readers)
         self.places[place] = Served(reader, links, verifier, edges)
 
-    def _edge(self, name: str, draft: str, link: DelayProcess) -> tuple[ManagedProcess, str]:
+    @staticmethod
+    def _model(stack: Stack, place: Place) -> str:
+        """The name of the model that a place serves: a target of its own has a name of its own."""
+        return f"{stack.model_name}-{place.value}" if place is Place.HEADLESS else stack.model_name
+
+    def _edge(self, name: str, model: str, draft: str, link: DelayProcess) -> tuple[ManagedProcess, str]:
         port = self._port()
         environment = {
             **self._wanted.environment,
             "OUTRIDER_MODEL": str(self._wanted.target),
+            "OUTRIDER_MODEL_NAME": model,
             "OUTRIDER_DRAFT": draft,
             "OUTRIDER_UPLINK": "link",
             "OUTRIDER_TIMELINE": self._wanted.timeline,
@@ -301,31 +315,34 @@ class Parts:
         }
         return self._start(name, ["services.draft_gateway"], environment), f"http://{HOST}:{port}"
 
-    def _start_verifier(self, environment: Mapping[str, str]) -> None:
+    def _start_verifier(self, place: Place, environment: Mapping[str, str]) -> None:
         assert self._stack is not None
         port = self._port()
-        process = self._start(
-            "verifier",
-            [self._wanted.verifier],
-            {
-                **self._wanted.environment,
-                "OUTRIDER_MODEL": str(self._wanted.target),
-                "OUTRIDER_TIMELINE": self._wanted.timeline,
-                "OUTRIDER_KAFKA": self._stack.kafka,
-                "OUTRIDER_REDIS_URL": self._stack.redis_url,
-                "OUTRIDER_VERIFIER_HOST": HOST,
-                "OUTRIDER_VERIFIER_PORT": str(port),
-                **environment,
-            },
+        own = {} if place is Place.EDGE else {"OUTRIDER_VERIFIER_NAME": f"verifier-{place.value}"}
+        self._verifiers[place] = (
+            self._start(
+                own.get("OUTRIDER_VERIFIER_NAME", "verifier"),
+                [self._wanted.verifier],
+                {
+                    **self._wanted.environment,
+                    **own,
+                    "OUTRIDER_MODEL": str(self._wanted.target),
+                    "OUTRIDER_MODEL_NAME": self._model(self._stack, place),
+                    "OUTRIDER_TIMELINE": self._wanted.timeline,
+                    "OUTRIDER_KAFKA": self._stack.kafka,
+                    "OUTRIDER_REDIS_URL": self._stack.redis_url,
+                    "OUTRIDER_VERIFIER_HOST": HOST,
+                    "OUTRIDER_VERIFIER_PORT": str(port),
+                    **environment,
+                },
+            ),
+            f"http://{HOST}:{port}",
         )
-        self._own_verifier = process, f"http://{HOST}:{port}"
 
-    async def _verifier_ready(self) -> int | None:
-        """Wait for the verifier that stands in for the stack's; its pid."""
-        assert self._own_verifier is not None
-        process, url = self._own_verifier
-        await until(process, partial(_is_ready, url), START_S)
-        return process.pid
+    async def _verifiers_ready(self) -> None:
+        """Wait for the verifiers that stand in for the stack's."""
+        for process, url in self._verifiers.values():
+            await until(process, partial(_is_ready, url), START_S)
 
     # --- cores ----------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ second half of the time, which is also the confidence that they show.
     OUTRIDER_REPLAY_ANSWERS   the file (see `services.draft_gateway.drafting.replay`)
     OUTRIDER_REPLAY_PASS_MS   what a pass takes
     OUTRIDER_REPLAY_EXITS     depth:foresight,… (default 0.6:0.55,0.8:0.75,0.9:0.83)
+    OUTRIDER_REPLAY_HEAD      its draft head (default none; see `loadtest.replay_head`)
 
 Run as `python -m loadtest.replay_verifier`.
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 from random import Random
 from typing import Final
 
+from loadtest.replay_head import HEAD, HeadOptions, head_drafts, parse_head
 from services.draft_gateway.drafting.replay import read_answers
 from services.verifier.engine.types import (
     BlockStatus,
@@ -38,7 +40,7 @@ from shared import timeline
 from shared.errors import EngineError, InvalidRequest
 from shared.http import build_service, load_settings, run_loop, run_service
 from shared.lookup import common_prefix
-from shared.protocol import FinishReason, GenerationParams, Outcome, Tokens
+from shared.protocol import FinishReason, GenerationParams, Outcome, Policy, Tokens
 from shared.sampling.sparse import SparseRow
 from shared.telemetry import configure_logging
 
@@ -53,12 +55,15 @@ SECOND: Final = 0.5
 
 @dataclass(slots=True)
 class _Session:
-    """`said` are output tokens so far; `running` while a pass is under way; `pending` waits for its end."""
+    """`said` are output tokens so far; `running` while a pass is under way; `pending` waits for its end. `headed`: the head
+    drafts for it."""
 
+    prompt_length: int
     answer: Tokens
     most: int
     said: Tokens
     outputs: asyncio.Queue[EngineOutput]
+    headed: bool
     running: bool = False
     pending: tuple[int, Tokens] | None = None
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
@@ -75,13 +80,15 @@ class ReplayEngine:
         pass_ms: float,
         exits: Mapping[int, float],
         stops: frozenset[int] = frozenset(),
+        head: HeadOptions | None = None,
     ) -> None:
-        """`exits` are layers of `LAYERS` and how often each is right."""
+        """`exits` are layers of `LAYERS` and how often each is right; `head` drafts for sessions under policy latency."""
         self._settings = settings
         self._answers = answers
         self._pass_s = pass_ms / 1000
         self._exits = exits
         self._stops = stops
+        self._head = head
         self._sessions: dict[str, _Session] = {}
         self._on_exit: OnExit | None = None
         self._blocks = self._drafted = self._accepted = self._stale = 0
@@ -101,6 +108,7 @@ class ReplayEngine:
             exit_layers=tuple(self._exits),
             exits="replayed",
             dtype="none",
+            draft_head="off" if self._head is None else "replayed",
             notes=("answers are replayed with set times: for measurements only",),
         )
 
@@ -114,7 +122,10 @@ class ReplayEngine:
         if session in self._sessions:
             raise EngineError(f"{session} is open already")
         queue: asyncio.Queue[EngineOutput] = asyncio.Queue(maxsize=self._settings.session_queue)
-        held = _Session(answer, min(params.max_tokens, len(answer)), committed, queue)
+        headed = self._head is not None and params.policy is Policy.LATENCY
+        held = _Session(
+            len(prompt), answer, min(params.max_tokens, len(answer)), committed, queue, headed=headed
+        )
         self._sessions[session] = held
         self._begin(session, held, ())
         try:
@@ -162,7 +173,8 @@ class ReplayEngine:
             for layer in self._exits
             if held.said
         ]
-        held.timers.append(loop.call_later(self._pass_s, self._end, session, held, block, accepted))
+        head_s = self._head.ms_per_pass / 1000 if self._head is not None and held.headed else 0.0
+        held.timers.append(loop.call_later(self._pass_s + head_s, self._end, session, held, block, accepted))
 
     def _foresee(self, session: str, held: _Session, accepted: int, layer: int) -> None:
         at = len(held.said) + accepted
@@ -196,10 +208,16 @@ class ReplayEngine:
             reason = FinishReason.STOP
         elif len(held.said) >= held.most:
             reason = FinishReason.LENGTH
-        held.outputs.put_nowait(EngineOutput(new, reason))
+        held.outputs.put_nowait(EngineOutput(new, reason, drafted=self._foreseen(held)))
         pending, held.pending = held.pending, None
         if pending is not None and reason is None:
             self._arm(session, held, *pending)
+
+    def _foreseen(self, held: _Session) -> tuple[tuple[int, float], ...]:
+        """What the head says may follow."""
+        if self._head is None or not held.headed:
+            return ()
+        return head_drafts(self._head, held.prompt_length, held.answer, len(held.said))
 
     async def close(self, session: str) -> None:
         """Forget the session."""
@@ -264,6 +282,7 @@ def _build(settings: VerifierSettings) -> VerifierService:
         pass_ms=float(os.environ.get(PASS_MS, "50")),
         exits=parse_exits(os.environ.get(EXITS, DEFAULT_EXITS)),
         stops=Tokenizer.load(settings.model).stop_tokens,
+        head=parse_head(os.environ.get(HEAD, "none")),
     )
     return VerifierService(settings, engine)
 

@@ -3,7 +3,8 @@
 What a rule of the speculation core is worth, in seconds and without noise: passes, draft steps, the link and commits
 take the times that are set, the drafts are those of the real draft model and of the target's draft head along what the
 real target says (recorded once, which takes minutes; `--record FILE` keeps them). One session, no exits. It predicts;
-`scripts/bench compare` measures.
+`scripts/bench compare` measures. With `--paper` the drafts are those that `scripts/bench compare --paper` replays, in its
+timings, and times are told beside those of sync speculative decoding: synthetic.
 """
 
 from __future__ import annotations
@@ -16,9 +17,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from loadtest.compare import PROMPTS, Question, questions
+from loadtest.compare import (
+    HEAD_ACCEPTANCE,
+    PAPER_DRAFT_MS,
+    PAPER_GAMMA,
+    PAPER_PASS_MS,
+    PAPER_RTT_MS,
+    PROMPTS,
+    Question,
+    questions,
+)
+from loadtest.replay_head import NONE as NO_HEAD
+from loadtest.replay_head import HeadOptions, head_drafts, parse_head
 from loadtest.virtual_world import Outcome, Recorded, Timings, VirtualAnswer
 from services.draft_gateway.drafting.engine import Draft, DraftRequest
+from services.draft_gateway.drafting.replay import ReplayDraft, Replayed, ReplayOptions
 from services.draft_gateway.settings import GatewaySettings
 from services.verifier.session_shell import Passes
 from shared.errors import InvalidRequest
@@ -35,9 +48,32 @@ LEAST: Final = 12
 Say = Callable[[str], None]
 
 
+PAPER: Final = Timings(
+    rtt=PAPER_RTT_MS,
+    message=3.0,
+    fixed=PAPER_PASS_MS,
+    row=0.0,
+    step=PAPER_DRAFT_MS,
+    lane=0.1 * PAPER_DRAFT_MS,
+    head=40.0,
+)
+"""The paper's timings. A further lane adds what it adds to a replayed step."""
+SYNC: Final = "sync"
+TIMES: Final = {
+    "message": "what a message takes beside the link",
+    "fixed": "a pass without its rows",
+    "row": "a row of a pass",
+    "step": "a draft step",
+    "lane": "a further lane of a draft step",
+    "head": "the target's draft head behind a pass",
+}
+"""Timings that are options, and what they say."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Means over the answers, each answer's time against that of passes of one row one after the other."""
+    """Means over the answers, each answer's time against that of passes of one row one after the other. `policy` may be
+    `SYNC`: each block is drafted after the verdict, under policy cost."""
 
     rtt_ms: float
     policy: str
@@ -56,28 +92,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="JSON Lines of category and turns")
     parser.add_argument("--max-tokens", type=int, default=48, help="of an answer (default: 48)")
     parser.add_argument("--record", type=Path, metavar="FILE", help="keep the drafts there, and reuse them")
-    parser.add_argument("--rtt", default="5,50,200", help="round trips, ms (default: 5,50,200)")
+    parser.add_argument("--rtt", help="round trips, ms (default: 5,50,200; 96 with --paper)")
     parser.add_argument("--policies", default="latency,cost", help="(default: latency,cost)")
-    parser.add_argument("--gamma", type=int, default=5, help="longest block (default: 5)")
-    for name, told in (
-        ("message", "what a message takes beside the link"),
-        ("fixed", "a pass without its rows"),
-        ("row", "a row of a pass"),
-        ("step", "a draft step"),
-        ("lane", "a further lane of a draft step"),
-        ("head", "the target's draft head behind a pass"),
-    ):
+    parser.add_argument("--gamma", type=int, help="longest block (default: 5; 4 with --paper)")
+    parser.add_argument(
+        "--paper", action="store_true", help="the paper's own timings, drafts that are replayed (synthetic)"
+    )
+    parser.add_argument(
+        "--head-acceptance",
+        default=HEAD_ACCEPTANCE,
+        help=f"of the draft head in --paper; 0 or none is no head (default: {HEAD_ACCEPTANCE})",
+    )
+    for name, told in TIMES.items():
         value = getattr(timings, name)
         parser.add_argument(
-            f"--{name}-ms", type=float, default=value, help=f"{told}, ms (default: {value:g})"
+            f"--{name}-ms",
+            type=float,
+            help=f"{told}, ms (default: {value:g}; {getattr(PAPER, name):g} with --paper)",
         )
     parser.add_argument("--out", type=Path, help="file for the figures as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Record what is not recorded yet, play, print."""
+    usual = PAPER if arguments.paper else Timings()
     try:
-        rtts = [float(each) for each in arguments.rtt.split(",")]
+        rtts = [
+            float(each)
+            for each in (arguments.rtt or (f"{PAPER.rtt:g}" if arguments.paper else "5,50,200")).split(",")
+        ]
         policies = [Policy(each) for each in arguments.policies.split(",")]
     except ValueError as error:
         raise InvalidRequest(
@@ -85,24 +128,29 @@ def run(arguments: argparse.Namespace) -> int:
         ) from None
     if arguments.count < 1 or arguments.max_tokens < LEAST:
         raise InvalidRequest(f"--count has to be at least 1 and --max-tokens at least {LEAST}")
-    texts, foresight = recorded(arguments, lambda line: print(line, flush=True))
-    base = Timings(
-        message=arguments.message_ms,
-        fixed=arguments.fixed_ms,
-        row=arguments.row_ms,
-        step=arguments.step_ms,
-        lane=arguments.lane_ms,
-        head=arguments.head_ms,
-    )
+    gamma = arguments.gamma if arguments.gamma is not None else PAPER_GAMMA if arguments.paper else 5
+    if arguments.paper:
+        head = (
+            None
+            if arguments.head_acceptance in NO_HEAD
+            else parse_head(f"acceptance={arguments.head_acceptance}")
+        )
+        texts = [replayed(number, arguments.max_tokens, gamma, head) for number in range(arguments.count)]
+        foresight = Foresight()
+    else:
+        texts, foresight = recorded(arguments, lambda line: print(line, flush=True))
+    given = {name: getattr(arguments, f"{name}_ms") for name in TIMES}
+    base = replace(usual, **{name: value for name, value in given.items() if value is not None})
     rows = []
     print("   RTT policy   × AR  tokens/block  floor  passes/token  taken  forwards/token")
     for rtt in rtts:
-        for policy in policies:
-            row = play(texts, replace(base, rtt=rtt), policy, arguments.gamma, foresight)
+        for policy in policies if not arguments.paper else (SYNC, *policies):
+            row = play(texts, replace(base, rtt=rtt), policy, gamma, foresight)
             rows.append(row)
             print(
-                f"{rtt:6g} {policy.value:8} {row.times_ar:.3f}  {row.tokens_per_block:12.2f}  {row.floor_share:5.2f}  "
+                f"{rtt:6g} {row.policy:8} {row.times_ar:.3f}  {row.tokens_per_block:12.2f}  {row.floor_share:5.2f}  "
                 f"{row.passes_per_token:12.2f}  {row.taken:5.2f}  {row.forwards_per_token:14.2f}"
+                + (f"  {rows[0].times_ar / row.times_ar:.2f} x faster than sync" if arguments.paper else "")
             )
     if arguments.out is not None:
         held = {"timings": asdict(base), "prompts": len(texts), "rows": [asdict(row) for row in rows]}
@@ -111,10 +159,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def play(
-    texts: Sequence[Recorded], timings: Timings, policy: Policy, gamma: int, foresight: Foresight
+    texts: Sequence[Recorded], timings: Timings, policy: Policy | str, gamma: int, foresight: Foresight
 ) -> Row:
-    """All answers, one after the other; what one teaches, the next one knows."""
+    """All answers, one after the other; what one teaches, the next one knows. `policy` may be `SYNC`."""
     settings = GatewaySettings()
+    ahead = policy != SYNC
     common, passes = Common(), Passes()
     outcomes: list[Outcome] = []
     played: list[EdgeStatistics] = []
@@ -123,15 +172,16 @@ def play(
             gateway="g",
             max_tokens=len(text.said),
             block_length=gamma,
-            adaptive=True,
-            policy=policy,
+            adaptive=ahead,
+            policy=Policy(policy) if ahead else Policy.COST,
             hints=False,
-            guesses=True,
-            forwards=True,
+            guesses=ahead,
+            forwards=ahead,
             lane_threshold=settings.lane_threshold,
             max_lanes=settings.max_lanes,
             forwards_per_token=settings.forwards_per_token,
             foresight=foresight,
+            round_trip_ms=timings.rtt + 2 * timings.message,
             common=common,
         )
         answer = VirtualAnswer(text, timings, config, common, passes)
@@ -143,7 +193,7 @@ def play(
     blocks = sum(each.blocks for each in outcomes)
     return Row(
         rtt_ms=timings.rtt,
-        policy=policy.value,
+        policy=str(policy),
         times_ar=statistics.mean(each.ms_per_token for each in outcomes) / timings.pass_of(1),
         tokens_per_block=(tokens - floor_tokens) / max(1, blocks),
         floor_share=floor_tokens / tokens,
@@ -151,6 +201,22 @@ def play(
         taken=sum(each.taken for each in played) / rounds,
         forwards_per_token=sum(each.forwards for each in played) / tokens,
     )
+
+
+# --- replaying ----------------------------------------------------------------------------------------------------
+
+
+def replayed(number: int, most: int, gamma: int, head: HeadOptions | None) -> Recorded:
+    """An answer of `most` tokens in which nothing can be looked up, the replayed draft of it and the replayed head's.
+    Answers of other numbers are other ones."""
+    prompt, said = tuple(range(1, 2 + number)), tuple(range(1000, 1000 + 8 * most, 8))
+    engine = ReplayDraft([Replayed(prompt, said)], ReplayOptions())
+    drafts = tuple(
+        engine.draft([DraftRequest("s", 0, (*prompt, *said[:at]), 2 * gamma, True)])[0]
+        for at in range(1, most)
+    )
+    headed = () if head is None else tuple(head_drafts(head, len(prompt), said, at) for at in range(1, most))
+    return Recorded("synthetic", prompt, said, drafts, headed)
 
 
 # --- recording ----------------------------------------------------------------------------------------------------

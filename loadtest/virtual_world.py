@@ -338,5 +338,5 @@ class VirtualAnswer:
         }
         return message.model_copy(update=times)
 
-    def _floor_draft(self, said: Sequence[int], tail: v.Tail) -> Tokens:
-        return self._floor.draft((*self._text.prompt, *said), tail, self._passes.least_worth())
+    def _floor_draft(self, said: Sequence[int], tail: v.Tail, block: v.Tail) -> Tokens:
+        return self._floor.draft((*self._text.prompt, *said), tail, self._passes.least_worth(), block)

@@ -272,7 +272,8 @@ class Forward(Message):
     """A block for a verdict that is still to come: what follows if `parent`'s outcome is (`accepted`, `next_token`).
 
     `parent` is the round of a block, or of a forward, sent before; `round` is this one's own number. The verifier that
-    ends `parent` with that outcome goes on with it at once; otherwise it is dropped without an answer. `base` is what
+    ends `parent` with that outcome goes on with it at once; otherwise it is dropped without an answer. A forward that names
+    itself as its parent follows the pass that the verifier runs by itself on `base` (`Floor.following`). `base` is what
     the sender knew to be committed. `confidences` and `q` are as a block's.
     """
 
@@ -324,7 +325,8 @@ class Verdict(Message):
     wait) to the engine's answer, `commit_ms` the commit; `rows` are those of all sessions' passes that ran then, and
     `sessions` how many these were. `fixed_ms` and `row_ms` are what a pass of so many rows takes by the verifier's own
     measurement, over all that it has run: `fixed_ms + row_ms * rows`. 0 where it doesn't say. `passes` are those of this
-    session that said the tokens: more than one where the target went on by itself meanwhile.
+    session that said the tokens: more than one where the target went on by itself meanwhile. `following` is what the
+    verifier drafted itself for the pass that it runs behind these tokens, if it does.
     """
 
     topic: ClassVar[Topic] = Topic.VERDICTS
@@ -335,6 +337,7 @@ class Verdict(Message):
     tokens: Tokens
     finish_reason: FinishReason | None = None
     taken: Count | None = None
+    following: Tokens = ()
     verify_ms: float = 0.0
     commit_ms: float = 0.0
     rows: Count = 0
@@ -354,6 +357,7 @@ class Floor(Message):
     tokens: Tokens
     finish_reason: FinishReason | None = None
     taken: Count | None = None
+    following: Tokens = ()
     verify_ms: float = 0.0
     commit_ms: float = 0.0
     rows: Count = 0

@@ -413,8 +413,10 @@ class Sessions:
             return length > 0 and _chosen(asked, setting)
 
         stops = frozenset() if params.ignore_eos else self._tokenizer.stop_tokens
+        round_trip = self._uplink.round_trip
         return EdgeConfig(
             gateway=self._uplink.reply.gateway,
+            round_trip_ms=round_trip.smoothed_ms if round_trip is not None else None,
             max_tokens=params.max_tokens,
             block_length=length,
             adaptive=chosen(options.adaptive, settings.adaptive),

@@ -12,6 +12,7 @@ says, those that were not worth their rows too: figures that keep a draft from b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -29,6 +30,8 @@ LOOKED_UP: Final = (0.0, 0.2, 0.6, 0.75, 0.8, 0.8, 0.9)
 LEFT_OVER: Final = (0.2, 0.55, 0.65, 0.7, 0.75)
 """How often what a refused draft goes on with is right, by how many tokens since it had foreseen: rounded from some 900
 places, likewise."""
+BLOCKS: Final = (0.7, 0.7, 0.7, 0.7, 0.7)
+"""How often a token of a block from the edge is right, by how many before it the block had foreseen."""
 CHANCES: Final = 10
 """Steps in which a draft head's word is taken; at first it is believed."""
 
@@ -55,6 +58,7 @@ class FloorShares:
     def __init__(self) -> None:
         self.looked_up = Shares(LOOKED_UP)
         self.left_over = Shares(LEFT_OVER)
+        self.blocks = Shares(BLOCKS)
         self.headed = Shares([(step + 0.5) / CHANCES for step in range(CHANCES)])
 
 
@@ -66,16 +70,26 @@ class Proposal:
     tokens: Tokens
     evidence: Sequence[int]
 
-    def worth(self, least: float) -> tuple[int, float]:
+    def worth(self, least: float, reached: float = 1.0) -> tuple[int, float]:
         """How many of the tokens are likely enough to be reached and right, `least` being what a row has to bring; and how
-        many of these are right, up to the first that is not."""
-        share, total = 1.0, 0.0
+        many of these are right, up to the first that is not. `reached` is how likely their place is."""
+        share, total = reached, 0.0
         for length, evidence in enumerate(self.evidence):
             share *= self.shares.right(evidence)
             if share < least:
                 return length, total
             total += share
         return len(self.tokens), total
+
+    def after(self, tokens: Tokens) -> Proposal:
+        """What it says to follow `tokens`, nothing where it does not begin with them."""
+        count = len(tokens) if self.tokens[: len(tokens)] == tokens else len(self.tokens)
+        return Proposal(self.shares, self.tokens[count:], self.evidence[count:])
+
+    @property
+    def chance(self) -> float:
+        """How likely all of its tokens are right."""
+        return math.prod(map(self.shares.right, self.evidence))
 
     def judge(self, said: Sequence[int]) -> None:
         """Learn from what the target has said in their place."""
@@ -98,9 +112,10 @@ class FloorDraft:
         """What the draft head says may follow the text as it is now, tokens each with its chance."""
         self._headed = drafted
 
-    def draft(self, text: Tokens, tail: Tail, least: float) -> Tokens:
+    def draft(self, text: Tokens, tail: Tail, least: float, block: Tail = Tail()) -> Tokens:
         """What is likeliest to follow `text`, prompt included, as far as it is worth its rows; `least` is what each has to
-        bring."""
+        bring. `block` is what is left of an edge's draft: of equals it goes first, whole, with what may be likely enough to
+        follow it."""
         self._lookup.follow(text)
         looked_up, _ = self._lookup.draft(LENGTH)
         headed, rest = self._headed[:LENGTH], tail.tokens[:LENGTH]
@@ -113,12 +128,25 @@ class FloorDraft:
                 [int(chance * CHANCES) for _, chance in headed],
             ),
         ]
-        best, most = Tokens(), 0.0
+        best, most = self._continued(block, least)
         for proposal in self._proposals:
             length, expected = proposal.worth(least)
-            if expected > most:
-                best, most = proposal.tokens[:length], expected
+            if expected - least * length > most:
+                best, most = proposal.tokens[:length], expected - least * length
         return best
+
+    def _continued(self, block: Tail, least: float) -> tuple[Tokens, float]:
+        """A block with the best that is said to follow it, and what both promise beyond what their rows have to bring."""
+        own = Proposal(self._shares.blocks, block.tokens, _rising(block.foreseen, block.tokens))
+        _, promised = own.worth(0.0)
+        more, most = Tokens(), 0.0
+        for proposal in self._proposals:
+            rest = proposal.after(block.tokens)
+            length, expected = rest.worth(least, own.chance)
+            if expected - least * length > most:
+                more, most = rest.tokens[:length], expected - least * length
+        self._proposals.append(own)
+        return (*block.tokens, *more), promised - least * len(block.tokens) + most
 
     def judge(self, said: Tokens) -> None:
         """Learn from what the target has said where `draft` made its proposals, if it did. What the head had said is of no

@@ -21,10 +21,12 @@ from shared import timeline
 from shared.bus import Bus, Received
 from shared.errors import OutriderError
 from shared.protocol import (
+    Block,
     Cancel,
     DraftsMessage,
     ExitsMessage,
     Floor,
+    Forward,
     GenerationParams,
     Hint,
     ReplyRoute,
@@ -43,7 +45,7 @@ log = logging.getLogger(__name__)
 Step = Callable[[], Coroutine[None, None, None]]
 RETRY_AFTER_S = 0.5
 ALONE_AFTER = 4
-"""Passes of the floor in a row after which nobody is taken to draft for a session, until a block comes."""
+"""Passes of the floor in a row after which nobody is taken to draft for a session, until a draft comes."""
 NOTE_AFTER_S = 0.1
 """A round that has been open for so long is noted for operators: most end before."""
 
@@ -177,7 +179,7 @@ class SessionShell:
         )
         self._floor = FloorDraft(host.passes.floor)
         self._own_drafts = own_drafts
-        self._floor_passes = 0  # since a block
+        self._floor_passes = 0  # since a draft came
         self._state: SessionState | None = None
         self._prompt: Tokens = ()
         self._reader: asyncio.Task[None] | None = None
@@ -215,6 +217,8 @@ class SessionShell:
         self.partition = received.partition
         self._trace = received.trace or self._trace
         self._unanswered.append(received)
+        if isinstance(received.message, Block | Forward) and received.message.tokens:
+            self._floor_passes = 0
         self.handle(core.Received(received.message))
 
     def exit_seen(self, report: ExitReport) -> None:
@@ -415,12 +419,10 @@ class SessionShell:
 
     async def _verify(self, action: core.Verify) -> None:
         confidences = action.confidences
-        alone = self._alone
+        alone = action.round == core.NO_ROUND and self._alone
         if action.round == core.NO_ROUND:  # the floor's: no gateway knows of it
             confidences = (UNHEARD,) * len(action.tokens)
             self._floor_passes += 1
-        else:
-            alone, self._floor_passes = False, 0
         try:
             status = await self._host.engine.submit(
                 self.session, action.base, action.tokens, confidences, action.rows, alone=alone
@@ -531,11 +533,11 @@ class SessionShell:
             clock.answered_s = now_s
             self._answered.append(clock)
 
-    def _draft(self, said: Sequence[int], tail: core.Tail) -> Tokens:
-        """What the floor verifies beside the target's next token; nothing where the engine sees to that."""
-        if self._own_drafts and self._alone:
+    def _draft(self, said: Sequence[int], tail: core.Tail, block: core.Tail) -> Tokens:
+        """What is verified beside the target's next token; nothing where the engine sees to that."""
+        if self._own_drafts and self._alone and not block.tokens:
             return ()
-        return self._floor.draft((*self._prompt, *said), tail, self._host.passes.least_worth())
+        return self._floor.draft((*self._prompt, *said), tail, self._host.passes.least_worth(), block)
 
     @property
     def _alone(self) -> bool:

@@ -19,6 +19,10 @@ lane it speaks of, which starts lanes, or stops some. A lane that is finished go
 if it is worth its bytes. What was committed decides: lanes that assumed otherwise are dropped, and the one that came
 true is open from then on. It is late if it is still being drafted, and a block if it had not been forwarded.
 
+Under policy `latency` the verifier runs passes by itself, too, with drafts of its own, and says which (`following`). Such a
+draft is open as a block is: the edge looks what it would say itself at each of its places, which makes outcomes likely, and
+forwards lanes that follow them. Where the way is too long for that, beside the pass, the edge drafts a block (`_beside`).
+
 When a lane is ready decides what it is worth. Its forward is in time, whatever the round trip, when it is drafted within
 the verify time, since the block and the forward travel equally long. A lane that is ready before the verdict arrives,
 within the verify time and the round trip, still saves the draft.
@@ -104,6 +108,8 @@ class EdgeConfig:
     foresight: Foresight = field(default_factory=Foresight)
     round_timeout_ms: float = 2_000.0
     stall_timeout_ms: float = 120_000.0
+    round_trip_ms: float | None = None
+    """What the link measures: without the waits for a pass under way that blocks have. None where nothing measures it."""
     common: Common | None = None
     """What sessions have learned together; None for a session that learns alone."""
 
@@ -118,6 +124,14 @@ SURER: Final = 1.5
 """By how much likelier an outcome must be for a lane to be stopped in its favour."""
 CREDIT: Final = 8.0
 """Forwards that may be saved up."""
+AGREED: Final = 0.9
+APART: Final = 0.2
+"""How often a token of the floor's draft is right where the edge would have said the same one, or another; rounded from
+1,758 places in answers of the pair that ships."""
+SHORTEST: Final = 2
+"""Tokens of a lane beside a pass of the floor, at least: fewer lanes are drafted rather than shorter ones."""
+HOPS_MS: Final = 10.0
+"""What a message takes beside the link, there and back."""
 OWN: Final = 0.9
 """How much of its own acceptance a session keeps a token; it starts from that of all, so that a first block that is
 refused at once does not end its drafts."""
@@ -411,6 +425,11 @@ class _Lane:
     """What exits foresee, by layer."""
     ranking: tuple[Ranked, ...] = ()
     hint_ms: dict[int, float] = field(default_factory=dict)
+    looks: dict[int, int] = field(default_factory=dict)
+    """Of a pass that the verifier runs by itself, whose draft these tokens are: the looks at what may stand at each of its
+    places, and behind it, that are still to come; place by number."""
+    alone: bool = False
+    """It is the draft of a pass that the verifier runs by itself."""
 
     @property
     def path(self) -> Tokens:
@@ -465,6 +484,7 @@ class EdgeSession:
         self._exits = common.exits
         self._rivals = common.rivals
         self._round_trip = Mean()
+        self._alone = Mean()  # a pass that the verifier runs by itself, ms
         self._pass = common.pass_ms
         self._step = common.step_ms
         self.statistics: Final = EdgeStatistics()
@@ -517,22 +537,29 @@ class EdgeSession:
         return self._ask_again()
 
     def _enter(self, epoch: int) -> None:
-        """In a new epoch the verifier knows of no forward sent before."""
+        """In a new epoch the verifier knows of no forward sent before, and runs another pass."""
         if epoch > self._epoch:
             self._epoch = epoch
             for lane in self._lanes.values():
                 lane.round = None
+            if self._open is not None and self._open.alone:
+                self._open.looks.clear()
+                self._open.ranking = ()
+                for lane in self._lanes.values():
+                    lane.parent = None if lane.parent == self._open.number else lane.parent
 
     # --- drafts ------------------------------------------------------------------------------------
 
     def _drafted(self, event: Drafted, now_ms: float) -> list[EdgeAction]:
+        if self._open is not None and event.lane in self._open.looks:
+            return self._looked(self._open, event, now_ms)
         lane = self._lane(event.lane)
         if lane is None:
             return []
         if lane.tokens is not None:
             return self._seen_beyond(lane, event, now_ms)
         if event.tokens:
-            beside = 1 + sum(other.tokens is None for other in self._lanes.values() if other is not lane)
+            beside = sum(other.started_ms == lane.started_ms for other in self._lanes.values())
             self._step.saw(beside, (now_ms - lane.started_ms) / len(event.tokens))
         lane.tokens, lane.confidences, lane.alternatives = event.tokens, event.confidences, event.alternatives
         lane.rows, lane.thresholds = event.rows, event.thresholds
@@ -541,6 +568,90 @@ class EdgeSession:
         if event.lane == self._main:
             return self._use(lane, now_ms)
         return [*self._forward(lane), *self._expand(now_ms)]
+
+    # --- beside a pass of the floor ----------------------------------------------------------------
+
+    def _beside(self, following: Tokens, now_ms: float) -> list[EdgeAction] | None:
+        """Draft beside a pass that the verifier runs by itself, to verify `following`: what may come of it is guessed as the
+        outcome of a block is. None where that would be too late."""
+        config = self._config
+        way_ms = config.round_trip_ms
+        if not (config.guesses and config.forwards and self._floor_is_rival) or way_ms is None:
+            return None
+        places = min(len(following), config.block_length) + 1
+        places = min(places, config.max_tokens - self.base - 1)
+        look_ms = self._step(max(1, places))
+        left_ms = self._alone(self._pass(self._sharers(1.0))) - way_ms - HOPS_MS - look_ms
+        if self._rest > 0 or places < 1 or left_ms <= SHORTEST * self._step(1) or not self._best_length():
+            return None
+        number, self._next_lane = self._next_lane, self._next_lane + 1
+        lane = _Lane(
+            number,
+            self.base,
+            (),
+            1.0,
+            Origin.NEED,
+            now_ms,
+            threshold=self._threshold,
+            tokens=following,
+            alone=True,
+        )
+        stopped: list[EdgeAction] = []
+        if self._open is not None:
+            stopped += [DropDraft(look) for look in self._open.looks]
+            if not self._open.alone and self._open.left(self._committed):  # it may be verified yet
+                self._lanes[self._open.number] = self._open
+        stopped += self._drop([each for each in self._lanes.values() if not self._moved(each, lane)])
+        self._make_open(lane)
+        actions: list[EdgeAction] = []
+        for place in range(places):
+            if not config.stop_tokens.isdisjoint(following[:place]):
+                break
+            look, self._next_lane = self._next_lane, self._next_lane + 1
+            lane.looks[look] = place
+            actions.append(StartDraft(look, self.base, following[:place], 1, False, self._threshold))
+        lane.alternatives = ((),) * len(lane.looks)
+        if self.base - self._acknowledged >= ACKNOWLEDGE:
+            self._acknowledged = self.base
+            actions.append(SendBlock(self._epoch, self._take_round(), self.base, ()))
+        ready = [action for each in list(self._lanes.values()) for action in self._forward(each)]
+        return [*ready, *stopped, *actions, self._later()]
+
+    def _moved(self, lane: _Lane, parent: _Lane) -> bool:
+        """Keep a lane beside another pass, if its path goes on from what is committed: as it is where the verifier knows of
+        it, or of the lane that it follows, else as one that follows the pass."""
+        if lane.left(self._committed) is None:
+            return False
+        follows = self._lanes.get(lane.parent) if lane.parent is not None else None
+        if lane.round is not None or (follows is not None and follows.round is not None):
+            return True
+        since = self.base - lane.base
+        if since > len(lane.assumed):
+            if lane.tokens is None:
+                return False
+            self._rebase(lane)
+        else:
+            lane.base, lane.assumed = self.base, lane.assumed[since:]
+        lane.parent = parent.number
+        return True
+
+    def _looked(self, lane: _Lane, event: Drafted, now_ms: float) -> list[EdgeAction]:
+        """What may stand at one place of the floor's draft is known."""
+        place = lane.looks.pop(event.lane)
+        self.statistics.drafted_in_all += len(event.tokens)
+        seen = list(lane.alternatives)
+        seen[place] = event.alternatives[0] if event.alternatives else ()
+        lane.alternatives = tuple(seen)
+        if lane.looks:
+            return []
+        names = zip(lane.tokens or (), lane.alternatives, strict=False)
+        lane.confidences = tuple(self._floor_right(token, alternatives) for token, alternatives in names)
+        lane.ranking = self._guess(lane)
+        return self._expand(now_ms)
+
+    def _floor_right(self, token: int, alternatives: Sequence[tuple[int, float]]) -> float:
+        """How likely the floor's draft is right where the edge's own likeliest tokens are these."""
+        return AGREED if alternatives and alternatives[0][0] == token else APART
 
     def _seen_beyond(self, lane: _Lane, event: Drafted, now_ms: float) -> list[EdgeAction]:
         """What may follow the last token of a draft that is in use already."""
@@ -759,13 +870,13 @@ class EdgeSession:
             or lane.round is not None
             or not lane.tokens
             or parent is None
-            or parent.round is None
+            or (parent.round is None and not parent.alone)
             or self._credit < 1.0
             or lane.probability < self._config.lane_threshold
         ):
             return []
-        accepted = self._accepted(lane, parent)
-        if accepted < 0:
+        accepted = self._accepted(lane, parent) if not parent.alone else self._leave(lane, parent)
+        if accepted < 0 or not lane.tokens:
             return []
         self._credit -= 1.0
         self._acknowledged = self.base
@@ -777,7 +888,7 @@ class EdgeSession:
                 self._epoch,
                 lane.round,
                 self.base,
-                parent.round,
+                lane.round if parent.round is None else parent.round,
                 accepted,
                 lane.assumed[-1],
                 lane.tokens,
@@ -785,6 +896,24 @@ class EdgeSession:
                 lane.rows,
             )
         ]
+
+    @staticmethod
+    def _leave(lane: _Lane, parent: _Lane) -> int:
+        """How far a lane goes with the floor's draft; it assumes from then on that it leaves it there. -1 where it can't."""
+        path, theirs = lane.path, parent.path
+        agreed = next(
+            (place for place, (own, other) in enumerate(zip(path, theirs, strict=False)) if own != other),
+            min(len(path), len(theirs)),
+        )
+        more = agreed + 1 - len(lane.assumed)
+        if more < 0 or agreed >= len(path):
+            return -1
+        if more:
+            lane.threshold = lane.threshold_after(more - 1)
+        lane.assumed, lane.tokens = path[: agreed + 1], path[agreed + 1 :]
+        lane.confidences, lane.alternatives = lane.confidences[more:], lane.alternatives[more:]
+        lane.rows, lane.thresholds = lane.rows[more:], lane.thresholds[more:]
+        return agreed
 
     # --- lanes -------------------------------------------------------------------------------------
 
@@ -811,7 +940,7 @@ class EdgeSession:
         if self._open is None or self._config.block_length == 0:
             return []
         actions: list[EdgeAction] = []
-        most = self._room_for_lanes()
+        most, longest = self._room_for_lanes(now_ms)
         while (found := self._likeliest()) is not None:
             probability, parent, assumed = found
             drafting = [lane for lane in self._lanes.values() if lane.tokens is None]
@@ -821,7 +950,7 @@ class EdgeSession:
                 if weakest is None or probability <= SURER * weakest.probability:
                     break
                 actions += self._drop([weakest])
-            length = self._room(parent.base + len(assumed), self._length())
+            length = self._room(parent.base + len(assumed), longest)
             origin = Origin.EXIT if parent.hint_ms else Origin.GUESS
             accepted = len(assumed) - 1 - len(parent.assumed)
             lane, started = self._start(
@@ -838,14 +967,29 @@ class EdgeSession:
             actions += started
         return actions
 
-    def _room_for_lanes(self) -> int:
-        """How many lanes are drafted at a time: as many as are ready within the window."""
+    def _room_for_lanes(self, now_ms: float) -> tuple[int, int]:
+        """How many lanes are drafted at a time, as many as are ready within the window; and how long each of them is."""
+        most = self._config.max_lanes
+        if self._open is not None and self._open.alone:
+            return self._room_beside(self._open, most, now_ms)
         open_tokens = self._open.tokens if self._open is not None else None
         window_ms = self._pass(1 + len(open_tokens or ()))
         if not self._config.forwards:
             window_ms += self._round_trip(0.0)
-        most = self._config.max_lanes
-        return most if window_ms <= 0.0 else lanes_in(window_ms, self._step, self._config.block_length, most)
+        if window_ms > 0.0:
+            most = lanes_in(window_ms, self._step, self._config.block_length, most)
+        return most, self._length()
+
+    def _room_beside(self, lane: _Lane, most: int, now_ms: float) -> tuple[int, int]:
+        """The same beside a pass of the floor, of which the edge heard half a round trip after it had begun."""
+
+        way_ms = (self._config.round_trip_ms or 0.0) + HOPS_MS
+        left_ms = lane.started_ms + self._alone(self._pass(self._sharers(1.0))) - way_ms - now_ms
+        for lanes in range(most, 0, -1):
+            length = int(left_ms / max(self._step(lanes), 1e-3))
+            if length >= SHORTEST:
+                return lanes, min(length, self._length())
+        return 0, 0
 
     def _nodes(self) -> Iterator[tuple[float, _Lane]]:
         """Lanes whose outcomes are worth a thought: the open one, and those that were forwarded."""
@@ -952,7 +1096,8 @@ class EdgeSession:
         answers = self._answers(verdict.round)
         if answers and self._phase is Phase.VERIFYING:
             self._measure(verdict, now_ms)
-            self._rivals.verified(len(verdict.tokens), now_ms - self._progress_ms)
+            if self._floor_is_rival:
+                self._rivals.verified(len(verdict.tokens), now_ms - self._progress_ms)
         return self._advance(
             verdict.base,
             verdict.tokens,
@@ -961,6 +1106,7 @@ class EdgeSession:
             now_ms,
             answers=answers,
             taken=verdict.taken,
+            following=verdict.following,
         )
 
     def _floor_arrived(self, event: FloorArrived, now_ms: float) -> list[EdgeAction]:
@@ -971,6 +1117,8 @@ class EdgeSession:
         self.statistics.passes += floor.passes
         self._rivals.floor.saw(len(floor.tokens), now_ms - self._progress_ms)
         self._saw_pass(floor, 1)
+        if floor.verify_ms > 0.0:
+            self._alone.saw(floor.verify_ms / max(1, floor.passes))
         before = self.statistics.tokens
         actions = self._advance(
             floor.base,
@@ -980,6 +1128,7 @@ class EdgeSession:
             now_ms,
             answers=False,
             taken=floor.taken,
+            following=floor.following,
         )
         self.statistics.floor_tokens += self.statistics.tokens - before
         return actions
@@ -1000,6 +1149,11 @@ class EdgeSession:
             answers=self._answers(stale.round),
             verified=False,
         )
+
+    @property
+    def _floor_is_rival(self) -> bool:
+        """The session chooses between blocks and the floor: how blocks fare in one that does not is no measure of theirs."""
+        return self._config.adaptive and self._config.policy is Policy.LATENCY
 
     def _answers(self, round: int) -> bool:
         if self._phase is Phase.PREFILL:
@@ -1066,8 +1220,10 @@ class EdgeSession:
         answers: bool,
         verified: bool = True,
         taken: int | None = None,
+        following: Tokens = (),
     ) -> list[EdgeAction]:
-        """Take over what was committed from position `base` on, and go on from there."""
+        """Take over what was committed from position `base` on, and go on from there. `following` is what the verifier has
+        drafted for the pass that it runs behind these tokens by itself, if it does."""
         known = self.base - base
         if known < 0:  # an answer before this one was lost: ask again, the verifier tells what is missing
             return self._ask_again() if answers or self._phase is Phase.FOLLOWING else []
@@ -1080,7 +1236,7 @@ class EdgeSession:
             if not answers or base + len(tokens) < self.base:
                 return []
             # A round that is over is not asked for again, though all that it said was known already.
-            return self._next(answers, taken, now_ms) if verified else self._ask_again()
+            return self._next(answers, taken, (), now_ms) if verified else self._ask_again()
         first_new = self.base
         if new and self._phase is not Phase.PREFILL:
             self._rate.saw(len(new), now_ms - self._progress_ms)
@@ -1095,8 +1251,8 @@ class EdgeSession:
         if finish_reason is not None:
             self._phase = Phase.ENDED
             return [*self._drop(list(self._lanes.values())), *delivered, Finish(finish_reason)]
-        following = self._next(answers, taken, now_ms)
-        return [*following, *delivered]  # what goes up is not kept waiting by what is shown
+        next_steps = self._next(answers, taken, following, now_ms)
+        return [*next_steps, *delivered]  # what goes up is not kept waiting by what is shown
 
     def _sources(self, first: int, tokens: Tokens) -> tuple[Source, ...]:
         """Tokens that agree with the open lane were drafted, up to the first that does not; the rest was not."""
@@ -1113,10 +1269,11 @@ class EdgeSession:
                 agreed += 1
         return (drafted,) * agreed + (Source.CORRECTED,) * (len(tokens) - agreed)
 
-    def _next(self, answers: bool, taken: int | None, now_ms: float) -> list[EdgeAction]:
-        """Go on: with the lane that was open, with the one that came true, or with a new draft."""
+    def _next(self, answers: bool, taken: int | None, following: Tokens, now_ms: float) -> list[EdgeAction]:
+        """Go on: with the lane that was open, with the one that came true, beside a pass of the floor, or a new draft."""
         if self._phase is Phase.PREFILL:
-            return self._draft_next(now_ms)
+            beside = self._beside(following, now_ms) if following else None
+            return self._draft_next(now_ms) if beside is None else beside
         gone = self._drop(
             [
                 lane
@@ -1130,6 +1287,8 @@ class EdgeSession:
                 )
             ]
         )
+        if following and (beside := self._go_beside(following, answers, now_ms)) is not None:
+            return [*gone, *beside]
         if self._phase is Phase.FOLLOWING:
             return [*self._draft_next(now_ms), *gone]
         if self._phase is Phase.DRAFTING:
@@ -1139,9 +1298,30 @@ class EdgeSession:
         if not answers:
             if open_lane.left(self._committed):
                 return [*gone, *self._expand(now_ms)]
-            self._rivals.overtaken()
-        self._threshold = open_lane.threshold_after(self._judge(open_lane))
+            if not open_lane.alone:
+                self._rivals.overtaken()
+        self._close(open_lane)
         return [*self._succeed(taken, now_ms), *gone]
+
+    def _close(self, lane: _Lane) -> None:
+        """The open lane is done: learn how its draft fared."""
+        if not lane.alone:
+            self._threshold = lane.threshold_after(self._judge(lane))
+
+    def _go_beside(self, following: Tokens, answers: bool, now_ms: float) -> list[EdgeAction] | None:
+        """Have the open lane make room for a pass of the floor; None where that is not worth its while."""
+        lane, main = self._open, self._lanes.get(self._main) if self._main is not None else None
+        if main is not None and self.base > main.base + len(main.assumed):
+            return None  # what is being drafted for an older base may hold yet
+        beside = self._beside(following, now_ms)
+        if beside is None or lane is None:
+            return beside
+        if lane.left(self._committed) and not answers and not lane.alone:
+            return beside
+        if not lane.alone and not answers:
+            self._rivals.overtaken()
+        self._close(lane)
+        return beside
 
     def _succeed(self, taken: int | None, now_ms: float) -> list[EdgeAction]:
         """The open lane is done: the one that came true is open now, or a new block has to be drafted."""
@@ -1162,7 +1342,9 @@ class EdgeSession:
             self._exits.saw(useful=in_time)
         if lane is None:
             statistics.misses += 1
-            if self._open is not None and self._open.left(self._committed):  # longer than a pass takes
+            if (
+                self._open is not None and not self._open.alone and self._open.left(self._committed)
+            ):  # longer than a pass
                 return [*self._drop(list(self._lanes.values())), *self._send_block(self._open, now_ms)]
             return [*self._drop(list(self._lanes.values())), *self._draft_next(now_ms)]
         if lane.tokens is None:

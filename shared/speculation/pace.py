@@ -25,6 +25,8 @@ AGAIN: Final = 16
 """Every so manieth time it is used all the same."""
 TYPICAL: Final = 0.7
 """How often a draft token is accepted, before anything is known."""
+CLEARLY: Final = 0.9
+"""Blocks that bring so much of what the floor brings are not given up for it: both figures move by as much."""
 FEWEST: Final = 8.0
 """Observations, weighted, without which a slope is not believed."""
 
@@ -184,7 +186,7 @@ class Rivals:
     @property
     def better_alone(self) -> bool:
         """Whether blocks have been slower than the floor, or hardly ever there in time."""
-        slower = self.blocks() < self.floor() or self.in_time(1.0) < LEAST_USE
+        slower = self.blocks() < CLEARLY * self.floor() or self.in_time(1.0) < LEAST_USE
         return self.drafts >= TRIALS and slower
 
 

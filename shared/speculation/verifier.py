@@ -18,7 +18,8 @@ this side lets go of it.
 
 What there is to verify are *drafts*, each a path of tokens from a base on. A block may be verified as soon as its path
 agrees with what the target has said; what was said meanwhile is trimmed from its front. A forward may be verified when
-the outcome that it assumes has come true. Of several, the newest goes first: its sender knew most.
+the outcome that it assumes has come true. Of several, the newest goes first: its sender knew most. Under policy `latency`
+what the verifier would draft itself goes before it where that promises more tokens, and behind it where it goes on with it.
 
 With nothing to verify, the policy decides. Under `cost` the session waits. Under `latency` the *AR floor* takes over: the
 target goes on by itself, with what the verifier drafts itself (by prompt lookup, or from what is left of a draft that was
@@ -77,6 +78,8 @@ MOST_DRAFTS: Final = 32
 """Drafts kept a session; beyond it the oldest forward goes."""
 MOST_PATHS: Final = 128
 """Drafts that a forward may name as its parent."""
+MOST_FLOORS: Final = 4
+"""Passes of its own, the newest ones, that a forward may follow."""
 MOST_RESULTS: Final = 2
 """Results that may wait for Redis before no further pass is started."""
 TOKEN_IDS: Final = 1 << 31
@@ -96,20 +99,22 @@ TAILS: Final = 16
 
 
 class Tail(NamedTuple):
-    """What a draft that was refused goes on with, in the places that come next: often the target only said one word for
-    another. `foreseen` are the tokens before it that the draft had right again, in a row."""
+    """What is left of a draft, in the places that come next; of one that was refused, too, since often the target only said
+    one word for another. `foreseen` are the tokens before it that the draft had right (again), in a row."""
 
     foreseen: int = 0
     tokens: Tokens = ()
 
 
-FloorDraft = Callable[[Sequence[int], Tail], Tokens]
-"""From what was said, and what a refused draft goes on with, to what the verifier itself would draft, perhaps nothing."""
+FloorDraft = Callable[[Sequence[int], Tail, Tail], Tokens]
+"""From what was said, what a refused draft goes on with, and what is left of a draft that could be verified now, to what
+had best be verified: what is left of that draft, perhaps with more behind it, or what the verifier itself would draft,
+which may be nothing."""
 
 
-def no_draft(said: Sequence[int], tail: Tail) -> Tokens:
+def no_draft(said: Sequence[int], tail: Tail, block: Tail) -> Tokens:
     """The floor without drafts."""
-    return ()
+    return block.tokens
 
 
 # --- events -------------------------------------------------------------------------------------------
@@ -342,6 +347,11 @@ class _Pass:
     draft: _Draft | None = None
     since_ms: float = 0.0
 
+    @property
+    def own(self) -> Tokens:
+        """Its draft's among the tokens: more may stand behind them."""
+        return self.tokens[: len(self.draft.path) - (self.base - self.draft.base)] if self.draft else ()
+
 
 @dataclass(frozen=True, slots=True)
 class _Result:
@@ -440,6 +450,7 @@ class VerifierSession:
         self._running: _Pass | None = None
         self._drafts: dict[int, _Draft] = {}  # by round
         self._paths: OrderedDict[int, _Draft] = OrderedDict()  # what a forward may follow
+        self._floors: OrderedDict[int, Tokens] = OrderedDict()  # what the floor drafted, by base
         self._arrived: list[
             Prompt | Block | Forward
         ] = []  # during a claim, or in an epoch still to be claimed
@@ -572,7 +583,7 @@ class VerifierSession:
             )
 
     def _consider_forward(self, message: Forward) -> None:
-        parent = self._paths.get(message.parent)
+        parent = self._parent(message)
         if message.epoch < self._epoch or self._under_way(message.round) or parent is None:
             return
         own = parent.path[parent.assumed :]
@@ -587,6 +598,13 @@ class VerifierSession:
         draft = _Draft(message, parent.base, (*assumed, *message.tokens), len(assumed), rows)
         if self._ending is None and draft.left(self._said) is not None:
             self._keep(draft)
+
+    def _parent(self, message: Forward) -> _Draft | None:
+        """What a forward follows: a draft, or a pass of the floor."""
+        if message.parent != message.round:
+            return self._paths.get(message.parent)
+        drafted = self._floors.get(message.base)
+        return None if drafted is None else _Draft(message, message.base, drafted)
 
     def _may_follow(self, draft: _Draft) -> bool:
         left = draft.left(self._said)
@@ -632,6 +650,7 @@ class VerifierSession:
         self._phase = Phase.PARKED
         self._drafts.clear()
         self._paths.clear()
+        self._floors.clear()
         if not live:
             self._said = list(event.committed)
             self._logprobs = list(event.logprobs)
@@ -703,9 +722,12 @@ class VerifierSession:
             self._pace.saw_end(ready=bool(ready))
         if ready:
             draft = max(ready, key=lambda each: each.round)
-            left = draft.left(self._said) or ()
+            left = (draft.left(self._said) or ())[: self._max_block]
+            best = self._best(draft, left)
+            if best[: len(left)] != left:
+                return [*stale, self._verify(None, best, now_ms)]
             del self._drafts[draft.round]
-            return [*stale, self._verify(draft, left[: self._max_block], now_ms)]
+            return [*stale, self._verify(draft, best, now_ms)]
         if not self._results:
             stale += self._refuse_ahead()
         if self._evicting is not None or self._policy is Policy.COST or self._patient:
@@ -727,6 +749,9 @@ class VerifierSession:
         self._running = _Pass(len(self._said), tokens, draft, now_ms)
         self._patient = False
         if draft is None:
+            self._floors[len(self._said)] = tokens
+            if len(self._floors) > MOST_FLOORS:
+                self._floors.popitem(last=False)
             return Verify(NO_ROUND, len(self._said), tokens)
         confidences = _confidences(draft.message, tokens)
         rows = draft.drawn_from(self._said, len(tokens))
@@ -734,9 +759,26 @@ class VerifierSession:
 
     def _floor(self, now_ms: float) -> list[VerifierAction]:
         """One pass that nobody asked for."""
-        if len(self._said) - self._acknowledged >= MOST_AHEAD:
+        if not self._heard_from:
             return []
-        return [self._verify(None, self._floor_draft(self._said, self._tail())[: self._max_block], now_ms)]
+        own = self._floor_draft(self._said, self._tail(), Tail())
+        return [self._verify(None, own[: self._max_block], now_ms)]
+
+    def _best(self, draft: _Draft, left: Tokens) -> Tokens:
+        """What to verify where `left` is what is left of a draft: that, perhaps with more behind it, or something else,
+        which is the floor's then.
+
+        A draft that was drawn from distributions is verified as it is: whether it is must not hang on what was drawn.
+        """
+        if self._policy is Policy.COST or self._evicting is not None or draft.rows or not self._heard_from:
+            return left
+        foreseen = len(self._said) - draft.base - draft.assumed
+        return self._floor_draft(self._said, self._tail(), Tail(foreseen, left))[: self._max_block]
+
+    @property
+    def _heard_from(self) -> bool:
+        """A gateway has named a base of late, so that the floor may go on."""
+        return len(self._said) - self._acknowledged < MOST_AHEAD
 
     def _tail(self) -> Tail:
         """Of the drafts that reach beyond what was said, the rest of the one that has foreseen most of its end; of equals
@@ -821,12 +863,8 @@ class VerifierSession:
             base=draft.message.base,
             layer=event.layer,
             outcomes=tuple(
-                Outcome(
-                    accepted=outcome.accepted + trimmed,
-                    next_token=outcome.next_token,
-                    confidence=outcome.confidence,
-                )
-                for outcome in event.outcomes
+                Outcome(accepted=accepted + trimmed, next_token=next_token, confidence=min(confidence, 1.0))
+                for (accepted, next_token), confidence in _within(event.outcomes, ran.own, ran.tokens).items()
             ),
             elapsed_ms=event.elapsed_ms,
         )
@@ -840,9 +878,6 @@ class VerifierSession:
         self._committing = True
         result = self._results[0]
         ran = result.ran
-        drafted, accepted = (
-            (0, 0) if ran.draft is None else (len(ran.tokens), _accepted(ran.tokens, result.tokens))
-        )
         number = self._last_round if ran.draft is None else ran.draft.round
         return [
             Commit(
@@ -851,8 +886,8 @@ class VerifierSession:
                 self.base,
                 result.tokens,
                 result.finish_reason,
-                drafted,
-                accepted,
+                len(ran.own),
+                _accepted(ran.own, result.tokens),
                 result.logprobs,
             )
         ]
@@ -875,6 +910,7 @@ class VerifierSession:
         next_pass = self._results[0].ran if self._results else self._running  # it may have ended already
         following = next_pass.draft if next_pass is not None else None
         taken = following.round if following is not None and not following.asks else None
+        alone = next_pass.tokens if next_pass is not None and following is None else ()
         ran, draft = result.ran, result.ran.draft
         if draft is None:
             floor = Floor(
@@ -884,6 +920,7 @@ class VerifierSession:
                 tokens=result.tokens,
                 finish_reason=result.finish_reason,
                 taken=taken,
+                following=alone,
                 logprobs=result.logprobs,
             )
             return Publish(floor, self._reply)
@@ -895,10 +932,11 @@ class VerifierSession:
             epoch=self._epoch,
             round=draft.round,
             base=base,
-            accepted=_accepted(_tokens(draft.message) if draft.asks else ran.tokens, tokens),
+            accepted=_accepted(_tokens(draft.message) if draft.asks else ran.own, tokens),
             tokens=tokens,
             finish_reason=result.finish_reason,
             taken=taken,
+            following=alone,
             logprobs=tuple(self._logprobs[base:end]),
         )
         return Publish(self._verdict, draft.message.reply)
@@ -1016,6 +1054,17 @@ class VerifierSession:
             retry_after_s=retry_after_s,
         )
         return Publish(fault, message.reply)
+
+
+def _within(outcomes: Sequence[Outcome], own: Tokens, tokens: Tokens) -> dict[tuple[int, int], float]:
+    """Outcomes of `tokens` as those of the first of them, a sender's `own`: where more were accepted, what follows these is
+    the next of `tokens`."""
+    found: dict[tuple[int, int], float] = {}
+    for outcome in outcomes:
+        beyond = outcome.accepted > len(own)
+        key = (len(own), tokens[len(own)]) if beyond else (outcome.accepted, outcome.next_token)
+        found[key] = found.get(key, 0.0) + outcome.confidence
+    return found
 
 
 def _leading(values: Sequence[bool], value: bool) -> int:

@@ -196,6 +196,7 @@ class Counts:
     forwards: int = 0
     taken: int = 0
     chains: int = 0
+    beside: int = 0
     floors: int = 0
     trims: int = 0
     stales: int = 0
@@ -289,6 +290,7 @@ class World:
             max_lanes=choices.below(6),
             round_timeout_ms=80,
             stall_timeout_ms=1e9,
+            round_trip_ms=choices.pick([None, 0.0, 5.0]),
         )
         self.gateways.insert(
             0, _Gateway(name, e.EdgeSession(config), self._new_clock(), list(self.record.tokens))
@@ -355,7 +357,7 @@ class World:
                     self._resume(_End.CRASHES)  # the client was told to come again, and does
 
     def _forward(self, gateway: _Gateway, action: e.SendForward) -> None:
-        parent = gateway.paths[action.parent]
+        parent = self._parent(gateway, action)
         assumed = (*parent.assumed, *parent.own[: action.accepted], action.next_token)
         path = _Path(gateway.name, parent.base, assumed, action.tokens, follows_forward=bool(parent.assumed))
         assert action.accepted <= len(parent.own), "a forward of an outcome that can't be"
@@ -378,13 +380,27 @@ class World:
             ),
         )
 
+    def _parent(self, gateway: _Gateway, action: e.SendForward) -> _Path:
+        """What a forward follows: a message sent before, or a pass that a verifier has told that it runs by itself."""
+        if action.parent != action.round:
+            return gateway.paths[action.parent]
+        told = [
+            message.following
+            for message in self.published
+            if isinstance(message, Verdict | Floor) and message.following
+            if (message.epoch, message.base + len(message.tokens)) == (action.epoch, action.base)
+        ]
+        assert told, "a forward of a pass that nobody runs"
+        self.counts.beside += 1
+        return _Path(gateway.name, action.base, (), told[-1])
+
     def _measured(self) -> dict[str, float]:
         """What a verifier may say of its passes: nothing, or figures that change what the edge finds worth its while."""
         if self.choices.chance(0.5):
             return {}
         rows = 1 + self.choices.below(16)
         return {
-            "verify_ms": 1.0 + self.choices.below(100),
+            "verify_ms": 1.0 + self.choices.below(self.choices.pick([100, 5000])),
             "rows": rows,
             "sessions": 1 + self.choices.below(rows),
             "fixed_ms": float(self.choices.below(60)),
@@ -535,11 +551,15 @@ class World:
         self._born += 1
         self.verifiers.insert(0, _Verifier(f"v{self._born}", self._new_clock()))
 
-    def _floor_draft(self, said: Sequence[int], tail: v.Tail) -> Tokens:
+    def _floor_draft(self, said: Sequence[int], tail: v.Tail, block: v.Tail) -> Tokens:
+        if block.tokens and self.choices.below(4):
+            more = self.choices.pick([0, 0, 2])
+            return (*block.tokens, *(self.choices.below(VOCABULARY) for _ in range(more)))
         if tail.tokens and self.choices.below(2):
             return tail.tokens
-        length = self.choices.pick([0, 0, 2])
-        return tuple(self.choices.below(VOCABULARY) for _ in range(length))
+        length = self.choices.pick([0, 2, 3])
+        right = self.expected[len(said) : len(said) + self.choices.below(length + 1)]
+        return (*right, *(self.choices.below(VOCABULARY) for _ in range(length - len(right))))
 
     def _verifier_event(self, verifier: _Verifier, session: _Session, event: v.VerifierEvent) -> None:
         for action in session.core.handle(event, verifier.clock.at(self.now)):
@@ -569,7 +589,7 @@ class World:
                     verifier.session = None
 
     def _check_pass(self, session: _Session, action: v.Verify) -> None:
-        """A draft is verified at its own place, when all that it assumes has been said."""
+        """A draft is verified at its own place and whole, maybe with more behind it, once all that it assumes is said."""
         assert action.base <= len(self.expected)
         if action.round == v.NO_ROUND:
             return
@@ -580,7 +600,8 @@ class World:
             path.start <= action.base and path.assumed == self.expected[path.base : path.start]
             for path in paths
         ), "verified a forward of another outcome"
-        assert all(path.own[action.base - path.start :][:MAX_BLOCK] == action.tokens for path in paths), (
+        rests = [path.own[action.base - path.start :][:MAX_BLOCK] for path in paths]
+        assert all(rest == action.tokens[: len(rest)] for rest in rests), (
             "verified a draft at another place than its own"
         )
         self.counts.trims += any(path.start < action.base and path.own for path in paths)

@@ -18,6 +18,7 @@ from loadtest.compare_clients import Answer
 from loadtest.compare_modes import MODES, Place, chosen
 from loadtest.compare_parts import Carried, Parts
 from loadtest.compare_report import Batch, Setting, by_prompt, differences, figures, percentile, ratio, table
+from loadtest.replay_head import HEAD, HeadOptions, parse_head
 from shared.errors import InvalidRequest
 from shared.protocol import Tokens
 
@@ -181,6 +182,7 @@ def test_each_ablation_switches_one_thing_off() -> None:
     for name in ("full-guesses", "full-hints", "full-forwards", "full-adaptive", "full-floor"):
         assert len(MODES[name].options.items() - full.items()) == 1, name
     assert MODES["full_exits"].options == {**full, "hints": True}
+    assert MODES["full_headless"].options == full
     assert MODES["paper"].options == {**MODES["sync"].options, "hints": True}
 
 
@@ -193,9 +195,27 @@ def options_of(*words: str) -> compare.Options:
 def test_the_papers_setting_has_the_papers_numbers_and_no_target_that_runs() -> None:
     options = options_of("--paper")
     assert (options.rtts_ms, options.gamma) == ((96.0,), 4)
-    assert all(mode.place is Place.EDGE for mode in options.modes)
+    assert {mode.place for mode in options.modes} == {Place.EDGE, Place.HEADLESS}
     with pytest.raises(InvalidRequest, match="ar"):
         options_of("--paper", "--modes", "ar,full")
+    with pytest.raises(InvalidRequest, match="full_headless"):
+        options_of("--modes", "full_headless")
+
+
+def test_only_one_of_the_papers_verifiers_has_the_head_and_none_where_it_is_switched_off() -> None:
+    places = frozenset({Place.STOCK, Place.EDGE, Place.HEADLESS})
+    heads = {
+        place: parse_head(environment[HEAD])
+        for place, environment in compare._replays(Path("answers"), options_of("--paper"), places).items()
+    }
+    assert heads == {Place.EDGE: HeadOptions(), Place.HEADLESS: None}
+    without = options_of("--paper", "--head-acceptance", "0", "--modes", "sync,full")
+    assert (
+        parse_head(compare._replays(Path("answers"), without, places - {Place.HEADLESS})[Place.EDGE][HEAD])
+        is None
+    )
+    with pytest.raises(InvalidRequest, match="acceptance"):
+        options_of("--paper", "--head-acceptance", "0.4,0.9")
 
 
 @pytest.mark.parametrize(

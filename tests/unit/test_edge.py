@@ -697,6 +697,24 @@ def test_a_draft_that_the_floor_has_left_is_counted_as_overtaken() -> None:
     assert (common.rivals.drafts, common.rivals.in_time(1.0)) == (1, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("config", "counted"),
+    [
+        (replace(AHEAD, adaptive=True), 1),
+        (replace(AHEAD, adaptive=True, policy=Policy.COST), 0),
+        (replace(AHEAD, guesses=False, forwards=False, policy=Policy.COST), 0),
+    ],
+)
+def test_only_sessions_that_have_the_choice_teach_how_blocks_fare_beside_the_floor(
+    config: EdgeConfig, counted: int
+) -> None:
+    common = Common()
+    edge = drafting(replace(config, common=common))
+    edge.handle(plain(0, 11, 12), 2.0)
+    edge.handle(verdict(1, 1, 2, 11, 12, 13), 9.0)
+    assert common.rivals.drafts == counted
+
+
 def test_no_more_forwards_go_up_than_are_earned_by_committed_tokens() -> None:
     edge = drafting(replace(AHEAD, forwards_per_token=0.5, max_lanes=8, lane_threshold=0.0))
     edge.handle(draft(0), 2.0)
@@ -935,3 +953,111 @@ def test_a_forward_takes_along_what_its_tokens_were_drawn_from() -> None:
     (first, *_) = starts(actions)
     forwards = of_kind(SendForward, edge.handle(drawn(first.lane, (11, 12)), 5.0))
     assert [forward.rows for forward in forwards if isinstance(forward, SendForward)] == [ROWS[:2]]
+
+
+# --- beside a pass of the floor -----------------------------------------------------------------------------------
+
+
+BESIDE = replace(AHEAD, adaptive=True, round_trip_ms=10.0, max_lanes=4, lane_threshold=0.02)
+
+
+def slow_passes() -> Common:
+    """What a gateway has learned where a pass takes 100 ms, and a draft step 5."""
+    common = Common()
+    common.pass_ms.told(99.0, 1.0)
+    for _ in range(3):
+        common.step_ms.saw(1, 5.0)
+    return common
+
+
+def beside(config: EdgeConfig = BESIDE) -> tuple[EdgeSession, list[EdgeAction]]:
+    """A session whose prefill has said 10, while the verifier goes on by itself with 11 and 12."""
+    edge = EdgeSession(replace(config, common=slow_passes()))
+    edge.handle(Opened(epoch=1), 0.0)
+    first = verdict(0, 0, 0, 10).verdict.model_copy(update={"following": (11, 12)})
+    return edge, edge.handle(VerdictArrived(first), 100.0)
+
+
+def looked(edge: EdgeSession) -> list[EdgeAction]:
+    """The edge would say 11 as well, then 92 where the floor says 12, and 13 behind that: lanes are started."""
+    actions: list[EdgeAction] = []
+    for look, (likeliest, second) in enumerate([(11, 81), (92, 82), (13, 83)], start=1):
+        places = (((likeliest, 0.7), (second, 0.2)),)
+        actions += edge.handle(Drafted(look, (likeliest,), (0.7,), places), 105.0)
+    return actions
+
+
+def test_beside_a_pass_of_the_floor_the_edge_looks_what_it_would_say_at_each_of_its_places() -> None:
+    edge, actions = beside()
+    assert of_kind(StartDraft, actions) == [
+        StartDraft(1, 1, (), 1),
+        StartDraft(2, 1, (11,), 1),
+        StartDraft(3, 1, (11, 12), 1),
+    ]
+    assert not of_kind(SendBlock, actions)
+    assert edge.phase is Phase.VERIFYING
+
+
+def test_lanes_follow_what_may_come_of_the_pass_and_go_up_as_forwards_of_it() -> None:
+    edge, _ = beside()
+    started = [action for action in looked(edge) if isinstance(action, StartDraft)]
+    assert started[0].assumed == (11, 92), "the floor and the edge part there"
+    assert {lane.assumed for lane in started} >= {(81,), (11, 12, 13)}
+    sent = of_kind(SendForward, edge.handle(Drafted(started[0].lane, (14, 15), (0.7, 0.7)), 120.0))
+    (forward,) = sent
+    assert isinstance(forward, SendForward)
+    assert forward.parent == forward.round
+    assert (forward.base, forward.accepted, forward.next_token, forward.tokens) == (1, 1, 92, (14, 15))
+
+
+def test_a_forward_that_the_floor_has_gone_on_with_is_open_and_its_verdict_ends_it() -> None:
+    edge, _ = beside()
+    lane = next(action for action in looked(edge) if isinstance(action, StartDraft)).lane
+    (forward,) = of_kind(SendForward, edge.handle(Drafted(lane, (14, 15), (0.7, 0.7)), 120.0))
+    assert isinstance(forward, SendForward)
+    said = floor(1, 11, 92).floor.model_copy(update={"taken": forward.round})
+    actions = edge.handle(FloorArrived(said), 200.0)
+    assert not of_kind(SendBlock, actions)
+    assert (edge.statistics.taken, edge.statistics.hits) == (1, 1)
+    edge.handle(verdict(forward.round, 3, 2, 14, 15, 16), 300.0)
+    assert edge.committed == (10, 11, 92, 14, 15, 16)
+    assert edge.statistics.accepted == 2
+
+
+def test_a_lane_that_still_holds_is_forwarded_beside_the_next_pass() -> None:
+    edge, _ = beside()
+    lane = next(a for a in looked(edge) if isinstance(a, StartDraft) and a.assumed == (11, 12, 13)).lane
+    said = floor(1, 11, 12).floor.model_copy(update={"following": (77, 78)})
+    edge.handle(FloorArrived(said), 200.0)
+    (forward,) = of_kind(SendForward, edge.handle(Drafted(lane, (14, 15), (0.7, 0.7)), 210.0))
+    assert isinstance(forward, SendForward)
+    assert (forward.base, forward.accepted, forward.next_token, forward.tokens) == (3, 0, 13, (14, 15))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(BESIDE, round_trip_ms=None),
+        replace(BESIDE, round_trip_ms=96.0),
+        replace(BESIDE, forwards=False),
+        replace(BESIDE, guesses=False),
+        replace(BESIDE, adaptive=False),
+    ],
+    ids=["the way is not known", "the way is too long", "no forwards", "no guesses", "fixed blocks"],
+)
+def test_where_lanes_would_be_late_or_are_switched_off_a_block_is_drafted(config: EdgeConfig) -> None:
+    edge, _ = beside(config)
+    assert edge.phase is Phase.DRAFTING
+
+
+def test_in_a_new_epoch_nothing_follows_a_pass_of_the_one_before() -> None:
+    edge, _ = beside()
+    lane = next(action for action in looked(edge) if isinstance(action, StartDraft)).lane
+    edge.handle(Relocated(2), 110.0)
+    assert not of_kind(SendForward, edge.handle(Drafted(lane, (14, 15), (0.7, 0.7)), 120.0))
+
+
+def test_what_is_looked_up_after_the_pass_has_ended_is_of_no_use() -> None:
+    edge, _ = beside()
+    edge.handle(floor(1, 99), 200.0)
+    assert edge.handle(Drafted(1, (11,), (0.7,), (((11, 0.7),),)), 201.0) == []

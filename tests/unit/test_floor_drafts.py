@@ -158,3 +158,46 @@ def test_what_a_head_has_said_counts_for_the_next_pass_alone() -> None:
     floor.hear([(4, 0.9)])
     floor.judge((9,))
     assert floor.draft((1, 2, 3, 9), Tail(), 0.0) == ()
+
+
+# --- beside a block from the edge -----------------------------------------------------------------------------------
+
+
+def test_a_block_goes_first_unless_something_else_promises_more() -> None:
+    floor = FloorDraft(FloorShares())
+    floor.hear([(4, 0.9), (5, 0.1)])
+    assert floor.draft((1, 2, 3), Tail(), 0.0, Tail(0, (6, 7))) == (6, 7)
+    floor.hear([(4, 0.95), (5, 0.95)])
+    assert floor.draft((1, 2, 3), Tail(), 0.0, Tail(0, (6, 7))) == (4, 5)
+
+
+def test_what_a_head_says_behind_the_whole_of_a_block_is_put_behind_it_as_far_as_it_is_worth_its_rows() -> (
+    None
+):
+    floor = FloorDraft(FloorShares())
+    floor.hear([(6, 0.9), (7, 0.9), (8, 0.9), (9, 0.05)])
+    assert floor.draft((1, 2, 3), Tail(), 0.1, Tail(0, (6, 7))) == (6, 7, 8)
+    floor.hear([(6, 0.9)])
+    assert floor.draft((1, 2, 3), Tail(), 0.1, Tail(0, (6, 7))) == (6, 7)
+
+
+def test_rows_that_bring_little_do_not_make_a_longer_draft_the_better_one() -> None:
+    floor = FloorDraft(FloorShares())
+    floor.hear([(4, 0.65), (5, 0.65), (8, 0.65), (9, 0.65)])
+    assert floor.draft((1, 2, 3), Tail(), 0.0, Tail(0, (6, 7))) == (4, 5, 8, 9)
+    floor.hear([(4, 0.65), (5, 0.65), (8, 0.65), (9, 0.65)])
+    assert floor.draft((1, 2, 3), Tail(), 0.2, Tail(0, (6, 7))) == (6, 7)
+
+
+def test_blocks_that_were_wrong_are_believed_less() -> None:
+    shares = FloorShares()
+    floor = FloorDraft(shares)
+    for _ in range(40):
+        floor.draft((1, 2, 3), Tail(), 0.0, Tail(0, (6, 7)))
+        floor.judge((5,))
+    floor.hear([(4, 0.35)])
+    assert floor.draft((1, 2, 3), Tail(), 0.0, Tail(0, (6, 7))) == (4,)
+    floor.hear([(4, 0.35)])
+    assert floor.draft((1, 2, 3), Tail(), 0.0, Tail(3, (6, 7))) == (6, 7), (
+        "one that has foreseen some is another matter"
+    )

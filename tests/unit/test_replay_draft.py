@@ -56,6 +56,22 @@ def test_it_errs_as_often_as_it_is_told_to_and_its_confidence_says_so() -> None:
     assert near / wrong == pytest.approx(0.5, abs=0.1)
 
 
+def test_behind_a_wrong_token_it_has_left_the_answer_until_it_says_its_token_again() -> None:
+    for recovers, expected in ((0.0, 0.0), (0.2, 0.2), (1.0, 0.7)):
+        replay = engine(ReplayOptions(0.7, recovers=recovers))
+        behind = [
+            draft.tokens[1] == ANSWER[at + 1]
+            for at in range(len(ANSWER) - 2)
+            for draft in replay.draft([request(ANSWER[:at], 2)])
+            if draft.tokens[0] != ANSWER[at]
+        ]
+        assert sum(behind) / len(behind) == pytest.approx(expected, abs=0.07)
+        (lane,) = replay.draft([request((*ANSWER[:7], ANSWER[7] ^ 1), 900)])
+        right = [token == truth for token, truth in zip(lane.tokens, ANSWER[8:], strict=False)]
+        first = right.index(True) if recovers else len(right)
+        assert not any(right[:first])
+
+
 def test_a_position_is_right_or_wrong_in_every_lane_alike() -> None:
     replay = engine(ReplayOptions(0.5))
     (whole,) = replay.draft([request((), 8)])

@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from loadtest.replay_head import HeadOptions, head_drafts
 from loadtest.replay_verifier import ReplayEngine, parse_exits
 from services.verifier.engine.types import BlockStatus, EngineOutput, ExitReport
 from services.verifier.settings import VerifierSettings
 from shared.errors import InvalidRequest
-from shared.protocol import FinishReason, GenerationParams, Tokens
+from shared.protocol import FinishReason, GenerationParams, Policy, Tokens
 
 PROMPT: Tokens = (1, 2)
 ANSWER: Tokens = (10, 11, 12, 13, 14, 15, 16, 17)
@@ -75,6 +76,18 @@ async def test_it_ends_at_the_limit_and_with_the_answer(
     async with asyncio.timeout(5):
         assert [output async for output in outputs] == []
     assert await replay.submit("a", 1, ()) is BlockStatus.GONE
+
+
+async def test_its_head_drafts_behind_each_pass_for_sessions_that_go_on_by_themselves() -> None:
+    head = HeadOptions(ms_per_pass=1.0)
+    replay = ReplayEngine(VerifierSettings(), {PROMPT: ANSWER}, pass_ms=2.0, exits={}, head=head)
+    assert (await replay.start(lambda _: None)).draft_head == "replayed"
+    eager = replay.open("a", PROMPT, (), GenerationParams(max_tokens=100))
+    assert (await anext(eager)).drafted == head_drafts(head, len(PROMPT), ANSWER, 1)
+    await replay.submit("a", 1, (11, 99))
+    assert (await anext(eager)).drafted == head_drafts(head, len(PROMPT), ANSWER, 3)
+    patient = replay.open("b", PROMPT, (), GenerationParams(max_tokens=100, policy=Policy.COST))
+    assert (await anext(patient)).drafted == ()
 
 
 async def test_exits_without_foresight_name_something_else_first() -> None:

@@ -559,10 +559,106 @@ def test_a_late_block_that_disagrees_with_the_floor_is_stale() -> None:
 
 
 def test_the_floor_uses_what_the_verifier_finds_by_itself() -> None:
-    session = VerifierSession("s", max_block=4, floor_draft=lambda said, _: (said[-1] + 1, said[-1] + 2))
+    session = VerifierSession("s", max_block=4, floor_draft=lambda said, *_: (said[-1] + 1, said[-1] + 2))
     session.handle(prompt())
     session.handle(Claimed(epoch=1, committed=(), gateway="g", policy=Policy.LATENCY))
     assert session.handle(EngineAnswered((10,)))[0] == Verify(NO_ROUND, 1, (11, 12))
+
+
+def promising(floors: Tokens, *, policy: Policy = Policy.LATENCY) -> tuple[VerifierSession, list[Tail]]:
+    """A session that has said 10 and runs a pass of one row, and would draft `floors` itself whatever there is; and the
+    blocks that it was told of."""
+    offered: list[Tail] = []
+
+    def draft(said: Sequence[int], tail: Tail, block: Tail) -> Tokens:
+        offered.append(block)
+        return floors if len(said) > 1 else ()
+
+    session = VerifierSession("s", max_block=4, floor_draft=draft)
+    session.handle(prompt())
+    session.handle(Claimed(epoch=1, committed=(), gateway="g", policy=policy))
+    session.handle(EngineAnswered((10,)))
+    session.handle(Committed(1))
+    return session, offered
+
+
+def test_what_promises_more_than_a_block_is_verified_first_and_the_block_behind_it_where_it_agrees() -> None:
+    session, offered = promising((12, 13))
+    session.handle(block(1, 1, 11, 98, 14))
+    assert session.handle(EngineAnswered((11,)))[0] == Verify(NO_ROUND, 2, (12, 13))
+    assert offered[-1] == Tail(1, (98, 14)), "what is left of the block, which had one token right"
+    session.handle(Committed(2))
+    assert session.waits_for(1)
+    assert session.handle(EngineAnswered((98,)))[0] == Verify(NO_ROUND, 3, (12, 13))
+    assert offered[-1] == Tail(2, (14,))
+
+
+def test_a_block_that_is_left_for_the_floor_is_answered_when_it_can_not_follow_any_more() -> None:
+    session, _ = promising((12, 13))
+    session.handle(block(1, 1, 11, 98, 14))
+    session.handle(EngineAnswered((11,)))
+    session.handle(Committed(2))
+    session.handle(EngineAnswered((12, 13, 15)))
+    stale = [
+        action.message
+        for action in session.handle(Committed(5))
+        if isinstance(action, Publish) and isinstance(action.message, Stale)
+    ]
+    assert [(each.round, each.base) for each in stale] == [(1, 5)]
+    assert not session.waits_for(1)
+
+
+def test_what_may_follow_a_block_is_verified_behind_it_and_the_verdict_is_still_the_blocks() -> None:
+    session, _ = promising((12, 13))
+    session.handle(block(1, 1, 11, 12))
+    assert session.handle(EngineAnswered((11,)))[0] == Verify(1, 2, (12, 13))
+    session.handle(Committed(2))
+    session.handle(EngineAnswered((12, 13, 14)))
+    (told,) = [action.message for action in session.handle(Committed(5)) if isinstance(action, Publish)]
+    assert isinstance(told, Verdict)
+    assert (told.round, told.base, told.tokens, told.accepted) == (1, 1, (11, 12, 13, 14), 2)
+
+
+def test_a_hint_speaks_of_the_block_alone_though_more_is_verified_behind_it() -> None:
+    session, _ = promising((12, 13, 14))
+    session.handle(block(1, 1, 11, 12))
+    session.handle(EngineAnswered((11,)))
+    session.handle(Committed(2))
+    outcomes = [(0, 99, 0.1), (2, 97, 0.3), (3, 15, 0.4), (1, 13, 0.1)]
+    seen = tuple(Outcome(accepted=a, next_token=t, confidence=c) for a, t, c in outcomes)
+    (told,) = session.handle(ExitSeen(2, 20, seen, 1.0))
+    assert isinstance(told, Publish)
+    assert isinstance(told.message, Hint)
+    found = [(each.accepted, each.next_token, each.confidence) for each in told.message.outcomes]
+    assert found == [(1, 99, 0.1), (2, 13, pytest.approx(0.8))]
+
+
+def test_a_floor_says_what_it_verifies_next_and_a_forward_may_follow_that() -> None:
+    session, _ = promising((12, 13))
+    session.handle(EngineAnswered((11,)))
+    (told,) = published(session.handle(Committed(2)))
+    assert isinstance(told, Floor)
+    assert told.following == (12, 13)
+    session.handle(forward(5, 5, 1, 98, 12, 13, base=2))
+    session.handle(forward(6, 6, 0, 97, 12, base=2))
+    assert session.handle(EngineAnswered((12, 98)))[0] == Verify(5, 4, (12, 13))
+    (told,) = published(session.handle(Committed(4)))
+    assert isinstance(told, Floor)
+    assert (told.taken, told.following) == (5, ())
+
+
+def test_a_forward_that_follows_a_pass_that_was_never_run_is_dropped() -> None:
+    session, _ = promising((12, 13))
+    session.handle(EngineAnswered((11,)))
+    session.handle(Committed(2))
+    session.handle(forward(5, 5, 0, 12, 99, base=7))
+    assert not session.waits_for(5)
+
+
+def test_under_cost_a_block_is_verified_as_it_is() -> None:
+    session, offered = promising((12, 13), policy=Policy.COST)
+    assert session.handle(block(1, 1, 11))[0] == Verify(1, 1, (11,))
+    assert not offered
 
 
 def drafting_tails(*blocks: Received) -> tuple[VerifierSession, list[Tail]]:
@@ -570,9 +666,9 @@ def drafting_tails(*blocks: Received) -> tuple[VerifierSession, list[Tail]]:
     was told."""
     tails: list[Tail] = []
 
-    def draft(said: Sequence[int], tail: Tail) -> Tokens:
+    def draft(said: Sequence[int], tail: Tail, block: Tail) -> Tokens:
         tails.append(tail)
-        return tail.tokens
+        return block.tokens or tail.tokens
 
     session = VerifierSession("s", max_block=4, floor_draft=draft)
     session.handle(prompt())

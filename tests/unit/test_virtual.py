@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from loadtest import virtual
+from loadtest.replay_head import HeadOptions
 from loadtest.virtual_world import Recorded, Timings
 from services.draft_gateway.drafting.engine import EMPTY, Draft
 from shared.errors import InvalidRequest
@@ -59,6 +60,16 @@ def test_without_a_draft_that_is_right_the_floor_keeps_the_targets_pace(kind: st
     row = played(kind, timings=replace(TIMINGS, rtt=rtt))
     assert row.times_ar < 1.05
     assert row.floor_share > 0.9
+
+
+def test_in_the_papers_timings_ours_is_faster_than_sync_and_the_head_makes_it_faster() -> None:
+    def times_ar(policy: Policy | str, head: HeadOptions | None) -> float:
+        texts = [virtual.replayed(number, 40, 4, head) for number in range(12)]
+        return virtual.play(texts, virtual.PAPER, policy, 4, Foresight()).times_ar
+
+    sync = times_ar(virtual.SYNC, None)
+    headless, headed = times_ar(Policy.LATENCY, None), times_ar(Policy.LATENCY, HeadOptions())
+    assert headed < headless < sync
 
 
 def test_under_cost_each_token_that_no_draft_foresees_waits_for_the_link() -> None:

@@ -8,12 +8,14 @@ FILE holds `{"answers": [{"prompt": [ids], "tokens": [ids]}, ...]}`. Parameters:
     acceptance      probability that a drafted token is the target's, token by token (default 0.7)
     confidence      what the draft says of itself (default: the acceptance, so that it is calibrated)
     second          how often the target's token is the second likeliest where the first is wrong (0.5)
+    recovers        how often the next token is the target's all the same, behind one that was not (0.2: what drafts of the
+                    pair that ships do, rounded, see `services.verifier.floor_drafts.LEFT_OVER`)
     ms_per_token    time of a step of the draft model (0)
     lane_cost       what every further lane of a batch adds to a step, as a share of it (0.1)
     seed            which tokens are wrong; a position of an answer is right or wrong in every lane alike (0)
 
-Off the answer's path (a lane that assumed something else) it goes on as if it had assumed the answer: such a lane costs
-its time and is never used.
+Behind a token of its own that is wrong, or in a lane that assumed one, it has left the answer's path until it says the
+answer's token again.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ class ReplayOptions:
     acceptance: float = 0.7
     confidence: float | None = None
     second: float = 0.5
+    recovers: float = 0.2
     ms_per_token: float = 0.0
     lane_cost: float = 0.1
     seed: int = 0
@@ -76,6 +79,12 @@ def read_answers(path: Path) -> tuple[Replayed, ...]:
         ) from error
 
 
+def draws_of(seed: int, prompt_length: int, at: int) -> Random:
+    """What decides a place of an answer: the first draw from it is how hard the place is, 0 to 1, so that a draft which is
+    right with probability p is right where it is below p."""
+    return Random(f"{seed}:{prompt_length}:{at}")
+
+
 def parse_replay(draft: str) -> tuple[Path, ReplayOptions]:
     """File and options of a `replay:` draft; `OutriderError` that names what is wrong with it."""
     file, _, query = draft.removeprefix(PREFIX).partition("?")
@@ -90,7 +99,7 @@ def parse_replay(draft: str) -> tuple[Path, ReplayOptions]:
             found[name] = float(value)
         except ValueError:
             raise OutriderError(f"{draft!r}: {name} should be a number, not {value!r}") from None
-        if name in ("acceptance", "confidence", "second") and not 0 <= found[name] <= 1:
+        if name in ("acceptance", "confidence", "second", "recovers") and not 0 <= found[name] <= 1:
             raise OutriderError(f"{draft!r}: {name} should be between 0 and 1")
         if found[name] < 0:
             raise OutriderError(f"{draft!r}: {name} should not be negative")
@@ -144,16 +153,23 @@ class ReplayDraft:
             return EMPTY
         prompt_length, answer = known
         at = len(request.context) - prompt_length
-        places = [self._place(prompt_length, answer, n) for n in range(at, min(at + steps, len(answer)))]
+        on_path = at == 0 or request.context[-1] == answer[min(at, len(answer)) - 1]
+        places: list[tuple[Alternative, ...]] = []
+        for n in range(at, min(at + steps, len(answer))):
+            places.append(self._place(prompt_length, answer, n, on_path=on_path))
+            on_path = places[-1][0][0] == answer[n]
         tokens = tuple(place[0][0] for place in places[: request.length])
         return Draft(tokens, tuple(place[0][1] for place in places[: len(tokens)]), tuple(places))
 
-    def _place(self, prompt_length: int, answer: Tokens, at: int) -> tuple[Alternative, ...]:
+    def _place(
+        self, prompt_length: int, answer: Tokens, at: int, *, on_path: bool
+    ) -> tuple[Alternative, ...]:
         """What the draft thinks of a position: its token and the next likeliest."""
         options = self._options
-        random = Random(f"{options.seed}:{prompt_length}:{at}")
+        random = draws_of(options.seed, prompt_length, at)
         truth, wrong = answer[at], answer[at] ^ 1
-        right = random.random() < options.acceptance
+        share = options.acceptance if on_path else min(options.recovers, options.acceptance)
+        right = random.random() < share
         near = random.random() < options.second
         first = truth if right else wrong
         next_best = truth if near and not right else truth ^ 2

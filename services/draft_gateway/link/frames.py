@@ -271,6 +271,7 @@ MEASURED: Final[Mapping[str, tuple[int, Codec]]] = {
     "fixed_ms": (8, MILLISECONDS),
     "row_ms": (9, MILLISECONDS),
     "passes": (10, NUMBER),
+    "following": (11, TOKENS),
 }
 
 LAYOUTS: Final[Mapping[int, Layout]] = {
