@@ -312,6 +312,15 @@ def test_patient_sessions_prompts_wait_for_those_that_come_right_after_them(step
     assert steps.step() == {"a", *(f"p{number}" for number in range(7))}
 
 
+def test_a_prompt_waits_for_patient_sessions_blocks_and_shares_their_step(steps: Steps) -> None:
+    apart(steps, "a", "b", "c")
+    steps.now_ms += RETURN_MS
+    steps.open("p", eager=False)
+    assert steps.wait_ms == pytest.approx(20.0, abs=0.1), "until the last is due"
+    assert Loop(steps, a=0.0, b=10.0, c=20.0).gather() == 20.0
+    assert steps.step() == {"a", "b", "c", "p"}
+
+
 def test_a_patient_session_that_has_ended_is_not_waited_for(steps: Steps) -> None:
     from vllm.v1.request import RequestStatus
 

@@ -95,7 +95,7 @@ def test_a_few_that_are_far_away_do_not_hold_up_the_others() -> None:
         companions.returned("a", number + (1.0 if number % 25 == 0 else 0.05))
     companions.spoke("far", 200.0)
     waited_s = companions.wait_s(200.0, ready_since=[200.0], sessions=1000, fixed_s=0.01)
-    assert 0.05 < waited_s < 0.25
+    assert 0.05 < waited_s < 0.3
 
 
 def test_a_session_alone_waits_for_nobody() -> None:

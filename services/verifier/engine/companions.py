@@ -14,10 +14,11 @@ from typing import Final
 
 RETURNS: Final = 128
 """The last returns, by which it is judged how long the next ones take."""
-LATE: Final = 0.98
+LATE: Final = 0.99
 """Share of them after which a block is late, and no longer waited for."""
-MOST_USUAL: Final = 2.0
-"""Usual returns for which a block waits at most: a few sessions that are far away don't hold up the others."""
+MOST_USUAL: Final = 3.0
+"""Usual returns for which a block waits at most: a few sessions that are far away don't hold up the others. What is foreseen
+returns at once, so that others take twice what is usual and more."""
 
 
 @dataclass(slots=True)
@@ -36,6 +37,12 @@ class Companions:
         """Between what a session is told and its next block, the mean of the last ones; 0 before the first."""
         self._look()
         return self._usual_s
+
+    @property
+    def under_way(self) -> bool:
+        """Whether any block is, of which it can be said how long it takes."""
+        self._look()
+        return bool(self._spoke and self._longest_s)
 
     def spoke(self, key: str, now_s: float) -> None:
         """A session was told what its block came to; the next one is on its way from now on."""
@@ -60,14 +67,14 @@ class Companions:
             self._known = True
 
     def wait_s(self, now_s: float, *, ready_since: list[float], sessions: int, fixed_s: float) -> float:
-        """For how long a step of the blocks that are there (`ready_since`) should wait for others, 0 for not at all.
+        """For how long a step of the blocks and prompts that are there (`ready_since`) should wait for others, 0 for not at
+        all.
 
         It waits until the last that are on their way should have come: some were foreseen and come at once, the others
         after a round trip and a draft. In all no block waits longer than others take to come, and less where a pass of its
         own would matter less: that share of the time which all `sessions` would take of the engine, `fixed_s` each.
         """
-        self._look()
-        if not (ready_since and self._spoke and self._longest_s):
+        if not (ready_since and self.under_way):
             return 0.0
         longest_s = self._longest_s
         last_s = next(reversed(self._spoke.values())) + longest_s

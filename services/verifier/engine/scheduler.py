@@ -286,21 +286,23 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if len(patient) < len(sessions) and any(each.eager and each.armed is not None for each in sessions):
             return 0.0
         fixed_s = self.counters.fixed_ms / 1000
-        if self.waiting:
-            return self._prompts_s(now, min(MOST_GATHERED_S, fixed_s))
-        ready = [session.armed_s for session in patient if session.armed is not None]
+        opened = self._patient_prompts()
+        if opened is None:
+            return 0.0
+        if opened and not self._companions.under_way:
+            return _lull_s(opened, min(MOST_GATHERED_S, fixed_s), now)
+        ready = [*opened, *(session.armed_s for session in patient if session.armed is not None)]
         return self._companions.wait_s(now, ready_since=ready, sessions=len(patient), fixed_s=fixed_s)
 
-    def _prompts_s(self, now: float, lull_s: float) -> float:
-        """For how long the step of patient sessions' prompts waits for more prompts: until none has come for `lull_s`, what
-        a pass takes anyway, and a few times that in all. Prompts of a crowd come one after the other."""
+    def _patient_prompts(self) -> list[float] | None:
+        """Since when the prompts wait that are to be computed; None if one of them is nobody's who waits."""
         opened = []
         for request in self.waiting:
             session = self._by_request.get(request.request_id)
             if session is None or session.eager:
-                return 0.0
+                return None
             opened.append(session.opened_s)
-        return max(0.0, min(max(opened) + lull_s, min(opened) + LULLS * lull_s) - now)
+        return opened
 
     # --- a step -------------------------------------------------------------------------------------------------
 
@@ -590,6 +592,12 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             "waiting": len(self.waiting),
             "kv_usage": float(self.get_kv_cache_usage()),
         }
+
+
+def _lull_s(opened: list[float], lull_s: float, now: float) -> float:
+    """For how long a step of nothing but prompts waits for more of them: until none has come for `lull_s`, what a pass takes
+    anyway, and a few times that in all. Prompts of a crowd come one after the other."""
+    return max(0.0, min(max(opened) + lull_s, min(opened) + LULLS * lull_s) - now)
 
 
 def _cached_tokens(scheduler_output: SchedulerOutput) -> int:
