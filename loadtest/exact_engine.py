@@ -169,7 +169,8 @@ class Run:
                 self._truths[prompt], len(said), max(longest, 0), self._vocabulary, f"{prompt}:{len(said)}"
             )
             blocks[kind] += 1
-            status = await self._engine.submit(name, len(said), block)
+            alone = by_itself and self._ahead
+            status = await self._engine.submit(name, len(said), block, alone=alone)
             if status not in fine:
                 raise EngineError(f"session {name}: a block on {len(said)} tokens was {status}")
         return said

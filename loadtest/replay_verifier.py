@@ -145,7 +145,7 @@ class ReplayEngine:
         confidences: Sequence[int] = (),
         rows: Sequence[SparseRow] = (),
         *,
-        alone: bool = True,
+        alone: bool = False,
     ) -> BlockStatus:
         """See `Engine.submit`."""
         held = self._sessions.get(session)

@@ -87,7 +87,7 @@ class TimerEngine:
         confidences: Sequence[int] = (),
         rows: Sequence[SparseRow] = (),
         *,
-        alone: bool = True,
+        alone: bool = False,
     ) -> BlockStatus:
         """Accept `tokens` after a step."""
         if session not in self._sessions:

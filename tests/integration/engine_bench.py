@@ -197,6 +197,14 @@ async def read_until(stream: AsyncIterator[EngineOutput], length: int) -> Tokens
     return out
 
 
+async def until_parked(bench: Bench) -> None:
+    """The one session has gone as far ahead as it may."""
+    deadline = time.monotonic() + DEADLINE_S
+    while (stats := await bench.engine.stats()).running or not stats.parked:
+        assert time.monotonic() < deadline, f"it goes on and on: {stats}"
+        await asyncio.sleep(0.01)
+
+
 async def until_idle(bench: Bench) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while (stats := await bench.engine.stats()).parked or stats.running or stats.kv_usage:

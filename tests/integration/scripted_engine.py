@@ -121,7 +121,7 @@ class ScriptedEngine:
         confidences: Sequence[int] = (),
         rows: Sequence[SparseRow] = (),
         *,
-        alone: bool = True,
+        alone: bool = False,
     ) -> BlockStatus:
         """See `Engine.submit`."""
         self.submitted.append((session, base, tokens))

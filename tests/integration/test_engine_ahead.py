@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -27,6 +26,7 @@ from tests.integration.engine_bench import (
     nothing,
     settings_for,
     until_idle,
+    until_parked,
 )
 from tests.integration.tiny_target import TinyTarget, random_prompt
 
@@ -81,14 +81,6 @@ async def follow(
         tokens += output.tokens
     await assert_ended(stream)
     return EngineOutput(tokens, output.finish_reason)
-
-
-async def until_parked(bench: Bench) -> None:
-    """The one session has gone as far ahead as it may."""
-    deadline = time.monotonic() + DEADLINE_S
-    while (stats := await bench.engine.stats()).running or not stats.parked:
-        assert time.monotonic() < deadline, f"it goes on and on: {stats}"
-        await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("pause_s", [0.0, 0.05], ids=["quick", "slow"])

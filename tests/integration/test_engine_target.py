@@ -13,10 +13,19 @@ import pytest
 import pytest_asyncio
 
 from services.verifier.engine.engine import VllmEngine
+from services.verifier.engine.launch import FLOOR_AHEAD_WITH_DRAFTS
+from services.verifier.floor_drafts import LENGTH
 from services.verifier.settings import VerifierSettings
-from shared.protocol import FinishReason, Policy, Tokens
+from shared.protocol import FinishReason, GenerationParams, Policy, Tokens
 from shared.text import Tokenizer
-from tests.integration.engine_bench import Bench, assert_accounted, change, endless, next_output
+from tests.integration.engine_bench import (
+    Bench,
+    assert_accounted,
+    change,
+    endless,
+    next_output,
+    until_parked,
+)
 from tests.prompts import real_prompts
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(400)]
@@ -162,6 +171,51 @@ async def test_behind_a_cached_beginning_the_draft_head_goes_on(bench: Bench, pr
     for found in (first, second):
         right = [drafted[0][0] == said[at] for at, drafted in found if drafted and at < len(said)]
         assert len(right) > ANSWER and statistics.mean(right) > 0.25
+
+
+async def alone(bench: Bench, session: str, prompt: Tokens, params: GenerationParams) -> tuple[Tokens, int]:
+    """What a session says that goes on by itself, and in how many passes."""
+    said, passes = Tokens(), 0
+    async for output in bench.engine.open(session, prompt, (), params):
+        said, passes = said + output.tokens, passes + output.passes
+        if output.finish_reason is None:
+            await bench.engine.submit(session, len(said), (), alone=True)
+    return said, passes
+
+
+async def test_sessions_that_nobody_drafts_for_go_on_with_drafts_of_their_own(
+    bench: Bench, prompts: list[Tokens]
+) -> None:
+    assert bench.info.own_drafts
+    params = endless(3 * ANSWER).model_copy(update={"policy": Policy.LATENCY, "unheard": True})
+    truths = await asyncio.gather(*(bench.answer(prompt, params) for prompt in prompts[:4]))
+    found = await asyncio.gather(*(alone(bench, f"own-{n}", prompts[n], params) for n in range(4)))
+    assert [said for said, _ in found] == [truth.tokens for truth in truths]
+    assert sum(passes for _, passes in found) < 0.8 * 4 * 3 * ANSWER, "drafts save passes"
+
+
+async def test_it_goes_no_further_than_it_may_and_not_at_all_once_a_block_comes(
+    bench: Bench, prompts: list[Tokens]
+) -> None:
+    params = endless(4 * ANSWER).model_copy(update={"policy": Policy.LATENCY, "unheard": True})
+    truth = (await bench.answer(prompts[0], params)).tokens
+    stream = bench.engine.open("bound", prompts[0], (), params)
+    said = (await next_output(stream)).tokens
+    await bench.engine.submit("bound", len(said), (), alone=True)
+    said += (await next_output(stream)).tokens
+    await until_parked(bench)
+    block = truth[len(said) :][:3]
+    await bench.engine.submit("bound", len(said), block)
+    output = await next_output(stream)
+    assert len(block) < len(output.tokens) <= FLOOR_AHEAD_WITH_DRAFTS + LENGTH + 1
+    said += output.tokens
+    before = await bench.engine.stats()
+    await bench.engine.submit("bound", len(said), ())
+    said += (await next_output(stream)).tokens
+    await until_parked(bench)
+    assert change(before, await bench.engine.stats())["blocks"] == 1, "it was asked for one"
+    assert said == truth[: len(said)]
+    await bench.engine.close("bound")
 
 
 async def test_nothing_is_drafted_for_sessions_that_wait_for_blocks(

@@ -178,7 +178,7 @@ class _Engine:
         confidences: Sequence[int] = (),
         rows: Sequence[SparseRow] = (),
         *,
-        alone: bool = True,
+        alone: bool = False,
     ) -> BlockStatus:
         self.submitted.append(tokens)
         if not self.silent:

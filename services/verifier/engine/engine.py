@@ -268,7 +268,7 @@ class VllmEngine:
         confidences: Sequence[int] = (),
         rows: Sequence[SparseRow] = (),
         *,
-        alone: bool = True,
+        alone: bool = False,
     ) -> BlockStatus:
         """See `Engine.submit`."""
         llm = self._alive()

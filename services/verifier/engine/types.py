@@ -172,7 +172,7 @@ class Engine(Protocol):
         confidences: Sequence[int] = (),
         rows: Sequence[SparseRow] = (),
         *,
-        alone: bool = True,
+        alone: bool = False,
     ) -> BlockStatus:
         """Have a block verified: `tokens` continue the session's first `base` output tokens; may be empty.
 
