@@ -301,8 +301,8 @@ class VllmEngine:
             opened.key, own_base, list(tokens), levels, drawn_from, opened.submitted, ahead
         )
         status = BlockStatus(await self._call(call))
-        if status is BlockStatus.GONE and opened.ahead and self._by_key.get(opened.key) is opened:
-            status = BlockStatus.STALE  # it has come to its end by itself, and what it said is on its way
+        if status is BlockStatus.GONE and opened.ahead:
+            status = BlockStatus.STALE  # it has come to its end by itself: what it said is on its way, or there
         if status is BlockStatus.STALE:
             opened.asked = 0  # it went on by itself
         return status if not answered else BlockStatus.QUEUED
