@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from services.verifier.engine.engine import VllmEngine
 from services.verifier.engine.types import BlockStatus, EngineOutput
-from shared.protocol import GenerationParams, Policy, Sampling, Tokens
+from shared.protocol import FinishReason, GenerationParams, Policy, Sampling, Tokens
 from tests.integration.engine_bench import (
     DEADLINE_S,
     DRAFTERS,
@@ -166,6 +166,19 @@ async def test_a_session_that_is_closed_meanwhile_says_no_more(bench: Bench) -> 
     await bench.engine.close("closed")
     assert await asyncio.wait_for(waiting, DEADLINE_S) is None
     await until_idle(bench)
+
+
+async def test_one_that_has_come_to_its_end_is_stale_to_a_block_and_its_end_is_read(bench: Bench) -> None:
+    prompt, params = random_prompt(36, 12), eager(AHEAD)
+    truth = (await bench.answer(prompt, params)).tokens
+    stream = bench.engine.open("ended", prompt, (), params)
+    out = (await next_output(stream)).tokens
+    await until_idle(bench)
+    status = await bench.engine.submit("ended", len(out), (*truth[len(out) :], 1))
+    assert status is BlockStatus.STALE
+    output = await next_output(stream)
+    assert (out + output.tokens, output.finish_reason) == (truth, FinishReason.LENGTH)
+    await assert_ended(stream)
 
 
 async def test_with_hardly_any_room_all_come_to_their_end(cramped: Bench) -> None:
