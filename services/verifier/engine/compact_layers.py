@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers import utils
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.models.llama import LlamaDecoderLayer
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 
 from services.verifier.engine import layer_kernels
 from services.verifier.engine.compact import CompactMatrix, compact
@@ -114,11 +114,14 @@ def run_compact(model: nn.Module) -> None:
     """Have `CompactDecoder` run the decoder layers that it can, once they have compact weights."""
     room = _Room()
     for layer in model.modules():
-        if isinstance(layer, LlamaDecoderLayer) and _can_be_run(layer):
+        if type(layer) is LlamaDecoderLayer and _can_be_run(layer):
             layer.forward = CompactDecoder(layer, room)
 
 
 def _can_be_run(layer: LlamaDecoderLayer) -> bool:
+    """Not those of models that do something else in them."""
+    if type(layer.self_attn) is not LlamaAttention or type(layer.mlp) is not LlamaMLP:
+        return False
     linears = [
         layer.self_attn.qkv_proj,
         layer.self_attn.o_proj,

@@ -41,6 +41,7 @@ class Symbol:
 
 _SCHEDULER: Final = "vllm.v1.core.sched.scheduler"
 _RUNNER: Final = "vllm.v1.worker.gpu_model_runner"
+_LLAMA: Final = "vllm.model_executor.models.llama"
 
 SYMBOLS: Final[tuple[Symbol, ...]] = (
     Symbol(
@@ -316,6 +317,25 @@ SYMBOLS: Final[tuple[Symbol, ...]] = (
 CPU_SYMBOLS: Final = (
     Symbol("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", ("self",), ("CPUModelRunner",)),
     Symbol("vllm.v1.worker.cpu_worker", "CPUWorker.load_model", ("self", "load_dummy_weights")),
+    Symbol(
+        "vllm.model_executor.layers.utils",
+        "dispatch_cpu_unquantized_gemm",
+        ("layer", "remove_weight"),
+        ("cpu_linear",),
+    ),
+    Symbol(
+        _LLAMA,
+        "LlamaDecoderLayer.forward",
+        ("self", "positions", "hidden_states", "residual"),
+        ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
+    ),
+    Symbol(
+        _LLAMA,
+        "LlamaAttention.forward",
+        ("self", "positions", "hidden_states"),
+        ("qkv_proj", "q_size", "kv_size", "rotary_emb", "attn", "o_proj"),
+    ),
+    Symbol(_LLAMA, "LlamaMLP.forward", ("self", "x"), ("gate_up_proj", "act_fn", "down_proj")),
 )
 CUDA_SYMBOLS: Final = (
     Symbol("vllm.v1.worker.gpu_worker", "Worker._make_model_runner", ("self",)),
