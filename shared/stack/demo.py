@@ -232,12 +232,22 @@ def summary(usage: Mapping[str, Any]) -> list[str]:
     did = usage.get("outrider")
     if not did:
         return []
-    tokens, drafted, accepted = usage["completion_tokens"], did["drafted"], did["accepted"]
+    tokens, passes, drafted, accepted = (
+        usage["completion_tokens"],
+        did["passes"],
+        did["drafted"],
+        did["accepted"],
+    )
     lines = [
-        f"{tokens} tokens in {did['rounds']} rounds: {did['tokens_per_round']:.2f} tokens a round; "
-        f"{accepted} of {drafted} drafted tokens accepted",
-        f"preemptive drafts: {did['hits']} hits, {did['misses']} misses, {did['late']} too late",
+        f"{tokens} tokens in {passes} passes of the target, {tokens / max(passes, 1):.2f} a pass; it said "
+        f"{did['floor_tokens']} by itself"
     ]
+    if did["rounds"]:
+        lines += [
+            f"{did['rounds']} rounds of the edge's drafts: {did['tokens_per_round']:.2f} tokens a round; "
+            f"{accepted} of {drafted} drafted tokens accepted",
+            f"preemptive drafts: {did['hits']} hits, {did['misses']} misses, {did['late']} too late",
+        ]
     leads = did.get("exit_lead_ms", {})
     if leads:
         told = (

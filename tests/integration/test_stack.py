@@ -119,7 +119,7 @@ def test_the_demo_answers_and_leaves_nothing_running(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"❯ {PROMPT}" in done.stdout
-    assert re.search(r"\d+ tokens in \d+ rounds: \d+\.\d\d tokens a round", done.stdout)
+    assert re.search(r"\d+ tokens in \d+ passes of the target, \d+\.\d\d a pass", done.stdout)
     assert re.search(r"hints led their verdict by, at the median: layer \d+: \d+ ms", done.stdout)
     assert "\033[" not in done.stdout
     assert records.read(tmp_path) is None

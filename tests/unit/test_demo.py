@@ -19,7 +19,8 @@ from shared.stack.demo import Paint, curl_line, openai_snippet, pieces, stream_c
 USAGE = {
     "completion_tokens": 12,
     "outrider": {
-        "rounds": 5, "drafted": 20, "accepted": 7, "tokens_per_round": 2.4, "hits": 3, "misses": 1, "late": 0,
+        "passes": 6, "floor_tokens": 1, "rounds": 5, "drafted": 20, "accepted": 7, "tokens_per_round": 2.4,
+        "hits": 3, "misses": 1, "late": 0,
         "exit_lead_ms": {"18": {"count": 5, "p50": 40.4, "min": 31.0}, "27": {"count": 5, "p50": 9.6, "min": 8.0}},
     },
 }  # fmt: skip
@@ -97,10 +98,15 @@ def test_pieces_are_the_traced_tokens_or_else_the_plain_text() -> None:
 
 def test_the_summary_tells_tokens_a_round_hits_and_every_layers_lead() -> None:
     text = "\n".join(summary(USAGE))
-    assert "12 tokens in 5 rounds: 2.40 tokens a round; 7 of 20 drafted tokens accepted" in text
+    assert "12 tokens in 6 passes of the target, 2.00 a pass; it said 1 by itself" in text
+    assert "5 rounds of the edge's drafts: 2.40 tokens a round; 7 of 20 drafted tokens accepted" in text
     assert "3 hits, 1 misses, 0 too late" in text
     assert "layer 18: 40 ms (at least 31), layer 27: 10 ms (at least 8)" in text
     assert summary({}) == []
+    alone = {**USAGE["outrider"], "rounds": 0, "exit_lead_ms": {}}
+    assert len(summary(USAGE | {"outrider": alone})) == 1, (
+        "where the target did it all there is no more to tell"
+    )
 
 
 def test_colour_is_for_terminals_without_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
