@@ -302,9 +302,8 @@ class VllmEngine:
         )
         status = BlockStatus(await self._call(call))
         if status is BlockStatus.GONE and opened.ahead:
-            status = (
-                BlockStatus.STALE
-            )  # it has come to its end by itself: what it said is on its way, or there
+            # it has come to its end by itself: what it said is on its way, or there
+            status = BlockStatus.STALE
         if status is BlockStatus.STALE:
             opened.asked = 0  # it went on by itself
         return status if not answered else BlockStatus.QUEUED

@@ -213,17 +213,15 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if session.goes_on:
             self._going_on.add(session.key)
 
-    def _go_on(self, session: Session) -> None:
-        """Have a parked session say more in the step that begins, with drafts of its own where it has any."""
-        drafts: list[int] = []
+    def _go_on(self, session: Session, sharers: int) -> None:
+        """Have a parked session, one of `sharers` that do so, say more in the step that begins, with drafts of its own
+        where it has any."""
+        request, drafts = session.request, list[int]()
         if self._own_drafts is not None:
-            request = session.request
-            room = min(self.max_block, self.max_model_len - request.num_tokens - 1)
-            drafts = self._own_drafts.draft(session, self.counters, max(1, len(self._going_on)))[
-                : max(0, room)
-            ]
+            room = max(0, min(self.max_block, self.max_model_len - request.num_tokens - 1))
+            drafts = self._own_drafts.draft(session, self.counters, sharers)[:room]
         levels = [UNHEARD] * len(drafts)
-        self._arm(session, Block(session.request.num_output_tokens, drafts, levels, []), drafts)
+        self._arm(session, Block(request.num_output_tokens, drafts, levels, []), drafts)
 
     def _hold_back(self) -> None:
         """Keep blocks for a later step where so few have one that they are not worth their padding.
@@ -310,8 +308,9 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         """One step's work: blocks first, then prefills. Parked sessions come last, and so are preempted first."""
         self._awaited.clear()
         self._step = Step(began=time.monotonic())
-        for key in () if self._starved else tuple(self._going_on):  # parked ones make room
-            self._go_on(self._by_key[key])
+        going_on = () if self._starved else tuple(self._going_on)  # parked ones make room
+        for key in going_on:
+            self._go_on(self._by_key[key], len(going_on))
         if self.uniform:
             self._hold_back()
         if not throttle_prefills and (steady := self._steady.begin()) is not None:
