@@ -77,8 +77,8 @@ def watched_of(core: Any, worker: Any) -> list[tuple[object, str]]:
 
 
 RUNNER_PARTS: Final = (
-    "_without_batch",
-    "_empty_batch",
+    "_leave_batch",
+    "_lay_out_gathered",
     "_update_states",
     "_advance",
     "_prepare_inputs",
@@ -86,8 +86,13 @@ RUNNER_PARTS: Final = (
     "_lay_out",
     "_attention",
     "_show_blocks",
+    "_show_gathered",
     "_show_exits",
+    "_hand_over",
     "_model_forward",
+    "_replay",
+    "_brought_up",
+    "_await_hints",
     "_sample",
     "_device_done",
     "_bookkeeping_sync",

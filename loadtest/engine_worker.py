@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 Weights = Mapping[str, Tensor]
 
+FORWARDS: Final = ("_model_forward", "_replay")
+"""What of a runner's, vLLM's or ours, runs a forward or launches it."""
+
 _SHARED: Final[ContextVar[Weights | None]] = ContextVar("shared weights", default=None)
 
 
@@ -58,9 +61,9 @@ class WatchedWorker:
         """Load the weights, and give them up for those that are shared."""
         super().load_model(**kwargs)  # type: ignore[misc]
         self._take_weights(_SHARED.get() or {})
-        forward = getattr(self.model_runner, "_model_forward", None)
-        if forward is not None:
-            self.model_runner._model_forward = self._watched(forward)
+        for name in FORWARDS:
+            if (forward := getattr(self.model_runner, name, None)) is not None:
+                setattr(self.model_runner, name, self._watched(forward))
 
     def _take_weights(self, weights: Weights) -> None:
         for name, parameter in self.model_runner.get_model().named_parameters():

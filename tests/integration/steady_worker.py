@@ -9,8 +9,8 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
 
 from services.verifier.engine import worker
-from services.verifier.engine.options import EVEN_ROWS
-from services.verifier.engine.steady import Graph, SteadySteps
+from services.verifier.engine.options import EVEN_ROWS, GATHERED
+from services.verifier.engine.steady import Enrolled, Graph, SteadySteps
 
 
 class SteadyRunner(SteadySteps, worker.SessionRunner):
@@ -20,20 +20,29 @@ class SteadyRunner(SteadySteps, worker.SessionRunner):
         rows = sessions * width
         return Graph(CUDAGraphMode.NONE, BatchDescriptor(rows), sessions, rows, width)
 
-    def _lay_out(self, output: Any, roster: Any, graph: Graph) -> None:
-        super()._lay_out(output, roster, graph)
-        batch, cached = self.input_batch, output.scheduled_cached_reqs
-        assert sorted(roster.requests) == sorted(output.num_scheduled_tokens)
-        assert sorted(batch.req_ids) == ([] if roster.drafts is None else sorted(roster.requests))
-        for request, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-            at, state = roster.requests.index(request), self.requests[request]
+    def _run(self, output: Any, graph: Graph) -> None:
+        self._output = output
+        super()._run(output, graph)
+
+    def _hand_over(self, sessions: int, graph: Graph) -> Any:
+        output, batch = self._output, self.input_batch
+        roster = self._roster if getattr(output, GATHERED, None) is None or batch.num_reqs else None
+        requests = roster.requests if isinstance(roster, Enrolled) else list(output.num_scheduled_tokens)
+        cached = output.scheduled_cached_reqs
+        assert sorted(batch.req_ids) == ([] if roster is None else sorted(requests))
+        for request, computed, new in zip(
+            cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
+        ):
+            at, state = requests.index(request), self.requests[request]
             rows = slice(at * graph.width, (at + 1) * graph.width)
             tokens = [*state.prompt_token_ids, *state.output_token_ids]
             block = output.scheduled_spec_decode_tokens.get(request, [])
             (ids,) = state.block_ids
+            if roster is None and new is not None:  # vLLM's state of it is brought up to date later
+                ids = [*ids, *new[0]]
             assert computed == len(tokens) - 1
             assert self.input_ids.np[rows].tolist() == [tokens[-1], *block]
-            if roster.drafts is not None:
+            if roster is not None:
                 assert block == list(batch.spec_token_ids[at])
             assert self._places[rows].tolist() == list(range(computed, computed + graph.width))
             table = batch.block_table[0]
@@ -42,6 +51,7 @@ class SteadyRunner(SteadySteps, worker.SessionRunner):
                 ids[place // size] * size + place % size for place in self._places[rows].tolist()
             ]
             assert table.block_table.np[at, : len(ids)].tolist() == ids
+        return super()._hand_over(sessions, graph)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """The end of the pass; what requests have said is written down once."""

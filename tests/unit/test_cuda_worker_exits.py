@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
 
-from services.verifier.engine.cuda_worker import UNTOLD, CudaSessionRunner
+from services.verifier.engine.cuda_worker import CudaSessionRunner
 from services.verifier.engine.exits import VerifiedRows
 from services.verifier.engine.graph_exits import Blocks
 from services.verifier.engine.runner import NO_TOKEN, Speaker
-from services.verifier.engine.steady import EvenBlocks, Graph, Roster
+from services.verifier.engine.session_table import UNTOLD
+from services.verifier.engine.steady import EvenBlocks, Graph
 from services.verifier.engine.types import UNHEARD
 
 WIDTH = 4
@@ -54,11 +56,12 @@ class Runner(CudaSessionRunner):
         self._hinted = None
         self._silent_graphs = frozenset((2, 4))
         self._speakers = {key: speaker(key) for key in KEYS}
+        self.requests = dict.fromkeys(KEYS)
+        self.max_num_reqs = len(KEYS)
 
 
-def speaker(key: str, **changes: Any) -> Speaker:
-    found = Speaker(None, None, key, eager=key == "b", unheard=key == "c", prompt=10, greedy=True)
-    return found._replace(**changes)
+def speaker(key: str) -> Speaker:
+    return Speaker(None, None, key, eager=key == "b", unheard=key == "c", prompt=10)
 
 
 def even_blocks(lengths: tuple[int, ...], levels: dict[str, list[int]]) -> EvenBlocks:
@@ -66,17 +69,13 @@ def even_blocks(lengths: tuple[int, ...], levels: dict[str, list[int]]) -> EvenB
     for at, length in enumerate(lengths):
         tokens[at, :length] = np.arange(length) + 20 * (at + 1)
     requests = list(KEYS[: len(lengths)])
-    roster = Roster(
-        order=requests,
-        at=np.arange(len(lengths)),
-        states=[],
-        said=[],
-        requests=requests,
-        speakers=[speaker(key) for key in requests],
-        drawn=False,
-    )
+    told = [[*said, *[UNTOLD] * (WIDTH - len(said))] for said in (levels.get(key, []) for key in requests)]
+    heard = [
+        CudaSessionRunner._is_heard(speaker(request), levels.get(request, ()), length)
+        for request, length in zip(requests, lengths, strict=True)
+    ]
     computed = np.array([30 + at for at in range(len(lengths))], dtype=np.int32)
-    return EvenBlocks(roster, tokens, np.array(lengths), computed, levels)
+    return EvenBlocks(requests, tokens, np.array(lengths), computed, levels, told, heard)
 
 
 CASES: dict[str, tuple[tuple[int, ...], dict[str, list[int]]]] = {
@@ -120,9 +119,7 @@ def test_hints_are_for_those_that_wait_for_them() -> None:
 def test_a_pass_of_single_rows_is_shown_to_no_exit() -> None:
     runner = Runner()
     runner._show_even(even_blocks((3, 3), {}))
-    empty = even_blocks((0, 0), {})
-    narrow = EvenBlocks(empty.roster, np.zeros((2, 0), np.int32), empty.lengths, empty.computed, {})
-    runner._show_even(narrow)
+    runner._show_even(replace(even_blocks((0, 0), {}), tokens=np.zeros((2, 0), np.int32)))
     runner._await_hints()
     assert runner.graph_exits.blocks is None
     assert runner.graph_exits.sessions == ()

@@ -382,6 +382,12 @@ CUDA_SYMBOLS: Final = (
         ),
     ),
     Symbol("vllm.v1.worker.utils", "AttentionGroup.build_metadata", ()),
+    Symbol(
+        "vllm.compilation.cuda_graph",
+        "CUDAGraphWrapper.__call__",
+        ("self", "args", "kwargs"),
+        ("concrete_cudagraph_entries", "batch_descriptor", "cudagraph", "replay", "output"),
+    ),
     Symbol(_RUNNER, "GPUModelRunner._is_uniform_decode", (), ("uniform_decode_query_len",)),
 )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
@@ -24,13 +25,12 @@ from services.verifier.engine.launch import captured_sessions
 from services.verifier.engine.options import EngineOptions
 from services.verifier.engine.process import report_failures, stay_with_parent
 from services.verifier.engine.runner import RequestRows
+from services.verifier.engine.session_table import UNTOLD
 from services.verifier.engine.steady import ByLayer, EvenBlocks, Graph, SteadySteps
 from shared.speculation.outcomes import LEVELS, confidence_at
 
 SWITCH_S: Final = 0.0005
 """How long the thread that turns what exits say into hints waits for the one that prepares and ends passes."""
-UNTOLD: Final = LEVELS
-"""The level of a token of which the draft said nothing."""
 LOG_CONFIDENCES: Final = np.array(
     [*(math.log(confidence_at(level)) for level in range(LEVELS)), math.nan], np.float32
 )
@@ -129,6 +129,19 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
             return None
         return Graph(CUDAGraphMode.FULL, _floor_batch(fitting), fitting, fitting, width)
 
+    def _forward(self, graph: Graph, metadata: ByLayer, slots: ByLayer) -> torch.Tensor:
+        """As the base class's: vLLM's wrapper of the model would come to the same graph."""
+        entry = self.model.concrete_cudagraph_entries.get(graph.batch)
+        if entry is None or entry.cudagraph is None:
+            return super()._forward(graph, metadata, slots)
+        return self._replay(entry)
+
+    def _replay(self, entry: Any) -> torch.Tensor:
+        entry.cudagraph.replay()
+        self.step_clock.launched = time.monotonic()
+        states: torch.Tensor = entry.output
+        return states
+
     def _hand_over(self, sessions: int, graph: Graph) -> tuple[ByLayer, ByLayer]:
         prelude = self._prelude(graph)
         prelude.graph.replay()
@@ -189,45 +202,27 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
         exits, self._hinted = self.graph_exits, None
         if exits is None or not exits.layers:
             return
-        if not even.tokens.size:
-            exits.stage(None, hand_over=False)
-            return
-        if not any(self._heard(even)):
+        if not (even.tokens.size and any(even.heard)):
             exits.stage(None, hand_over=False)
             return
         count, width = len(even.tokens), self.uniform_decode_query_len
-        told: list[int] = []
-        for request in even.roster.requests:
-            said = even.levels.get(request, ())
-            told += said
-            told += self._untold[len(said)]
         lengths = even.lengths.astype(np.int32)
         places = self._starts[:count] + np.minimum(self._width_offsets, lengths[:, None])
         drafts = np.zeros((count, width), dtype=np.int32)
         np.maximum(even.tokens, 0, out=drafts[:, :-1])
-        sure = LOG_CONFIDENCES[np.array(told).reshape(count, width)]
+        sure = LOG_CONFIDENCES[np.array(even.told)]
         exits.stage(Blocks(self.step_clock.began, places, drafts, sure, lengths), hand_over=False)
         self._hinted = even
-
-    def _heard(self, even: EvenBlocks) -> Iterator[bool]:
-        """Of each block whether a gateway waits for hints on it."""
-        roster = even.roster
-        for speaker, request, length in zip(
-            roster.speakers, roster.requests, even.lengths.tolist(), strict=True
-        ):
-            yield self._is_heard(speaker, even.levels.get(request, ()), length)
 
     def _await_hints(self) -> None:
         even, self._hinted = self._hinted, None
         if even is None or self.graph_exits is None:
             return
-        width = self.uniform_decode_query_len
+        rows = [even.row(at) for at, heard in enumerate(even.heard) if heard]
         sessions = tuple(
-            VerifiedRows(speaker.key, own.known - speaker.prompt, at * width, own.block)
-            for at, (speaker, own, heard) in enumerate(
-                zip(even.roster.speakers, even.rows, self._heard(even), strict=True)
-            )
-            if heard and speaker.key is not None and own.request not in self._drawn
+            VerifiedRows(speaker.key, own.known - speaker.prompt, own.start, own.block)
+            for speaker, own in zip(self._heard_of([own.request for own in rows]), rows, strict=True)
+            if speaker.key is not None and own.request not in self._drawn
         )
         if sessions:
             self.graph_exits.expect(self.step_clock.began, sessions)

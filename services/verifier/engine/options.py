@@ -15,6 +15,7 @@ from shared.protocol import Sampling
 from shared.sampling.rules import Rules
 
 if TYPE_CHECKING:
+    from vllm import SamplingParams
     from vllm.config import VllmConfig
 
 CONFIG_KEY: Final = "outrider"
@@ -59,6 +60,8 @@ DRAFT_LENGTHS: Final = "outrider_draft_lengths"
 """Another one: by request, how many tokens of its block are a draft's; padding follows them."""
 EVEN_ROWS: Final = "outrider_even_rows"
 """Another one: how many rows every request of the step has, where all of them speak after as many; else 0."""
+GATHERED: Final = "outrider_gathered"
+"""Another one, of steps with `EVEN_ROWS` that went the short way: what they verify (`session_table.Gathered`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,13 @@ def is_unheard(extra_args: Mapping[str, Any] | None) -> bool:
 def ahead_of(extra_args: Mapping[str, Any] | None) -> int:
     """How many tokens a session may say by itself beyond those that the verifier has taken."""
     return int(extra_args.get(AHEAD_KEY, 0)) if extra_args else 0
+
+
+def is_greedy(params: SamplingParams) -> bool:
+    """Whether a request's tokens are the likeliest whatever they are, and nothing else is asked of them."""
+    extra = params.extra_args or {}
+    asked = (extra.get(RULES_KEY), extra.get(SCHEMA_KEY), params.logprobs, params.structured_outputs)
+    return all(each is None for each in asked)
 
 
 def schema_of(extra_args: Mapping[str, Any] | None) -> tuple[str, int] | None:

@@ -27,7 +27,6 @@ from services.verifier.engine.options import (
     is_eager,
     is_unheard,
     rules_of,
-    schema_of,
     session_key,
 )
 from services.verifier.engine.types import UNHEARD
@@ -71,8 +70,7 @@ class RequestRows(NamedTuple):
 
 
 class Speaker(NamedTuple):
-    """What a pass has to know of a request besides its rows; `state` is vLLM's own of it, `prompt` counts tokens. `greedy`:
-    its tokens are the likeliest whatever they are, and nothing else is asked of them."""
+    """What a pass has to know of a request besides its rows; `state` is vLLM's own of it, `prompt` counts tokens."""
 
     state: Any
     rules: Rules | None
@@ -80,7 +78,6 @@ class Speaker(NamedTuple):
     eager: bool
     unheard: bool
     prompt: int
-    greedy: bool
 
 
 class SessionRows:
@@ -196,19 +193,14 @@ class SessionRows:
         state, known = self.requests[request], self._speakers.get(request)
         if known is not None and known.state is state:
             return known
-        params = state.sampling_params
-        extra = params.extra_args
-        rules, schema = rules_of(extra), schema_of(extra)
+        extra = state.sampling_params.extra_args
         return Speaker(
             state,
-            rules,
+            rules_of(extra),
             session_key(extra),
             is_eager(extra),
             is_unheard(extra),
             state.num_prompt_tokens,
-            greedy=all(
-                asked is None for asked in (rules, schema, params.logprobs, params.structured_outputs)
-            ),
         )
 
     def _sample(

@@ -45,6 +45,7 @@ from services.verifier.engine.options import (
     EngineOptions,
     ahead_of,
     is_eager,
+    is_greedy,
     is_unheard,
     schema_of,
     session_key,
@@ -190,6 +191,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         session.request.next_decode_eligible_step = 0
         session.parked_at = None
         session.armed, session.armed_s = block, time.monotonic()
+        self._steady.armed(session)
         self._going_on.discard(session.key)
         self._companions.returned(session.key, session.armed_s)
         if session.key in self._awaited:
@@ -466,6 +468,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         outputs: dict[int, Any] = super().update_from_output(scheduler_output, model_runner_output)
         for session in spoken:
             session.spoke()
+            self._steady.moved(session)
             if self._by_key.get(session.key) is session:
                 self._park(session)
             session.verified = 0
@@ -492,6 +495,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             super()._preempt_request(request, timestamp, drop_stale_output)
             return
         self.counters.preemptions += 1
+        self._steady.moved(session)
         if session.armed is not None:
             session.pending = session.pending or session.armed
             session.armed = None
@@ -548,8 +552,10 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                 permitted=ahead if self._own_drafts is None else 0,
                 opened_s=time.monotonic(),
                 plain=not (request.use_structured_output or request.has_encoder_inputs or request.resumable),
+                greedy=is_greedy(request.sampling_params),
                 stops=stops_of(request),
             )
+            self._steady.entered(session)
             self._by_key[key] = self._by_request[request.request_id] = session
             self._patient += not session.eager
         super().add_request(request)
@@ -558,6 +564,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         self.departures += 1
         session = self._by_request.pop(request.request_id, None)
         if session is not None:
+            self._steady.left(session)
             self._patient -= not session.eager
             self._by_key.pop(session.key, None)
             if self._own_drafts is not None:

@@ -67,6 +67,24 @@ class Session:
     """Prompt tokens whose KV was computed, or found in the prefix cache, at some time."""
     plain: bool = False
     """It has neither a grammar nor anything but tokens in its prompt, and does not go on after its end."""
+    greedy: bool = False
+    """Its tokens are the likeliest whatever they are, and nothing else is asked of them."""
+    row: int = -1
+    """Its row in the `SessionTable`."""
+    held: int = 0
+    """How many blocks of the KV cache are written down there."""
+    block: list[int] = field(default_factory=list)
+    """What is to be verified, padded to the longest block there may be."""
+    levels: list[int] = field(default_factory=list)
+    """How sure the draft was of its tokens."""
+    heard: bool = False
+    """A gateway waits for hints on it."""
+    padded_levels: list[int] = field(default_factory=list)
+    """The levels if it is heard, padded like the block."""
+    room: int = 0
+    """Tokens for which the session needs room in the KV cache."""
+    missing: int = 0
+    """Blocks of the KV cache that it needs beyond those that it holds; more than there are where its context ends before."""
     stops: frozenset[int] | None = None
     """Tokens that end it; None where vLLM has to be asked."""
     drafted: list[tuple[int, float]] | None = None

@@ -7,11 +7,12 @@ rows; NumPy works them out in microseconds, and they go over from memory that is
 while the device computes.
 
 Sessions take turns: whose blocks share a pass is another in most of them. vLLM's batch is made for requests that stay, and
-costs some 30 µs for each that comes or goes. Where all decode greedily a pass does without it: a request's state, the KV
-blocks that it holds (`block_rows`) and its last token are all that counts. vLLM's batch is left empty meanwhile, and filled
-by vLLM itself, from the same states, when a pass of another kind has need of it.
+costs some 30 µs for each that comes or goes. Where all decode greedily a pass does without it: what it needs of its sessions
+is gathered from the scheduler's table (`session_table`). vLLM's states of the requests are brought up to date while the
+device computes; its batch is left empty, and filled by vLLM itself, from those states, when a pass of another kind has need
+of it.
 
-    host     requests' states ─ places ─ copies ─ launch ─ whom hints are for … wait ─ compare with the drafts
+    host     rows of the table ─ places ─ copies ─ launch ─ states ─ whom hints are for … wait ─ compare with the drafts
     device                                └▶ whole graph ─ LM head ─ arg-max ─┘
 """
 
@@ -30,9 +31,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from services.verifier.engine.block_rows import BlockRows
-from services.verifier.engine.options import DRAFT_LENGTHS, DRAFT_LEVELS, DRAFT_ROWS, EVEN_ROWS
+from services.verifier.engine.options import DRAFT_LENGTHS, DRAFT_LEVELS, DRAFT_ROWS, EVEN_ROWS, GATHERED
 from services.verifier.engine.runner import NO_TOKEN, RequestRows, SessionRows, Speaker
+from services.verifier.engine.session_table import UNTOLD, Gathered
 
 if TYPE_CHECKING:
     from vllm.config import CUDAGraphMode
@@ -62,50 +63,53 @@ class Graph(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """The requests of a pass, the same in all that follow until one comes or goes.
-
-    `order` is the scheduler's; `at` are their places in the pass, and `states` and `said` (output tokens) vLLM's of them, in
-    that order. All else is in the pass's order; `drawn` says whether any request's tokens are. `drafts` are those in vLLM's
-    batch, in the scheduler's order, of a pass whose requests are those of that batch; None of one that does without it.
-    """
+    """The requests of a pass. `order` is the scheduler's; `at` are their places in the pass, `states` vLLM's of them and
+    `said` their output tokens, in that order."""
 
     order: list[str]
     at: npt.NDArray[np.int64]
     states: list[Any]
     said: list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolled(Roster):
+    """Those that vLLM's batch consists of, the same in all passes that follow until one comes or goes.
+
+    `requests` and `speakers` are in the batch's order, which is the pass's; `drawn` says whether any request's tokens are.
+    `drafts` are those in the batch, in the scheduler's order.
+    """
+
     requests: list[str]
     speakers: list[Speaker]
     drawn: bool
-    drafts: list[list[int]] | None = None
+    drafts: list[list[int]]
 
 
 @dataclass(frozen=True)
 class EvenBlocks:
     """What an even pass verifies, in the pass's order: `computed` tokens and one more stand before each request's block,
-    `lengths` of whose `tokens` are a draft's. `levels` are as `DRAFT_LEVELS`."""
+    `lengths` of whose `tokens` are a draft's. `levels` are as `DRAFT_LEVELS`. `heard`: a gateway waits for hints on the block,
+    and `told` are its levels, `UNTOLD` where the draft said nothing, for as many tokens as a pass has rows at most."""
 
-    roster: Roster
+    requests: list[str]
     tokens: Tokens
     lengths: npt.NDArray[np.int64]
     computed: npt.NDArray[np.int32]
     levels: Mapping[str, Sequence[int]]
+    told: list[list[int]]
+    heard: list[bool]
 
     @cached_property
     def rows(self) -> list[RequestRows]:
         """The same, a request at a time."""
-        width = self.tokens.shape[1] + 1
-        return [
-            RequestRows(request, at, at * width, at * width, computed + 1, tuple(block[:length]))
-            for at, (request, computed, block, length) in enumerate(
-                zip(
-                    self.roster.requests,
-                    self.computed.tolist(),
-                    self.tokens.tolist(),
-                    self.lengths.tolist(),
-                    strict=True,
-                )
-            )
-        ]
+        return [self.row(at) for at in range(len(self.requests))]
+
+    def row(self, at: int) -> RequestRows:
+        """That of one request."""
+        first = at * (self.tokens.shape[1] + 1)
+        block = self.tokens[at, : self.lengths[at]].tolist()
+        return RequestRows(self.requests[at], at, first, first, int(self.computed[at]) + 1, tuple(block))
 
 
 class Layout(NamedTuple):
@@ -161,10 +165,6 @@ class SteadySteps(SessionRows):
         self._batch_rows = np.arange(most, dtype=np.int64)[:, None]
         self._none_prefilling = torch.zeros(most, dtype=torch.bool, device="cpu")
 
-    @cached_property
-    def _block_rows(self) -> BlockRows:
-        return BlockRows(*self.input_batch.block_table[0].block_table.np.shape)
-
     def _pinned(self, size: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(size, dtype=dtype, device="cpu", pin_memory=self.device.type == "cuda")
 
@@ -210,15 +210,36 @@ class SteadySteps(SessionRows):
         return None
 
     def _run(self, output: SchedulerOutput, graph: Graph) -> None:
-        from vllm.forward_context import set_forward_context
         from vllm.v1.worker.gpu_model_runner import ExecuteModelState
 
-        roster = self._roster = self._without_batch(output, graph.width) or self._in_batch(output)
-        sessions = len(roster.order)
-        self._lay_out(output, roster, graph)
-        self._show_blocks(output, roster, graph.width)
+        gathered, sessions = self._without_batch(output), len(output.num_scheduled_tokens)
+        if gathered is not None:
+            if self.input_batch.num_reqs:
+                self._leave_batch(set())
+                self._laid_out = (0, 0)
+            self._lay_out_gathered(gathered, graph)
+            self._show_gathered(output, gathered, graph.width)
+        else:
+            roster = self._roster = self._in_batch(output)
+            self._lay_out(output, roster, graph)
+            self._show_blocks(output, roster, graph.width)
         graph = self._graph_of_pass(graph)
         metadata, slots = self._hand_over(sessions, graph)
+        hidden = self._forward(graph, metadata, slots)
+        spoken = hidden[: sessions * graph.width]
+        logits = self.model.compute_logits(spoken)
+        if gathered is not None:
+            self._roster = self._brought_up(output)
+        self._await_hints()
+        self.kv_connector_output = None
+        self.execute_model_state = ExecuteModelState(
+            output, logits, None, None, hidden, spoken, None, None, None, slots
+        )
+
+    def _forward(self, graph: Graph, metadata: ByLayer, slots: ByLayer) -> Tensor:
+        """The model's last states `[rows, hidden size]` of a pass that is laid out."""
+        from vllm.forward_context import set_forward_context
+
         with set_forward_context(
             metadata,
             self.vllm_config,
@@ -227,21 +248,70 @@ class SteadySteps(SessionRows):
             batch_descriptor=graph.batch,
             slot_mapping=slots,
         ):
-            hidden = self._model_forward(
+            hidden: Tensor = self._model_forward(
                 input_ids=self.input_ids.gpu[: graph.rows],
                 positions=self.positions[: graph.rows],
                 intermediate_tensors=None,
                 inputs_embeds=None,
             )
-        spoken = hidden[: sessions * graph.width]
-        logits = self.model.compute_logits(spoken)
-        self._await_hints()
-        self.kv_connector_output = None
-        self.execute_model_state = ExecuteModelState(
-            output, logits, None, None, hidden, spoken, None, None, None, slots
+        return hidden
+
+    # --- a pass without vLLM's batch ------------------------------------------------------------------
+
+    def _without_batch(self, output: SchedulerOutput) -> Gathered | None:
+        """What a pass verifies that needs nothing of vLLM's batch; None of one that does."""
+        found: Gathered | None = getattr(output, GATHERED, None)
+        return found if found is not None and found.greedy and not output.free_encoder_mm_hashes else None
+
+    def _lay_out_gathered(self, gathered: Gathered, graph: Graph) -> None:
+        """Lay out the pass from what the scheduler has gathered."""
+        layout = self._laid_out_for(len(gathered.rows), graph)
+        layout.computed[:] = gathered.computed
+        layout.inputs[:] = gathered.tokens
+        layout.blocks[:, : gathered.held] = gathered.table.blocks[gathered.rows, : gathered.held]
+        self._place(layout, graph.width)
+
+    def _show_gathered(self, output: SchedulerOutput, gathered: Gathered, width: int) -> None:
+        """As `_show_blocks`, from what the scheduler has gathered."""
+        layout = self._layout(len(gathered.rows), width)
+        self._verified = self._drafts_of(layout, gathered.drafts)
+        self._drawn = {}
+        self._show_even(
+            EvenBlocks(
+                output.scheduled_cached_reqs.req_ids,
+                self._verified,
+                gathered.drafts,
+                layout.computed,
+                getattr(output, DRAFT_LEVELS),
+                gathered.told,
+                gathered.heard,
+            )
         )
 
-    # --- whose pass it is -----------------------------------------------------------------------------
+    def _brought_up(self, output: SchedulerOutput) -> Roster:
+        """As vLLM's `_update_states`, of such a pass; while the device computes it."""
+        cached = output.scheduled_cached_reqs
+        if ended := output.finished_req_ids:
+            self._leave_batch(ended)
+        states = [self.requests[request] for request in cached.req_ids]
+        said = [state.output_token_ids for state in states]
+        # vLLM takes back what a request has said in few cases, none of ours
+        assert not any(map(operator.lt, cached.num_output_tokens, map(len, said))), "tokens were taken back"
+        for state, new in zip(states, cached.new_block_ids, strict=True):
+            if new is not None:
+                for ids, more in zip(state.block_ids, new, strict=True):
+                    ids.extend(more)
+        return Roster(cached.req_ids, self._batch_rows[: len(states), 0], states, said)
+
+    def _leave_batch(self, ended: set[str]) -> None:
+        """As vLLM's `_update_states`, of a pass of nobody after some requests have ended: its batch is empty then."""
+        from vllm.v1.core.sched.output import SchedulerOutput
+
+        nobody = SchedulerOutput.make_empty()
+        nobody.finished_req_ids = ended
+        self._update_states(nobody)  # type: ignore[attr-defined]
+
+    # --- a pass in it ---------------------------------------------------------------------------------
 
     def _same_as_known(self, output: SchedulerOutput, roster: Roster) -> bool:
         """Whether all that vLLM keeps of a pass's requests, but for what this one changes, is what the roster says."""
@@ -254,62 +324,12 @@ class SteadySteps(SessionRows):
             or output.free_encoder_mm_hashes
         ):
             return False
-        # vLLM takes back what a request has said in few cases, none of ours
         return not any(map(operator.lt, cached.num_output_tokens, map(len, roster.said)))
 
-    def _without_batch(self, output: SchedulerOutput, width: int) -> Roster | None:
-        """The roster of a pass that needs nothing of vLLM's batch, which is empty then; None of one that does."""
-        cached, ended, roster = output.scheduled_cached_reqs, output.finished_req_ids, self._roster
-        if roster is None or roster.drafts is not None or roster.order != cached.req_ids or ended:
-            roster = self._called(cached.req_ids)
-            if not all(speaker.greedy for speaker in roster.speakers):
-                return None
-        if not self._same_as_known(output, roster):
-            return None
-        if ended or self.input_batch.num_reqs:
-            self._empty_batch(ended)
-        layout = self._layout(len(roster.order), width)
-        layout.computed[:] = cached.num_computed_tokens
-        for at, new in enumerate(cached.new_block_ids):
-            if new is not None:
-                (ids,), (more,) = roster.states[at].block_ids, new
-                layout.blocks[at, len(ids) : len(ids) + len(more)] = more
-                ids.extend(more)
-        if roster is not self._roster:
-            blocks = [state.block_ids[0] for state in roster.states]
-            self._block_rows.gather(roster.order, blocks, layout.blocks)
-        return roster
-
-    def _called(self, order: list[str]) -> Roster:
-        """The roster of a pass in the scheduler's order."""
-        states = [self.requests[request] for request in order]
-        speakers = [self._speaker(request) for request in order]
-        if len(self._speakers) > SPEAKERS * self.max_num_reqs:
-            self._speakers = {}
-        self._speakers.update(zip(order, speakers, strict=True))
-        return Roster(
-            order=order,
-            at=self._batch_rows[: len(order), 0],
-            states=states,
-            said=[state.output_token_ids for state in states],
-            requests=order,
-            speakers=speakers,
-            drawn=False,
-        )
-
-    def _empty_batch(self, ended: set[str]) -> None:
-        """As vLLM's `_update_states`, of a pass of nobody after some requests have ended."""
-        from vllm.v1.core.sched.output import SchedulerOutput
-
-        nobody = SchedulerOutput.make_empty()
-        nobody.finished_req_ids = ended
-        self._update_states(nobody)  # type: ignore[attr-defined]
-        self._laid_out = (0, 0)
-
-    def _in_batch(self, output: SchedulerOutput) -> Roster:
+    def _in_batch(self, output: SchedulerOutput) -> Enrolled:
         """The roster of a pass whose requests are made vLLM's batch."""
         order, known = output.scheduled_cached_reqs.req_ids, self._roster
-        if known is not None and known.drafts is not None and not output.finished_req_ids:
+        if isinstance(known, Enrolled) and not output.finished_req_ids:
             roster = known if known.order == order else self._enrolled(order)
             if roster is not None and self._same_as_known(output, roster):
                 self._advance(output, roster)
@@ -320,7 +340,7 @@ class SteadySteps(SessionRows):
         assert roster is not None, "a pass has other requests than its batch"
         return roster
 
-    def _enrolled(self, order: list[str]) -> Roster | None:
+    def _enrolled(self, order: list[str]) -> Enrolled | None:
         """The roster of the batch as it is; None where others are in it than `order` names."""
         batch = self.input_batch
         places: Mapping[str, int] = batch.req_id_to_index
@@ -331,7 +351,7 @@ class SteadySteps(SessionRows):
         self._speakers = dict(zip(requests, speakers, strict=True))
         at = [places[request] for request in order]
         states = [self.requests[request] for request in order]
-        return Roster(
+        return Enrolled(
             order=order,
             at=np.array(at, dtype=np.int64),
             states=states,
@@ -342,13 +362,12 @@ class SteadySteps(SessionRows):
             drafts=[batch.spec_token_ids[place] for place in at],
         )
 
-    def _advance(self, output: SchedulerOutput, roster: Roster) -> None:
+    def _advance(self, output: SchedulerOutput, roster: Enrolled) -> None:
         """As vLLM's `_update_states`, of an even pass of the same requests. Drafts go where the pass reads them, and not
         among what the requests have said."""
         batch, cached = self.input_batch, output.scheduled_cached_reqs
         batch.num_computed_tokens_cpu[roster.at] = cached.num_computed_tokens
         blocks = output.scheduled_spec_decode_tokens
-        assert roster.drafts is not None, "a pass without vLLM's batch was to advance it"
         for own, state, drafts, computed in zip(
             roster.order, roster.states, roster.drafts, cached.num_computed_tokens, strict=True
         ):
@@ -367,19 +386,28 @@ class SteadySteps(SessionRows):
     def _lay_out(self, output: SchedulerOutput, roster: Roster, graph: Graph) -> None:
         """Work out tokens, positions, lengths and slots of the KV cache, in memory that the device can read."""
         sessions = len(roster.order)
-        key, layout = (sessions, graph.width), self._layout(sessions, graph.width)
-        if self._laid_out != key:
-            self._pad(sessions, graph)
-            self._laid_out = key
-        places, size = layout.places, layout.block_size
-        np.add(layout.computed[:, None], self._offsets[: graph.width], out=places)
-        np.add(layout.computed, graph.width, out=layout.lengths)
-        layout.lengths_seen[:] = layout.lengths
+        layout = self._laid_out_for(sessions, graph)
         layout.inputs[roster.at, 0] = [said[-1] for said in roster.said]
         if graph.width > 1:
             blocks = itertools.chain.from_iterable(output.scheduled_spec_decode_tokens.values())
             tokens = np.fromiter(blocks, np.int32, sessions * (graph.width - 1))
             layout.inputs[roster.at, 1:] = tokens.reshape(sessions, -1)
+        self._place(layout, graph.width)
+
+    def _laid_out_for(self, sessions: int, graph: Graph) -> Layout:
+        """Where the pass is laid out; what follows from its size is there."""
+        key = sessions, graph.width
+        if self._laid_out != key:
+            self._pad(sessions, graph)
+            self._laid_out = key
+        return self._layout(*key)
+
+    def _place(self, layout: Layout, width: int) -> None:
+        """Work out positions, lengths and slots of the KV cache, from how many tokens are computed and where."""
+        places, size = layout.places, layout.block_size
+        np.add(layout.computed[:, None], self._offsets[:width], out=places)
+        np.add(layout.computed, width, out=layout.lengths)
+        layout.lengths_seen[:] = layout.lengths
         columns, rest = np.divmod(places, size)
         np.multiply(layout.table[layout.table_rows + columns], size, out=columns, dtype=np.int64)
         np.add(columns, rest, out=layout.slots)
@@ -463,23 +491,43 @@ class SteadySteps(SessionRows):
         layers = self.kv_cache_config.kv_cache_groups[0].layer_names
         return dict.fromkeys(group.layer_names, metadata), dict.fromkeys(layers, slots)
 
-    def _show_blocks(self, output: SchedulerOutput, roster: Roster, width: int) -> None:
+    def _show_blocks(self, output: SchedulerOutput, roster: Enrolled, width: int) -> None:
         """Tell the exits and the sampler whose blocks are verified."""
         lengths: Mapping[str, int] = getattr(output, DRAFT_LENGTHS)
+        levels: Mapping[str, Sequence[int]] = getattr(output, DRAFT_LEVELS, {})
         sessions = len(roster.order)
         layout = self._layout(sessions, width)
         own = np.zeros(sessions, dtype=np.int64)
         if lengths:
             own[roster.at] = list(lengths.values())
-        self._verified = np.where(self._offsets[: width - 1] < own[:, None], layout.inputs[:, 1:], NO_TOKEN)
-        levels = getattr(output, DRAFT_LEVELS, {})
-        even = EvenBlocks(roster, self._verified, own, layout.computed, levels)
+        self._verified = self._drafts_of(layout, own)
+        said = [levels.get(request, ()) for request in roster.requests]
+        told = [[*each, *[UNTOLD] * (self.uniform_decode_query_len - len(each))] for each in said]
+        heard = [
+            self._is_heard(speaker, each, length)
+            for speaker, each, length in zip(roster.speakers, said, own.tolist(), strict=True)
+        ]
+        even = EvenBlocks(roster.requests, self._verified, own, layout.computed, levels, told, heard)
         self._drawn = self._draws(even.rows, getattr(output, DRAFT_ROWS, {})) if roster.drawn else {}
         self._show_even(even)
 
+    def _drafts_of(self, layout: Layout, lengths: npt.NDArray[np.int64]) -> Tokens:
+        """The blocks as the sampler sees them, padding as `NO_TOKEN`."""
+        inside = self._offsets[: layout.inputs.shape[1] - 1] < lengths[:, None]
+        return np.where(inside, layout.inputs[:, 1:], NO_TOKEN)
+
     def _show_even(self, even: EvenBlocks) -> None:
         """As `_show_exits`, for an even batch."""
+        self._heard_of(even.requests)
         self._show_exits(even.rows, torch.arange(even.tokens.size + len(even.tokens)), even.levels)
+
+    def _heard_of(self, requests: Sequence[str]) -> list[Speaker]:
+        """Who speaks for these requests."""
+        found = [self._speaker(request) for request in requests]
+        if len(self._speakers) > SPEAKERS * self.max_num_reqs:
+            self._speakers = {}
+        self._speakers.update(zip(requests, found, strict=True))
+        return found
 
     def _graph_of_pass(self, graph: Graph) -> Graph:
         """The graph for the blocks that were shown, of as many sessions and rows."""
@@ -497,7 +545,7 @@ class SteadySteps(SessionRows):
             return super().sample_tokens(grammar_output)
         roster = self._roster
         assert roster is not None, "a pass ends that none has begun"
-        if roster.drafts is not None:
+        if isinstance(roster, Enrolled):
             self.execute_model_state = self.execute_model_state._replace(
                 spec_decode_metadata=replace(
                     self._indices(drafts),

@@ -15,23 +15,34 @@ is hashed before a step goes the long way (`catch_up`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import itertools
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import numpy as np
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.core.sched.utils import remove_all
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
-from services.verifier.engine.options import DRAFT_LENGTHS, DRAFT_LEVELS, DRAFT_ROWS, EVEN_ROWS
+from services.verifier.engine.options import DRAFT_LENGTHS, DRAFT_LEVELS, DRAFT_ROWS, EVEN_ROWS, GATHERED
+from services.verifier.engine.session_table import UNTOLD, Gathered, SessionTable
 from services.verifier.engine.sessions import PADDING, Session, drawn_from, is_bare
+from services.verifier.engine.types import UNHEARD
 from shared.sampling.sparse import SparseRow
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
     from services.verifier.engine.scheduler import SessionScheduler
+
+
+NO_ROOM: Final = 1 << 62
+"""Blocks of the KV cache that nobody has."""
 
 
 class UnderWay(NamedTuple):
@@ -46,10 +57,13 @@ class UnderWay(NamedTuple):
     answer: EngineCoreOutput
 
 
-Ready = list[tuple[Session, "Request"]]
-Growing = list[tuple[int, int, bool]]
-"""Of a session that vLLM's KV manager has to be asked for: which of those that are ready it is, for how many tokens it needs
-room that it lacks (0: it has enough), and whether it has filled a block that others may share."""
+class Ready(NamedTuple):
+    """The sessions whose blocks the step verifies, in the order in which vLLM would look at them; `longest` is to which
+    length blocks are padded, None where they are not."""
+
+    sessions: list[Session]
+    requests: list[Request]
+    longest: int | None
 
 
 class SteadySchedule:
@@ -59,13 +73,61 @@ class SteadySchedule:
     def __init__(self, scheduler: SessionScheduler) -> None:
         self._scheduler = scheduler
         self._possible = _is_possible(scheduler)
-        self._padding = [[PADDING] * count for count in range(scheduler.max_block + 1)]
+        longest = scheduler.max_block
+        columns = -(-scheduler.max_model_len // scheduler.block_size)
+        self._table = SessionTable(scheduler.scheduler_config.max_num_seqs, columns)
+        self._padding = [[PADDING] * (longest - count) for count in range(longest + 1)]
+        self._untold = [[UNTOLD] * (longest + 1 - count) for count in range(longest + 2)]
         self._scheduled: list[tuple[Session, Request, int, int]] = []
-        self._filled: list[tuple[Request, int]] = []
         self._unsorted = False
         self._under_way: list[UnderWay] = []
         self._output: SchedulerOutput | None = None
         self._departures = 0
+
+    # --- what sessions do ---------------------------------------------------------------------------------------
+
+    def entered(self, session: Session) -> None:
+        """A session has come."""
+        session.row = self._table.enter()
+
+    def left(self, session: Session) -> None:
+        """It has ended."""
+        self._table.leave(session.row)
+
+    def moved(self, session: Session) -> None:
+        """It may hold other blocks of the KV cache than before."""
+        session.held = 0
+
+    def armed(self, session: Session) -> None:
+        """Its block is to be verified: what a pass needs of that is noted now, so that it needn't be then."""
+        if not (self._possible and session.plain):
+            return
+        own, request, drafts = self._scheduler, session.request, session.drafts
+        assert session.armed is not None
+        levels = session.armed.levels
+        levels = levels if len(levels) <= drafts else levels[len(levels) - drafts :]
+        session.block = request.spec_token_ids + self._padding[drafts]
+        session.levels = levels
+        session.heard = not session.unheard and (UNHEARD not in levels if drafts else not session.eager)
+        session.padded_levels = levels + self._untold[len(levels)] if session.heard else self._untold[0]
+        (manager,) = own.kv_cache_manager.coordinator.single_type_managers
+        blocks = manager.req_to_blocks.get(request.request_id, ())
+        if session.held != len(blocks):
+            self._hold(session, blocks[session.held :])
+        self._measure(session, own.max_block if own.uniform else drafts)
+
+    def _hold(self, session: Session, blocks: Sequence[KVCacheBlock]) -> None:
+        """It holds these beyond those that are written down."""
+        self._table.hold(session.row, session.held, [block.block_id for block in blocks])
+        session.held += len(blocks)
+
+    def _measure(self, session: Session, longest: int) -> None:
+        """Note what a session needs of the KV cache with a block of that length."""
+        own = self._scheduler
+        end = session.request.num_tokens + longest
+        session.room = min(end + own.num_lookahead_tokens, own.max_model_len)
+        missing = -(-session.room // own.block_size) - session.held
+        session.missing = max(0, missing) if end < own.max_model_len else NO_ROOM
 
     # --- schedule -----------------------------------------------------------------------------------------------
 
@@ -79,19 +141,16 @@ class SteadySchedule:
         if own._pause_state != PauseState.UNPAUSED:
             return None
         ready = self._ready()
-        if not ready:
-            return None
-        longest = self._longest(ready)
-        growing = self._growing(ready, longest)
-        return None if growing is None else self._schedule(ready, longest, growing)
+        return self._schedule(ready) if ready is not None and self._has_room(ready) else None
 
     def _ready(self) -> Ready | None:
-        """The sessions whose blocks the step verifies, in the order in which vLLM would look at them; None where there is
-        anything else to compute."""
-        own, ready, parked = self._scheduler, Ready(), False
-        sessions = own._by_request
+        """What the step is to verify; None where there is nothing, or anything else to compute."""
+        own, parked = self._scheduler, False
+        sessions: list[Session] = []
+        requests: list[Request] = []
+        known = own._by_request
         for request in own.running:
-            session = sessions.get(request.request_id)
+            session = known.get(request.request_id)
             if session is None:
                 return None
             if session.parked_at is not None:
@@ -105,103 +164,67 @@ class SteadySchedule:
             ):
                 return None
             else:
-                ready.append((session, request))
+                sessions.append(session)
+                requests.append(request)
+        if not sessions:
+            return None
         self._unsorted = parked
-        return ready
+        longest = own.max_block if own.uniform else None
+        if own.uniform and is_bare(sessions):
+            longest = 0
+            for session in sessions:
+                self._measure(session, 0)
+        return Ready(sessions, requests, longest)
 
-    def _longest(self, ready: Ready) -> int | None:
-        """To which length blocks are padded; None where they are not."""
-        if not self._scheduler.uniform:
-            return None
-        return 0 if is_bare(session for session, _ in ready) else self._scheduler.max_block
+    def _has_room(self, ready: Ready) -> bool:
+        """Whether there is room enough, in the KV cache, the context and the step."""
+        own, sessions = self._scheduler, ready.sessions
+        if ready.longest is None:
+            total = sum(1 + session.drafts for session in sessions)
+        else:
+            total = len(sessions) * (1 + ready.longest)
+        drafting = len(sessions) * own.vllm_config.speculative_config.max_num_new_slots_for_drafting
+        return (
+            sum([session.missing for session in sessions])
+            <= own.kv_cache_manager.block_pool.get_num_free_blocks()
+            and total <= own.max_num_scheduled_tokens
+            and total + drafting <= own.scheduler_config.max_num_batched_tokens
+        )
 
-    def _growing(self, ready: Ready, longest: int | None) -> Growing | None:
-        """Whom vLLM's KV manager has to be asked for; None where there is not room enough, in the KV cache, the context or
-        the step."""
-        own, growing = self._scheduler, Growing()
-        kv = own.kv_cache_manager
-        (manager,) = kv.coordinator.single_type_managers
-        held, cached, size = manager.req_to_blocks, manager.num_cached_block, manager.block_size
-        caching, ahead = manager.enable_caching, own.num_lookahead_tokens
-        total = needed = 0
-        for at, (_, request) in enumerate(ready):
-            rows = 1 + (len(request.spec_token_ids) if longest is None else longest)
-            total += rows
-            known = request.num_computed_tokens + 1
-            end = known - 1 + rows
-            if end >= own.max_model_len:
-                return None
-            request_id = request.request_id
-            room = min(end + ahead, own.max_model_len)
-            missing = -(-room // size) - len(held.get(request_id, ()))
-            filled = caching and known // size > cached.get(request_id, 0)
-            if missing > 0:
-                needed += missing
-                growing.append((at, room, filled))
-            elif filled:
-                growing.append((at, 0, True))
-        drafting = len(ready) * own.vllm_config.speculative_config.max_num_new_slots_for_drafting
-        if (
-            needed > kv.block_pool.get_num_free_blocks()
-            or total > own.max_num_scheduled_tokens
-            or total + drafting > own.scheduler_config.max_num_batched_tokens
-        ):
-            return None
-        return growing
-
-    def _schedule(self, ready: Ready, longest: int | None, growing: Growing) -> SchedulerOutput:
+    def _schedule(self, ready: Ready) -> SchedulerOutput:
         """As the second half of `Scheduler.schedule`, and as `_update_after_schedule`, vLLM's and ours."""
         own = self._scheduler
         own.current_step += 1
         own.prefill_capacity_bound = False
         own.kv_cache_manager.new_step_starts()
-        scheduled: dict[str, int] = {}
-        blocks: dict[str, list[int]] = {}
-        lengths: dict[str, int] = {}
-        levels: dict[str, list[int]] = {}
-        rows: dict[str, list[SparseRow]] = {}
-        computed: list[int] = []
-        said: list[int] = []
-        total = 0
-        new_blocks = self._grown(ready, growing)
-        for session, request in ready:
-            request_id, drafts, armed = request.request_id, session.drafts, session.armed
-            assert armed is not None
-            block = request.spec_token_ids
-            if longest is not None:
-                if len(block) > drafts:  # it was padded for a step that had no room for it
-                    block = block[:drafts]
-                if longest > drafts:
-                    block = block + self._padding[longest - drafts]
-            if block:
-                blocks[request_id] = block
-                lengths[request_id] = drafts
-                request.spec_token_ids = []
-            if drafts:
-                told = armed.levels
-                levels[request_id] = told if len(told) <= drafts else told[-drafts:]
-            if armed.rows:
-                rows[request_id] = drawn_from(session, armed, drafts)
-            count = 1 + len(block)
-            scheduled[request_id] = count
-            computed.append(request.num_computed_tokens)
-            said.append(request.num_output_tokens)
-            self._scheduled.append((session, request, count, drafts))
-            total += count
-        cached = CachedRequestData(
-            req_ids=list(scheduled),
-            resumed_req_ids=set(),
-            new_token_ids=[],
-            all_token_ids={},  # for asynchronous scheduling and connectors alone
-            new_block_ids=new_blocks,
-            num_computed_tokens=computed,
-            num_output_tokens=said,
-        )
+        sessions, requests, longest = ready
+        ids = [request.request_id for request in requests]
+        drafts = [session.drafts for session in sessions]
+        if longest is None:
+            blocks = {
+                own_id: session.block[:count]
+                for own_id, session, count in zip(ids, sessions, drafts, strict=True)
+                if count
+            }
+            counts = [1 + count for count in drafts]
+        else:
+            padded = zip(ids, sessions, strict=True)
+            blocks = {own_id: session.block for own_id, session in padded} if longest else {}
+            counts = [1 + longest] * len(ids)
+        computed = [request.num_computed_tokens for request in requests]
         output = SchedulerOutput(
             scheduled_new_reqs=[],
-            scheduled_cached_reqs=cached,
-            num_scheduled_tokens=scheduled,
-            total_num_scheduled_tokens=total,
+            scheduled_cached_reqs=CachedRequestData(
+                req_ids=ids,
+                resumed_req_ids=set(),
+                new_token_ids=[],
+                all_token_ids={},  # for asynchronous scheduling and connectors alone
+                new_block_ids=self._grown(ready),
+                num_computed_tokens=computed,
+                num_output_tokens=[request.num_output_tokens for request in requests],
+            ),
+            num_scheduled_tokens=dict(zip(ids, counts, strict=True)),
+            total_num_scheduled_tokens=sum(counts),
             scheduled_spec_decode_tokens=blocks,
             scheduled_encoder_inputs={},
             finished_req_ids=own.finished_req_ids,
@@ -211,51 +234,76 @@ class SteadySchedule:
             ec_manager_metadata=own.encoder_cache_manager.get_manager_metadata(),
         )
         own.finished_req_ids, own.reset_preempted_req_ids = set(), set()
-        setattr(output, DRAFT_LENGTHS, {} if longest is None else lengths)
-        setattr(output, DRAFT_LEVELS, levels)
-        setattr(output, DRAFT_ROWS, rows)
+        setattr(output, DRAFT_LENGTHS, dict(zip(ids, drafts, strict=True)) if longest else {})
+        setattr(output, DRAFT_LEVELS, {own_id: session.levels for own_id, session in _drafted(ids, sessions)})
+        setattr(output, DRAFT_ROWS, _drawn_from(ids, sessions))
         setattr(output, EVEN_ROWS, 0 if longest is None else 1 + longest)
+        if longest is not None:
+            setattr(output, GATHERED, self._gathered(ready, drafts, computed, 1 + longest))
+        self._scheduled = list(zip(sessions, requests, counts, drafts, strict=True))
         self._output, self._departures = output, own.departures
         return output
 
-    def _grown(self, ready: Ready, growing: Growing) -> list[tuple[list[int], ...] | None]:
+    def _gathered(self, ready: Ready, drafts: list[int], computed: list[int], width: int) -> Gathered:
+        """What the pass verifies, as the runner wants it."""
+        sessions = ready.sessions
+        tokens = np.empty((len(sessions), width), dtype=np.int32)
+        tokens[:, 0] = [request._all_token_ids[-1] for request in ready.requests]
+        if width > 1:
+            blocks = itertools.chain.from_iterable([session.block for session in sessions])
+            tokens[:, 1:] = np.fromiter(blocks, np.int32, tokens.size - len(tokens)).reshape(len(tokens), -1)
+        return Gathered(
+            tokens,
+            np.array(drafts),
+            np.array(computed, dtype=np.int32),
+            self._table,
+            [session.row for session in sessions],
+            max([session.held for session in sessions]),
+            [session.heard for session in sessions],
+            [session.padded_levels for session in sessions],
+            greedy=all(session.greedy for session in sessions),
+        )
+
+    def _grown(self, ready: Ready) -> list[tuple[list[int], ...] | None]:
         """As `KVCacheManager.allocate_slots`, of running requests whose KV is all of one kind, but that full blocks are not
         entered in the prefix cache yet; what each session gets."""
         (manager,) = self._scheduler.kv_cache_manager.coordinator.single_type_managers
-        found: list[tuple[list[int], ...] | None] = [None] * len(ready)
-        for at, room, filled in growing:
-            request = ready[at][1]
-            if room:
-                blocks = manager.allocate_new_blocks(request.request_id, room, room)
-                found[at] = ([block.block_id for block in blocks],)
-            if filled:
-                self._filled.append((request, request.num_computed_tokens + 1))
+        found: list[tuple[list[int], ...] | None] = [None] * len(ready.sessions)
+        for at, session in enumerate(ready.sessions):
+            if session.missing:
+                new = manager.allocate_new_blocks(session.request.request_id, session.room, session.room)
+                self._hold(session, new)
+                found[at] = ([block.block_id for block in new],)
         return found
 
     def meanwhile(self) -> None:
         """The rest of the step's scheduling; to be called before anything else happens to its requests."""
         if not self._scheduled:
             return
-        own, scheduled, filled = self._scheduler, self._scheduled, self._filled
-        self._scheduled, self._filled = [], []
+        own, scheduled = self._scheduler, self._scheduled
+        self._scheduled = []
         if self._unsorted:
             own.running.sort(key=own._rank)
+        coordinator = own.kv_cache_manager.coordinator
+        (manager,) = coordinator.single_type_managers
+        caching, cached, size = manager.enable_caching, manager.num_cached_block, manager.block_size
         verified = own._step.verified
         for session, request, rows, drafts in scheduled:
             before = request.num_computed_tokens
+            if request.spec_token_ids:
+                request.spec_token_ids = []
             request.num_computed_tokens = before + rows
             request.num_in_flight_tokens += rows
             assert session.armed is not None
             session.verified, session.armed = session.armed.number, None
             session.reached = max(session.reached, before)
             verified[request.request_id] = drafts
+            if caching and (before + 1) // size > cached.get(request.request_id, 0):
+                request.update_block_hashes()
+                coordinator.cache_blocks(request, before + 1)
         own.prev_step_scheduled_req_ids.clear()
         own.prev_step_scheduled_req_ids.update(verified)
         self._count(len(scheduled), sum(verified.values()))
-        coordinator = own.kv_cache_manager.coordinator
-        for request, known in filled:
-            request.update_block_hashes()
-            coordinator.cache_blocks(request, known)
         self._under_way = [self._begun(*each) for each in scheduled]
 
     def _begun(self, session: Session, request: Request, rows: int, drafts: int) -> UnderWay:
@@ -333,6 +381,20 @@ class SteadySchedule:
         if stopped:
             own.running = remove_all(own.running, stopped)
         return {client: EngineCoreOutputs(outputs=outputs) for client, outputs in found.items()}
+
+
+def _drafted(requests: Sequence[str], sessions: Sequence[Session]) -> Iterator[tuple[str, Session]]:
+    """Those of whose blocks anything is a draft's."""
+    return (each for each in zip(requests, sessions, strict=True) if each[1].drafts)
+
+
+def _drawn_from(requests: Sequence[str], sessions: Sequence[Session]) -> dict[str, list[SparseRow]]:
+    """What the drafts of a step's blocks were drawn from, where that was said."""
+    return {
+        request: drawn_from(session, session.armed, session.drafts)
+        for request, session in zip(requests, sessions, strict=True)
+        if session.armed is not None and session.armed.rows
+    }
 
 
 def _is_possible(own: SessionScheduler) -> bool:

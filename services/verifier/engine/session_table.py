@@ -1,0 +1,68 @@
+"""Where sessions keep their keys and values, and what a pass of their blocks is made of.
+
+A pass is due when the last of its sessions' blocks has come, and from then on every microsecond of the host's is one in
+which the device waits. So what takes a look at each session is done when its own block comes, while others are still
+awaited: it is noted in the `Session`, and its blocks of the KV cache have a row here. When the pass begins, NumPy gathers
+what is there of those that are in it, whoever they are.
+
+Scheduler and runner share all of it: they live in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.speculation.outcomes import LEVELS
+
+UNTOLD: Final = LEVELS
+"""The level of a token of which the draft said nothing."""
+
+
+class SessionTable:
+    """A row of blocks of the KV cache for each session, `blocks` [rows, columns]. It is replaced by a larger one as sessions
+    come: take it from here each time."""
+
+    def __init__(self, most: int, columns: int) -> None:
+        """With room for `most` sessions to begin with, of up to `columns` blocks each."""
+        self.blocks: npt.NDArray[np.int32] = np.zeros((most, columns), dtype=np.int32)
+        self._free = list(range(most))
+
+    def enter(self) -> int:
+        """A row for a session that comes."""
+        if not self._free:
+            rows = len(self.blocks)
+            self.blocks = np.concatenate((self.blocks, np.zeros_like(self.blocks)))
+            self._free = list(range(rows, 2 * rows))
+        return self._free.pop()
+
+    def leave(self, row: int) -> None:
+        """Its session has ended."""
+        self._free.append(row)
+
+    def hold(self, row: int, first: int, blocks: Sequence[int]) -> None:
+        """The session holds these from its block number `first` on."""
+        self.blocks[row, first : first + len(blocks)] = blocks
+
+
+class Gathered(NamedTuple):
+    """What an even pass verifies, in the scheduler's order.
+
+    `tokens` [sessions, width] are each session's last token and its block, padded, `drafts` [sessions] of which are a
+    draft's; `computed` [sessions] tokens stand before them in the KV cache. Its blocks of that are in the rows `rows`
+    [sessions] of `table`, up to `held` of them. `heard`: gateways wait for hints on the block, and `told` says how sure the
+    draft was of each token, `UNTOLD` where it said nothing. `greedy`: all decode greedily, and nothing else is asked of them.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    drafts: npt.NDArray[np.int64]
+    computed: npt.NDArray[np.int32]
+    table: SessionTable
+    rows: list[int]
+    held: int
+    heard: list[bool]
+    told: list[list[int]]
+    greedy: bool
