@@ -42,7 +42,9 @@ class Step:
     sampled_ms: float | None = None
     """When the sampled tokens were on the host; of vLLM as it comes, when its worker had returned."""
     exits_ms: dict[int, float] = field(default_factory=dict)
-    """When the hints of the exit after a layer had arrived on the host."""
+    """When what the exit after a layer foresees was on the host, as hints."""
+    heard_ms: dict[int, float] = field(default_factory=dict)
+    """When another process, or thread, had heard them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +147,8 @@ def row(measured: Measured) -> dict[str, Any]:
         "steps": len(times),
         "tokens_per_step": _rounded(tokens / measured.sessions),
         "tokens_per_s": round(1000 * tokens / statistics.fmean(times), 1),
-        "exit_on_host_ms": {
-            str(layer): _rounded(statistics.median(arrived))
-            for layer, arrived in sorted(_arrivals(steps).items())
-        },
+        "exit_on_host_ms": _arrivals(step.exits_ms for step in steps),
+        "exit_heard_ms": _arrivals(step.heard_ms for step in steps),
         "submit_ms": _rounded(statistics.median(step.submit_ms for step in steps)),
         "compared": measured.compared,
         "differences": [{"session": session, "token": token} for session, token in measured.differences],
@@ -169,12 +169,13 @@ def row(measured: Measured) -> dict[str, Any]:
     return found
 
 
-def _arrivals(steps: Iterable[Step]) -> dict[int, list[float]]:
+def _arrivals(steps: Iterable[Mapping[int, float]]) -> dict[str, float]:
+    """The median by layer."""
     found: dict[int, list[float]] = defaultdict(list)
-    for step in steps:
-        for layer, arrived in step.exits_ms.items():
+    for arrivals in steps:
+        for layer, arrived in arrivals.items():
             found[layer].append(arrived)
-    return found
+    return {str(layer): _rounded(statistics.median(arrived)) for layer, arrived in sorted(found.items())}
 
 
 def _known(steps: Iterable[Step], value: Callable[[Step], float | None]) -> float | None:

@@ -279,8 +279,8 @@ class Driver:
                 for outlook in message.outlooks:
                     step, began = self._awaited.get((outlook.key, outlook.base), (None, 0.0))
                     if step is not None:
-                        after_ms = (arrived - began) * 1000
-                        step.exits_ms[message.layer] = max(step.exits_ms.get(message.layer, 0.0), after_ms)
+                        step.exits_ms[message.layer] = (message.sent_s - began) * 1000
+                        step.heard_ms[message.layer] = (arrived - began) * 1000
             missing = any(len(step.exits_ms) < self._exits for step, _ in self._awaited.values())
             if not missing or time.monotonic() > deadline:
                 self._awaited.clear()

@@ -24,6 +24,14 @@ class SteadyRunner(SteadySteps, worker.SessionRunner):
         self._output = output
         super()._run(output, graph)
 
+    rehearsals = 0
+
+    def rehearse(self, output: Any) -> None:
+        """See `SteadySteps.rehearse`."""
+        self._output = output
+        self.rehearsals += 1
+        super().rehearse(output)
+
     def _hand_over(self, sessions: int, graph: Graph) -> Any:
         output, batch = self._output, self.input_batch
         roster = self._roster if getattr(output, GATHERED, None) is None or batch.num_reqs else None
@@ -69,6 +77,14 @@ class SteadyRunner(SteadySteps, worker.SessionRunner):
 
 class SteadyWorker(worker.SessionWorker):
     """The CPU worker with that runner."""
+
+    def rehearse(self, output: Any) -> None:
+        """As the CUDA worker's."""
+        self.model_runner.rehearse(output)
+
+    def dropped_hints(self) -> int:
+        """In the place of hints, of which this engine drops none: how often a pass was rehearsed."""
+        return int(self.model_runner.rehearsals)
 
     def init_device(self) -> None:
         """As the CPU worker's."""

@@ -158,6 +158,28 @@ async def test_sessions_that_take_turns_come_go_and_are_drawn_now_and_then_are_e
         await bench.engine.close(f"t{n}")
 
 
+async def test_steps_that_wait_for_patient_sessions_are_rehearsed_and_say_the_same(bench: Bench) -> None:
+    prompts = [random_prompt(760 + n, 10 + n) for n in range(4)]
+    params = endless(40).model_copy(update={"policy": Policy.COST})
+    truths = [(await bench.answer(prompt, params)).tokens for prompt in prompts]
+    before = await bench.engine.stats()
+
+    async def answer(n: int) -> tuple[int, ...]:
+        random, stream = Random(n), bench.engine.open(f"p{n}", prompts[n], (), params)
+        out = (await next_output(stream)).tokens
+        while len(out) < len(truths[n]):
+            await asyncio.sleep(random.uniform(0.0, 0.05))
+            await bench.engine.submit(f"p{n}", len(out), partly_right(truths[n], out, random))
+            out += (await next_output(stream)).tokens
+        return out
+
+    found = await asyncio.gather(*(answer(n) for n in range(4)))
+    after = await bench.engine.stats()
+    assert found == truths
+    assert after.steady_steps > before.steady_steps
+    assert after.dropped_hints > before.dropped_hints, "no step was rehearsed"
+
+
 async def test_sessions_that_are_computed_anew_between_even_passes_are_exact(
     tiny_target: TinyTarget, even_batches: None
 ) -> None:

@@ -23,6 +23,7 @@ from services.verifier.engine.options import (
     DRAFT_ROWS,
     EAGER_KEY,
     EVEN_ROWS,
+    GATHERED,
     SESSION_KEY,
     UNHEARD_KEY,
     EngineOptions,
@@ -268,6 +269,8 @@ def traffic(twins: Twins, *, seed: int, rounds: int, prompts: int, most: int = M
                 twins.both(lambda client, k=key, more=a_block(twins, key, random): client.block(k, **more))
         if twins.open and random.random() < 0.05:
             twins.both(lambda client, keys=random.sample(twins.open, 1): client.close(*keys))
+        twins.short.scheduler._steady.rehearsal()
+        twins.compare()
         twins.step(something(twins, random) if random.random() < 0.2 else lambda _: None)
     for _ in range(200):
         for key in twins.open:
@@ -319,6 +322,28 @@ def test_both_ways_lead_to_the_same_where_kv_is_scarce(made: Made, uniform: bool
     counters = twins.short.scheduler.counters
     assert counters.preemptions > 2
     assert counters.steady_steps > 10
+
+
+def test_a_rehearsal_is_of_the_step_that_follows_and_changes_nothing(made: Made) -> None:
+    twins = Twins(made, uniform=True)
+    for number in range(3):
+        twins.both(lambda client, n=number: client.open(f"s{n}", [7, 8, 9 + n], max_tokens=40))
+    twins.step()
+    assert twins.short.scheduler._steady.rehearsal() is None, "there is nothing to verify"
+    for number in range(3):
+        tokens = [truth(f"s{number}", 1 + place) for place in range(number + 1)]
+        twins.both(lambda client, n=number, own=tokens: client.block(f"s{n}", own))
+    found = twins.short.scheduler._steady.rehearsal()
+    twins.compare()
+    work = twins.short.begin()
+    gathered, rehearsed = getattr(work, GATHERED), getattr(found, GATHERED)
+    assert found is not None
+    assert found.num_scheduled_tokens == work.num_scheduled_tokens
+    assert found.scheduled_spec_decode_tokens == work.scheduled_spec_decode_tokens
+    for name in ("tokens", "drafts", "computed"):
+        assert getattr(rehearsed, name).tolist() == getattr(gathered, name).tolist(), name
+    assert rehearsed.rows == gathered.rows
+    assert twins.short.scheduler._steady.rehearsal() is None, "a step is under way"
 
 
 # --- which way a step takes ---------------------------------------------------------------------------------------

@@ -235,11 +235,12 @@ def test_a_row_says_where_the_host_works_and_when_exits_arrive() -> None:
         "forward_ms": 7.0,
     }
     own = steps(0, 50.0, 10.0, **known)
-    own[1].exits_ms = {8: 2.5, 16: 5.0}
+    own[1].exits_ms, own[1].heard_ms = {8: 2.5, 16: 5.0}, {8: 2.6, 16: 5.2}
     found = row(Measured("verify_exits", 1, own))
     assert found["host_ms"] == {"before_launch": 0.4, "launch": 0.1, "after_sampling": 1.0}
     assert found["forward_ms"] == 7.0
     assert found["exit_on_host_ms"] == {"8": 2.5, "16": 5.0}
+    assert found["exit_heard_ms"] == {"8": 2.6, "16": 5.2}
 
 
 def test_what_is_not_known_of_steps_is_left_out() -> None:

@@ -49,7 +49,7 @@ def simulate(
             now_s = coming[0][0]
             continue
         since = list(ready.values())
-        wait_s = companions.wait_s(now_s, ready_since=since, sessions=sessions, fixed_s=FIXED_S)
+        wait_s = companions.wait_s(now_s, ready_since=since)
         if gather and wait_s > 0.0:
             now_s = min([now_s + wait_s + 1e-9, *(at_s for at_s, _ in coming[:1])])
             continue
@@ -81,11 +81,13 @@ def test_sessions_share_passes_and_none_waits_much_longer_than_the_others_take(
         assert shared.together > 0.6 * sessions
 
 
-def test_with_few_sessions_a_round_takes_little_longer() -> None:
-    """Passes of their own take the engine a small share of its time: little is worth waiting for."""
-    alone = simulate(2, gather=False, jitter_s=0.002)
-    shared = simulate(2, gather=True, jitter_s=0.002)
-    assert shared.round_s < 1.25 * alone.round_s
+@pytest.mark.parametrize("sessions", [2, 3, 4])
+def test_few_sessions_share_nearly_every_pass(sessions: int) -> None:
+    alone = simulate(sessions, gather=False, jitter_s=0.005, foreseen=0.35)
+    shared = simulate(sessions, gather=True, jitter_s=0.005, foreseen=0.35)
+    assert shared.together > 0.85 * sessions
+    assert shared.busy_s < 1.2 / sessions * alone.busy_s * alone.together
+    assert shared.round_s < 1.8 * alone.round_s
 
 
 def test_a_few_that_are_far_away_do_not_hold_up_the_others() -> None:
@@ -94,7 +96,7 @@ def test_a_few_that_are_far_away_do_not_hold_up_the_others() -> None:
         companions.spoke("a", float(number))
         companions.returned("a", number + (1.0 if number % 25 == 0 else 0.05))
     companions.spoke("far", 200.0)
-    waited_s = companions.wait_s(200.0, ready_since=[200.0], sessions=1000, fixed_s=0.01)
+    waited_s = companions.wait_s(200.0, ready_since=[200.0])
     assert 0.05 < waited_s < 0.3
 
 
@@ -105,7 +107,7 @@ def test_a_session_alone_waits_for_nobody() -> None:
 def test_nothing_is_waited_for_before_a_return_was_seen() -> None:
     companions = Companions()
     companions.spoke("a", 0.0)
-    assert companions.wait_s(0.01, ready_since=[0.01], sessions=9, fixed_s=1.0) == 0.0
+    assert companions.wait_s(0.01, ready_since=[0.01]) == 0.0
 
 
 def test_the_usual_time_follows_what_sessions_take() -> None:

@@ -66,20 +66,17 @@ class Companions:
             self._usual_s, self._longest_s = sum(took) / len(took), took[int(LATE * len(took))]
             self._known = True
 
-    def wait_s(self, now_s: float, *, ready_since: list[float], sessions: int, fixed_s: float) -> float:
+    def wait_s(self, now_s: float, *, ready_since: list[float]) -> float:
         """For how long a step of the blocks and prompts that are there (`ready_since`) should wait for others, 0 for not at
         all.
 
         It waits until the last that are on their way should have come: some were foreseen and come at once, the others
-        after a round trip and a draft. In all no block waits longer than others take to come, and less where a pass of its
-        own would matter less: that share of the time which all `sessions` would take of the engine, `fixed_s` each.
+        after a round trip and a draft. In all no block waits longer than others take to come. Waiting for some of them
+        only is worth little: sessions fall into step with each other, or they don't.
         """
         if not (ready_since and self.under_way):
             return 0.0
         longest_s = self._longest_s
         last_s = next(reversed(self._spoke.values())) + longest_s
-        if last_s <= now_s:
-            return 0.0
-        load = min(1.0, sessions * fixed_s / longest_s)
-        patience_s = load * min(longest_s, MOST_USUAL * self._usual_s)
+        patience_s = min(longest_s, MOST_USUAL * self._usual_s)
         return max(0.0, min(last_s, min(ready_since) + patience_s) - now_s)

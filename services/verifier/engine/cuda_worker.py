@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -28,6 +28,9 @@ from services.verifier.engine.runner import RequestRows
 from services.verifier.engine.session_table import UNTOLD
 from services.verifier.engine.steady import ByLayer, EvenBlocks, Graph, SteadySteps
 from shared.speculation.outcomes import LEVELS, confidence_at
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
 
 SWITCH_S: Final = 0.0005
 """How long the thread that turns what exits say into hints waits for the one that prepares and ends passes."""
@@ -263,6 +266,10 @@ class CudaSessionWorker(Worker):  # type: ignore[misc]
         self.model_runner.graph_exits = model.attach_graph_exits(self.vllm_config, self._sender)
 
     # --- called by name, from `plugin` ---
+
+    def rehearse(self, output: SchedulerOutput) -> None:
+        """See `SteadySteps.rehearse`."""
+        self.model_runner.rehearse(output)
 
     def describe_exits(self) -> dict[str, Any]:
         """What `EngineInfo` says of the exits."""

@@ -62,6 +62,8 @@ EVEN_ROWS: Final = "outrider_even_rows"
 """Another one: how many rows every request of the step has, where all of them speak after as many; else 0."""
 GATHERED: Final = "outrider_gathered"
 """Another one, of steps with `EVEN_ROWS` that went the short way: what they verify (`session_table.Gathered`)."""
+REHEARSED_S: Final = 0.005
+"""Between two rehearsals of a step that waits."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import functools
 import queue
 from typing import TYPE_CHECKING, Any, Final
 
-from services.verifier.engine.options import DESCRIBE_CALL, STATS_CALL, SUBMIT_CALL
+from services.verifier.engine.options import DESCRIBE_CALL, REHEARSED_S, STATS_CALL, SUBMIT_CALL
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,15 +41,18 @@ def register() -> None:
 
 
 def _gathering(process_input_queue: Callable[[EngineCoreProc], None]) -> Callable[[EngineCoreProc], None]:
-    """vLLM's look at what came in, and then a moment for blocks that are on their way (`gather_s`)."""
+    """vLLM's look at what came in, and then a moment for blocks that are on their way (`gather_s`), in which a step is
+    rehearsed."""
 
     @functools.wraps(process_input_queue)
     def gathered(core: EngineCoreProc) -> None:
         process_input_queue(core)
         gather_s = getattr(core.scheduler, "gather_s", None)  # a stock scheduler has no sessions
         while gather_s is not None and core.has_work() and (left_s := gather_s()) > 0.0:
+            if (rehearsal := core.scheduler.rehearsal()) is not None:
+                core.model_executor.collective_rpc("rehearse", args=(rehearsal,))
             try:
-                request = core.input_queue.get(timeout=left_s)
+                request = core.input_queue.get(timeout=min(left_s, REHEARSED_S))
             except queue.Empty:
                 continue
             core._handle_client_request(*request)

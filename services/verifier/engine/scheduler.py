@@ -42,6 +42,7 @@ from services.verifier.engine.options import (
     DRAFT_ROWS,
     EVEN_ROWS,
     HEAD_DRAFTS,
+    REHEARSED_S,
     EngineOptions,
     ahead_of,
     is_eager,
@@ -103,6 +104,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         self._awaited: set[str] = set()  # eager sessions that spoke in the last step and have no block yet
         self._heard_s = 0.0
         self._companions = Companions()
+        self._rehearsed_s = 0.0
         self._patient = 0  # sessions that are not eager
         self._agreed = Mean()  # share of drafted tokens that were accepted
         self._going_on: set[str] = set()  # parked sessions that say another token in the next step
@@ -275,6 +277,19 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         eager_s = self._heard_s + most_s - now if self._awaited else 0.0
         return max(0.0, eager_s, self._patient_s(now))
 
+    def rehearsal(self) -> SchedulerOutput | None:
+        """While patient sessions' step waits for more of them: that step as it would be now; None when it isn't time for it.
+
+        What is computed once in a tenth of a second finds the processor's caches full of other things, and takes two or
+        three times as long as it would right after; and for that time the device waits. So a step is gone through now and
+        then while nobody waits for it.
+        """
+        now = time.monotonic()
+        if now < self._rehearsed_s + REHEARSED_S or self._patient_s(now) <= 0.0:
+            return None
+        self._rehearsed_s = now
+        return self._steady.rehearsal()
+
     def _patient_s(self, now: float) -> float:
         """For how long patient sessions' step waits for more of them (`Companions`); it holds up nobody else."""
         if not self._patient:
@@ -285,14 +300,13 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             return 0.0
         if len(patient) < len(sessions) and any(each.eager and each.armed is not None for each in sessions):
             return 0.0
-        fixed_s = self.counters.fixed_ms / 1000
         opened = self._patient_prompts()
         if opened is None:
             return 0.0
         if opened and not self._companions.under_way:
-            return _lull_s(opened, min(MOST_GATHERED_S, fixed_s), now)
+            return _lull_s(opened, min(MOST_GATHERED_S, self.counters.fixed_ms / 1000), now)
         ready = [*opened, *(session.armed_s for session in patient if session.armed is not None)]
-        return self._companions.wait_s(now, ready_since=ready, sessions=len(patient), fixed_s=fixed_s)
+        return self._companions.wait_s(now, ready_since=ready)
 
     def _patient_prompts(self) -> list[float] | None:
         """Since when the prompts wait that are to be computed; None if one of them is nobody's who waits."""

@@ -54,7 +54,8 @@ class Gathered(NamedTuple):
     `tokens` [sessions, width] are each session's last token and its block, padded, `drafts` [sessions] of which are a
     draft's; `computed` [sessions] tokens stand before them in the KV cache. Its blocks of that are in the rows `rows`
     [sessions] of `table`, up to `held` of them. `heard`: gateways wait for hints on the block, and `told` says how sure the
-    draft was of each token, `UNTOLD` where it said nothing. `greedy`: all decode greedily, and nothing else is asked of them.
+    draft was of each token, `UNTOLD` where it said nothing. `greedy`: all decode greedily, and nothing else is asked of
+    them.
     """
 
     tokens: npt.NDArray[np.int32]

@@ -28,6 +28,17 @@ class Block(NamedTuple):
     number: int = 0
 
 
+class Need(NamedTuple):
+    """For how many tokens a session needs room in the KV cache, and how many blocks that is beyond those that it holds: more
+    than there are where its context ends before."""
+
+    tokens: int
+    missing: int
+
+
+NOTHING: Final = Need(0, 0)
+
+
 @dataclass(slots=True)
 class Session:
     """What the scheduler knows of a session beyond vLLM's request."""
@@ -81,10 +92,8 @@ class Session:
     """A gateway waits for hints on it."""
     padded_levels: list[int] = field(default_factory=list)
     """The levels if it is heard, padded like the block."""
-    room: int = 0
-    """Tokens for which the session needs room in the KV cache."""
-    missing: int = 0
-    """Blocks of the KV cache that it needs beyond those that it holds; more than there are where its context ends before."""
+    need: Need = NOTHING
+    """What of the KV cache it needs for it."""
     stops: frozenset[int] | None = None
     """Tokens that end it; None where vLLM has to be asked."""
     drafted: list[tuple[int, float]] | None = None

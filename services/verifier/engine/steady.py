@@ -89,8 +89,9 @@ class Enrolled(Roster):
 @dataclass(frozen=True)
 class EvenBlocks:
     """What an even pass verifies, in the pass's order: `computed` tokens and one more stand before each request's block,
-    `lengths` of whose `tokens` are a draft's. `levels` are as `DRAFT_LEVELS`. `heard`: a gateway waits for hints on the block,
-    and `told` are its levels, `UNTOLD` where the draft said nothing, for as many tokens as a pass has rows at most."""
+    `lengths` of whose `tokens` are a draft's. `levels` are as `DRAFT_LEVELS`. `heard`: a gateway waits for hints on the
+    block, and `told` are its levels, `UNTOLD` where the draft said nothing, for as many tokens as a pass has rows at most.
+    """
 
     requests: list[str]
     tokens: Tokens
@@ -287,6 +288,17 @@ class SteadySteps(SessionRows):
                 gathered.heard,
             )
         )
+
+    def rehearse(self, output: SchedulerOutput) -> None:
+        """Lay out a pass that is not to be run, as far as it is one without vLLM's batch; no other may be under way.
+        What it writes is written again by the next pass."""
+        graph, gathered = self._graph_for(output), self._without_batch(output)
+        if graph is None or gathered is None or self.input_batch.num_reqs:
+            return
+        with torch.inference_mode():
+            self._lay_out_gathered(gathered, graph)
+            self._drafts_of(self._layout(len(gathered.rows), graph.width), gathered.drafts)
+            self._hand_over(len(gathered.rows), graph)
 
     def _brought_up(self, output: SchedulerOutput) -> Roster:
         """As vLLM's `_update_states`, of such a pass; while the device computes it."""

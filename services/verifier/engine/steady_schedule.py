@@ -27,7 +27,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
 from services.verifier.engine.options import DRAFT_LENGTHS, DRAFT_LEVELS, DRAFT_ROWS, EVEN_ROWS, GATHERED
 from services.verifier.engine.session_table import UNTOLD, Gathered, SessionTable
-from services.verifier.engine.sessions import PADDING, Session, drawn_from, is_bare
+from services.verifier.engine.sessions import PADDING, Need, Session, drawn_from, is_bare
 from services.verifier.engine.types import UNHEARD
 from shared.sampling.sparse import SparseRow
 
@@ -58,11 +58,12 @@ class UnderWay(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """The sessions whose blocks the step verifies, in the order in which vLLM would look at them; `longest` is to which
-    length blocks are padded, None where they are not."""
+    """The sessions whose blocks the step verifies, in the order in which vLLM would look at them, and what they need of the
+    KV cache; `longest` is to which length blocks are padded, None where they are not."""
 
     sessions: list[Session]
     requests: list[Request]
+    needs: list[Need]
     longest: int | None
 
 
@@ -114,20 +115,20 @@ class SteadySchedule:
         blocks = manager.req_to_blocks.get(request.request_id, ())
         if session.held != len(blocks):
             self._hold(session, blocks[session.held :])
-        self._measure(session, own.max_block if own.uniform else drafts)
+        session.need = self._need(session, own.max_block if own.uniform else drafts)
 
     def _hold(self, session: Session, blocks: Sequence[KVCacheBlock]) -> None:
         """It holds these beyond those that are written down."""
         self._table.hold(session.row, session.held, [block.block_id for block in blocks])
         session.held += len(blocks)
 
-    def _measure(self, session: Session, longest: int) -> None:
-        """Note what a session needs of the KV cache with a block of that length."""
+    def _need(self, session: Session, longest: int) -> Need:
+        """What a session needs of the KV cache with a block of that length."""
         own = self._scheduler
         end = session.request.num_tokens + longest
-        session.room = min(end + own.num_lookahead_tokens, own.max_model_len)
-        missing = -(-session.room // own.block_size) - session.held
-        session.missing = max(0, missing) if end < own.max_model_len else NO_ROOM
+        tokens = min(end + own.num_lookahead_tokens, own.max_model_len)
+        missing = -(-tokens // own.block_size) - session.held
+        return Need(tokens, max(0, missing) if end < own.max_model_len else NO_ROOM)
 
     # --- schedule -----------------------------------------------------------------------------------------------
 
@@ -169,12 +170,10 @@ class SteadySchedule:
         if not sessions:
             return None
         self._unsorted = parked
-        longest = own.max_block if own.uniform else None
         if own.uniform and is_bare(sessions):
-            longest = 0
-            for session in sessions:
-                self._measure(session, 0)
-        return Ready(sessions, requests, longest)
+            return Ready(sessions, requests, [self._need(session, 0) for session in sessions], 0)
+        needs = [session.need for session in sessions]
+        return Ready(sessions, requests, needs, own.max_block if own.uniform else None)
 
     def _has_room(self, ready: Ready) -> bool:
         """Whether there is room enough, in the KV cache, the context and the step."""
@@ -184,12 +183,9 @@ class SteadySchedule:
         else:
             total = len(sessions) * (1 + ready.longest)
         drafting = len(sessions) * own.vllm_config.speculative_config.max_num_new_slots_for_drafting
-        return (
-            sum([session.missing for session in sessions])
-            <= own.kv_cache_manager.block_pool.get_num_free_blocks()
-            and total <= own.max_num_scheduled_tokens
-            and total + drafting <= own.scheduler_config.max_num_batched_tokens
-        )
+        free: int = own.kv_cache_manager.block_pool.get_num_free_blocks()
+        most: int = min(own.max_num_scheduled_tokens, own.scheduler_config.max_num_batched_tokens - drafting)
+        return sum([need.missing for need in ready.needs]) <= free and total <= most
 
     def _schedule(self, ready: Ready) -> SchedulerOutput:
         """As the second half of `Scheduler.schedule`, and as `_update_after_schedule`, vLLM's and ours."""
@@ -197,7 +193,32 @@ class SteadySchedule:
         own.current_step += 1
         own.prefill_capacity_bound = False
         own.kv_cache_manager.new_step_starts()
-        sessions, requests, longest = ready
+        output = self._output = self._work(ready, self._grown(ready))
+        output.finished_req_ids, own.finished_req_ids = own.finished_req_ids, set()
+        output.preempted_req_ids, own.reset_preempted_req_ids = own.reset_preempted_req_ids, set()
+        output.free_encoder_mm_hashes = own.encoder_cache_manager.get_freed_mm_hashes()
+        output.ec_manager_metadata = own.encoder_cache_manager.get_manager_metadata()
+        counts, drafts = output.num_scheduled_tokens.values(), [session.drafts for session in ready.sessions]
+        self._scheduled = list(zip(ready.sessions, ready.requests, counts, drafts, strict=True))
+        self._departures = own.departures
+        return output
+
+    def rehearsal(self) -> SchedulerOutput | None:
+        """A step of the blocks that are there, as if it began now; nothing is changed. None where it would be no step of
+        even rows."""
+        own = self._scheduler
+        if not (self._possible and own.uniform) or own.waiting or self._scheduled:
+            return None
+        ready = self._ready()
+        return (
+            self._work(ready, [None] * len(ready.sessions))
+            if ready is not None and self._has_room(ready)
+            else None
+        )
+
+    def _work(self, ready: Ready, new_blocks: list[tuple[list[int], ...] | None]) -> SchedulerOutput:
+        """The step's work, with the blocks of the KV cache that sessions get for it."""
+        sessions, requests, _, longest = ready
         ids = [request.request_id for request in requests]
         drafts = [session.drafts for session in sessions]
         if longest is None:
@@ -219,7 +240,7 @@ class SteadySchedule:
                 resumed_req_ids=set(),
                 new_token_ids=[],
                 all_token_ids={},  # for asynchronous scheduling and connectors alone
-                new_block_ids=self._grown(ready),
+                new_block_ids=new_blocks,
                 num_computed_tokens=computed,
                 num_output_tokens=[request.num_output_tokens for request in requests],
             ),
@@ -227,21 +248,16 @@ class SteadySchedule:
             total_num_scheduled_tokens=sum(counts),
             scheduled_spec_decode_tokens=blocks,
             scheduled_encoder_inputs={},
-            finished_req_ids=own.finished_req_ids,
-            free_encoder_mm_hashes=own.encoder_cache_manager.get_freed_mm_hashes(),
-            preempted_req_ids=own.reset_preempted_req_ids,
-            num_spec_tokens_to_schedule=own.num_spec_tokens,
-            ec_manager_metadata=own.encoder_cache_manager.get_manager_metadata(),
+            finished_req_ids=set(),
+            free_encoder_mm_hashes=[],
+            num_spec_tokens_to_schedule=self._scheduler.num_spec_tokens,
         )
-        own.finished_req_ids, own.reset_preempted_req_ids = set(), set()
         setattr(output, DRAFT_LENGTHS, dict(zip(ids, drafts, strict=True)) if longest else {})
         setattr(output, DRAFT_LEVELS, {own_id: session.levels for own_id, session in _drafted(ids, sessions)})
         setattr(output, DRAFT_ROWS, _drawn_from(ids, sessions))
         setattr(output, EVEN_ROWS, 0 if longest is None else 1 + longest)
         if longest is not None:
             setattr(output, GATHERED, self._gathered(ready, drafts, computed, 1 + longest))
-        self._scheduled = list(zip(sessions, requests, counts, drafts, strict=True))
-        self._output, self._departures = output, own.departures
         return output
 
     def _gathered(self, ready: Ready, drafts: list[int], computed: list[int], width: int) -> Gathered:
@@ -269,10 +285,10 @@ class SteadySchedule:
         entered in the prefix cache yet; what each session gets."""
         (manager,) = self._scheduler.kv_cache_manager.coordinator.single_type_managers
         found: list[tuple[list[int], ...] | None] = [None] * len(ready.sessions)
-        for at, session in enumerate(ready.sessions):
-            if session.missing:
-                new = manager.allocate_new_blocks(session.request.request_id, session.room, session.room)
-                self._hold(session, new)
+        for at, (tokens, missing) in enumerate(ready.needs):
+            if missing:
+                new = manager.allocate_new_blocks(ready.requests[at].request_id, tokens, tokens)
+                self._hold(ready.sessions[at], new)
                 found[at] = ([block.block_id for block in new],)
         return found
 
