@@ -304,7 +304,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if opened is None:
             return 0.0
         if opened and not self._companions.under_way:
-            return _lull_s(opened, min(MOST_GATHERED_S, self.counters.fixed_ms / 1000), now)
+            return _lull_s(opened, now)
         ready = [*opened, *(session.armed_s for session in patient if session.armed is not None)]
         return self._companions.wait_s(now, ready_since=ready)
 
@@ -614,10 +614,10 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         }
 
 
-def _lull_s(opened: list[float], lull_s: float, now: float) -> float:
-    """For how long a step of nothing but prompts waits for more of them: until none has come for `lull_s`, what a pass takes
-    anyway, and a few times that in all. Prompts of a crowd come one after the other."""
-    return max(0.0, min(max(opened) + lull_s, min(opened) + LULLS * lull_s) - now)
+def _lull_s(opened: list[float], now: float) -> float:
+    """For how long a step of nothing but prompts waits for more of them: until none has come for a while, and a few times
+    that in all. Prompts of a crowd come one after the other."""
+    return max(0.0, min(max(opened) + MOST_GATHERED_S, min(opened) + LULLS * MOST_GATHERED_S) - now)
 
 
 def _cached_tokens(scheduler_output: SchedulerOutput) -> int:
