@@ -52,10 +52,13 @@ def module_of(hidden: int, *, judged: bool) -> TrainedExit:
     ],
 )
 def test_fused_exits_foresee_the_same(
-    hidden: int, vocabulary: int, naming: Naming, longest: int, kind: str
+    hidden: int, vocabulary: int, naming: Naming, longest: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from services.verifier.engine import fused_exits
     from services.verifier.engine.fused_exits import FusedExit
 
+    if longest > 3:
+        monkeypatch.setattr(fused_exits, "FEW_ROWS", 2)  # launched as many rows are
     torch.manual_seed(1)
     module = ExitModule() if kind == "untrained" else module_of(hidden, judged=kind == "judged by weights")
     module = module.to(DEVICE)
@@ -92,3 +95,22 @@ def test_fused_exits_foresee_the_same(
     assert torch.equal(found[..., :2], wanted[..., :2])
     shares = [each[..., 2].contiguous().view(torch.float32) for each in (found, wanted)]
     assert torch.allclose(shares[0], shares[1], atol=1e-5)
+
+
+def test_of_equally_likely_tokens_the_first_are_named() -> None:
+    from services.verifier.engine.fused_exits import FusedExit
+
+    hidden, width = 48, 2
+    fused = FusedExit(
+        ExitModule(),
+        DeviceHead(torch.zeros(1280, hidden, device=DEVICE)),
+        torch.ones(hidden, device=DEVICE),
+        EPSILON,
+        OUTCOMES,
+    )
+    rows = torch.arange(width, dtype=torch.int32, device=DEVICE)
+    with torch.inference_mode():
+        own, normed = fused.gather(*torch.randn(2, width, hidden).to(DEVICE), rows)
+        unsure = torch.full((width,), torch.nan, device=DEVICE)
+        found = fused.outcomes(own, normed, rows, unsure, torch.zeros_like(rows[:1]), width)
+    assert found[0, :, :2].tolist() == [[0, token] for token in range(OUTCOMES)]

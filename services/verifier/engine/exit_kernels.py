@@ -32,6 +32,30 @@ def _log_sigmoid(x):
 
 
 @triton.jit
+def _keyed(values, behind):
+    """64-bit integers that sort like float32 values, and by `behind` (0 to 2^31 - 1) where these are equal."""
+    bits = values.to(tl.int32, bitcast=True)
+    bits = tl.where(bits == -0x80000000, 0, bits)  # -0.0 is 0.0
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    return (bits.to(tl.int64) << 32) | behind
+
+
+@triton.jit
+def _value(keys):
+    """What `_keyed` was given."""
+    bits = (keys >> 32).to(tl.int32)
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _largest(values, places, most: tl.constexpr, count: tl.constexpr):
+    """Of `values` at `places` (0 to `most`) the `count` largest, best first and of equal ones the first: values, places."""
+    keys = tl.topk(_keyed(values, (most - places).to(tl.int64)), count)
+    return _value(keys), (most - (keys & 0x7FFFFFFF)).to(tl.int32)
+
+
+@triton.jit
 def gather(
     hidden, residual, places, weight, own, normed, size: tl.constexpr, eps: tl.constexpr, block: tl.constexpr
 ):
@@ -113,6 +137,7 @@ def score(
     shortlist: tl.constexpr,
     named: tl.constexpr,
     size: tl.constexpr,
+    size_block: tl.constexpr,
     step: tl.constexpr,
     small_width: tl.constexpr,
     state_at: tl.constexpr,
@@ -129,45 +154,73 @@ def score(
     has_judgement: tl.constexpr,
 ):
     row = tl.program_id(0)
-    # the normalising sum of all rough logits, and the chunks with the largest maxima
+    # what needs no search is asked for before it
+    draft = tl.load(drafts + row).to(tl.int64)
+    if has_judge:
+        sure = tl.load(sure_of + row)
+        figure = tl.arange(0, features)
+        inner = tl.arange(0, rank_block)
+        unit = tl.arange(0, width_block)
+        length = 3 * rank + features
+        line = first + unit[:, None] * length
+        grid = (unit[:, None] < width) & (inner[None, :] < rank)
+        of_state = tl.load(line + inner[None, :], mask=grid, other=0.0)
+        of_token = tl.load(line + rank + inner[None, :], mask=grid, other=0.0)
+        of_both = tl.load(line + 2 * rank + inner[None, :], mask=grid, other=0.0)
+        of_figures = tl.load(line + 3 * rank + figure[None, :], mask=unit[:, None] < width, other=0.0)
+        bias = tl.load(first_bias + unit, mask=unit < width, other=0.0)
+        outward = tl.load(last + unit, mask=unit < width, other=0.0)
+        last_one = tl.load(last_bias)
+        seen = tl.load(small + row * small_width + state_at + inner, mask=inner < rank, other=0.0)
+        if has_judgement:
+            weight_of_figures = tl.load(judgement + 2 + figure, mask=figure < features - 1, other=0.0)
+            weight_of_one = tl.load(judgement)
+            weight_of_odds = tl.load(judgement + 1)
+    along = tl.arange(0, size_block)
+    all_state = tl.load(normed + row * size + along, mask=along < size, other=0.0)
+    tl.debug_barrier()  # or the compiler asks for them when they are needed
     number = tl.arange(0, chunks_block)
     maxima = tl.load(best_of + row * chunks + number, mask=number < chunks, other=float("-inf"))
     sums = tl.load(total_of + row * chunks + number, mask=number < chunks, other=0.0)
-    highest = tl.max(maxima, axis=0)
-    total = highest + tl.log(tl.sum(sums * tl.exp(maxima - highest), axis=0))
+    drafts_own = tl.load(head + draft * size + along, mask=along < size, other=0.0)
+    if has_judge:
+        token = tl.load(taken + draft * rank + inner, mask=inner < rank, other=0.0)
+    # the chunks with the largest maxima, and the normalising sum of all rough logits
     listed = tl.arange(0, shortlist)
-    where = tl.zeros([shortlist], dtype=tl.int32)
-    for turn in tl.static_range(shortlist):
-        found = tl.argmax(maxima, axis=0)
-        where = tl.where(listed == turn, found.to(tl.int32), where)
-        maxima = tl.where(number == found, float("-inf"), maxima)
+    _, where = _largest(maxima, number, chunks_block - 1, shortlist)
     # the largest of these chunks' logits
     at = where[:, None] * chunk + tl.arange(0, chunk)[None, :]
     values = tl.load(rough + row.to(tl.int64) * columns + at, mask=at < columns, other=float("-inf"))
-    column = tl.zeros([shortlist], dtype=tl.int32)
-    roughly = tl.zeros([shortlist], dtype=tl.float32)
-    for turn in tl.static_range(shortlist):
-        largest = tl.max(tl.max(values, axis=1), axis=0)
-        place = tl.min(tl.min(tl.where(values == largest, at, columns), axis=1), axis=0)
-        column = tl.where(listed == turn, tl.minimum(place, columns - 1), column)
-        roughly = tl.where(listed == turn, largest, roughly)
-        values = tl.where(at == place, float("-inf"), values)
-    tokens = column
+    # until they come: the sum of all rough logits, the draft's exact logit, and what the judge sees of both vectors
+    highest = tl.max(maxima, axis=0)
+    total = highest + tl.log(tl.sum(sums * tl.exp(maxima - highest), axis=0))
+    own = tl.sum(drafts_own.to(tl.float32) * all_state.to(tl.float32), axis=0)
+    if has_judge:
+        seen_state, seen_token = seen.to(tl.float32)[None, :], token.to(tl.float32)[None, :]
+        within = of_state.to(tl.float32) * seen_state + of_token.to(tl.float32) * seen_token
+        within = tl.sum(within + of_both.to(tl.float32) * (seen_state * seen_token), axis=1)
+        within += bias.to(tl.float32)
+    roughly, column = _largest(
+        tl.reshape(values, [shortlist * chunk]),
+        tl.reshape(at, [shortlist * chunk]),
+        chunks_block * chunk - 1,
+        shortlist,
+    )
+    tokens = tl.minimum(column, columns - 1)
     if has_ids:
-        tokens = tl.load(ids + column).to(tl.int32)
-    # their exact logits, and the draft's
-    draft = tl.load(drafts + row).to(tl.int64)
-    exact = tl.zeros([shortlist], dtype=tl.float32)
-    own = tl.full((), 0.0, tl.float32)
-    rows = tokens.to(tl.int64)[:, None] * size
-    for start in range(0, size, step):
-        along = start + tl.arange(0, step)
-        inside = along < size
-        state = tl.load(normed + row * size + along, mask=inside, other=0.0).to(tl.float32)
-        weights = tl.load(head + rows + along[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-        exact += tl.sum(weights * state[None, :], axis=1)
-        drafts_own = tl.load(head + draft * size + along, mask=inside, other=0.0).to(tl.float32)
-        own += tl.sum(drafts_own * state, axis=0)
+        tokens = tl.load(ids + tokens).to(tl.int32)
+    # their exact logits: sums stay within a thread up to the last
+    rows = head + tokens.to(tl.int64)[:, None] * size
+    part = tl.arange(0, step)
+    sums = tl.zeros([shortlist, step // 8], dtype=tl.float32)
+    for start in tl.static_range(0, size, step):
+        inside = start + part < size
+        state = tl.load(normed + row * size + start + part, mask=inside, other=0.0).to(tl.float32)
+        weights = tl.load(rows + start + part[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+        products = tl.reshape(weights * state[None, :], [shortlist, step // 8, 8])
+        sums += tl.sum(products, axis=2)
+    exact = tl.sum(sums, axis=1)
+    exact = tl.where(exact > float("-inf"), exact, float("-inf"))  # not what is no number
     on_list = tl.log(tl.sum(tl.exp(roughly - total), axis=0))
     rest = total + tl.log(_not(tl.minimum(on_list, -1e-6))) + tail
     top = tl.max(exact, axis=0)
@@ -175,28 +228,20 @@ def score(
     higher = tl.maximum(known, rest)
     total = higher + tl.log(tl.exp(known - higher) + tl.exp(rest - higher))
     drafted = own - total
-    # best first
-    first_best = 0.0
-    second_best = 0.0
-    left = exact
-    for turn in tl.static_range(named):
-        largest = tl.max(left, axis=0)
-        place = tl.min(tl.where(left == largest, listed, shortlist - 1), axis=0)
-        tl.store(tokens_out + row * named + turn, tl.sum(tl.where(listed == place, tokens, 0), axis=0))
-        tl.store(log_probs_out + row * named + turn, largest - total)
-        if turn == 0:
-            first_best = largest - total
-        if turn == 1:
-            second_best = largest - total
-        left = tl.where(listed == place, float("-inf"), left)
+    # best first: a token's place is the number of better ones, and of equal ones before it on the list
+    better = exact[None, :] > exact[:, None]
+    better |= (exact[None, :] == exact[:, None]) & (listed[None, :] < listed[:, None])
+    place = tl.sum(better.to(tl.int32), axis=1)
+    tl.store(tokens_out + row * named + place, tokens, mask=place < named)
+    tl.store(log_probs_out + row * named + place, exact - total, mask=place < named)
     accepted = drafted
     if has_judge:
-        sure = tl.load(sure_of + row)
+        first_best = top - total
+        second_best = tl.sum(tl.where(place == 1, exact, 0.0), axis=0) - total
         told = sure < 1.0  # not so where it is NaN
         sure = tl.minimum(tl.maximum(tl.where(told, sure, -1.0), -12.0), -1e-4)
         is_told = tl.where(told, 1.0, 0.0)
         inside_drafted = tl.minimum(tl.maximum(drafted, -25.0), 0.0)
-        figure = tl.arange(0, features)
         figures = tl.where(figure == 0, inside_drafted / 5, 0.0)
         figures = tl.where(figure == 1, tl.exp(inside_drafted), figures)
         behind = tl.minimum(tl.maximum(inside_drafted - first_best, -20.0), 5.0) / 5
@@ -207,32 +252,11 @@ def score(
         figures = tl.where(figure == 5, tl.exp(sure) * is_told, figures)
         figures = tl.where(figure == 6, (sure - tl.log(_not(sure))) / 5 * is_told, figures)
         figures = tl.where(figure == 7, is_told, figures)
-        inner = tl.arange(0, rank_block)
-        state = tl.load(small + row * small_width + state_at + inner, mask=inner < rank, other=0.0).to(
-            tl.float32
-        )
-        token = tl.load(taken + draft * rank + inner, mask=inner < rank, other=0.0).to(tl.float32)
-        unit = tl.arange(0, width_block)
-        length = 3 * rank + features
-        line = first + unit[:, None] * length
-        grid = (unit[:, None] < width) & (inner[None, :] < rank)
-        raised = tl.load(first_bias + unit, mask=unit < width, other=0.0).to(tl.float32)
-        part = tl.load(line + inner[None, :], mask=grid, other=0.0).to(tl.float32)
-        raised += tl.sum(part * state[None, :], axis=1)
-        part = tl.load(line + rank + inner[None, :], mask=grid, other=0.0).to(tl.float32)
-        raised += tl.sum(part * token[None, :], axis=1)
-        part = tl.load(line + 2 * rank + inner[None, :], mask=grid, other=0.0).to(tl.float32)
-        raised += tl.sum(part * (state * token)[None, :], axis=1)
-        part = tl.load(line + 3 * rank + figure[None, :], mask=unit[:, None] < width, other=0.0)
-        raised += tl.sum(part.to(tl.float32) * figures[None, :], axis=1)
-        outward = tl.load(last + unit, mask=unit < width, other=0.0).to(tl.float32)
-        odds = tl.sum(raised * _sigmoid(raised) * outward, axis=0) + tl.load(last_bias).to(tl.float32)
+        raised = within + tl.sum(of_figures.to(tl.float32) * figures[None, :], axis=1)
+        odds = tl.sum(raised * _sigmoid(raised) * outward.to(tl.float32), axis=0) + last_one.to(tl.float32)
         calibrated = odds * slope + offset
         if has_judgement:
-            weights = tl.load(judgement + 2 + figure, mask=figure < features - 1, other=0.0)
-            judged = (
-                tl.load(judgement) + tl.load(judgement + 1) * odds / 5 + tl.sum(weights * figures, axis=0)
-            )
+            judged = weight_of_one + weight_of_odds * odds / 5 + tl.sum(weight_of_figures * figures, axis=0)
             calibrated = tl.where(told, judged, calibrated)
         accepted = _log_sigmoid(calibrated)
     tl.store(drafted_out + row, drafted)
@@ -253,6 +277,7 @@ def rank(
     named: tl.constexpr,
     named_block: tl.constexpr,
     limit: tl.constexpr,
+    limit_block: tl.constexpr,
     slope: tl.constexpr,
     offset: tl.constexpr,
     corrected: tl.constexpr,
@@ -277,20 +302,20 @@ def rank(
     others = tl.sum(tl.exp(scores), axis=1)
     rest = tl.log(tl.maximum(tl.maximum(_not(drafted), others), _LEAST))
     scores += (share - tl.where(judged, rest, 0.0))[:, None]
-    flat = place[:, None] * named_block + name[None, :]
-    for turn in tl.static_range(limit):
-        largest = tl.max(tl.max(scores, axis=1), axis=0)
-        chosen = tl.min(
-            tl.min(tl.where(scores == largest, flat, places_block * named_block - 1), axis=1), axis=0
-        )
-        probability = tl.minimum(tl.exp(largest), 1.0)
-        if corrected:
-            odds = tl.log(tl.maximum(probability, _LEAST)) - tl.log(tl.maximum(1.0 - probability, _LEAST))
-            odds = tl.minimum(tl.maximum(odds, -_SUREST), _SUREST)
-            probability = tl.where(largest == float("-inf"), 0.0, _sigmoid(slope * odds + offset))
-        token = tl.max(tl.max(tl.where(flat == chosen, tokens, -1), axis=1), axis=0)
-        to = out + (block * limit + turn) * 3
-        tl.store(to, (chosen // named_block).to(tl.int32))
-        tl.store(to + 1, token)
-        tl.store(to + 2, probability.to(tl.float32).to(tl.int32, bitcast=True))
-        scores = tl.where(flat == chosen, float("-inf"), scores)
+    count: tl.constexpr = places_block * named_block
+    flat = tl.arange(0, count)
+    largest, chosen = _largest(tl.reshape(scores, [count]), flat, count - 1, limit_block)
+    length = chosen // named_block
+    name = chosen % named_block
+    known = (name < named) & (length < places)
+    token = tl.load(tokens_of + block * places * named + length * named + name, mask=known, other=-1)
+    probability = tl.minimum(tl.exp(largest), 1.0)
+    if corrected:
+        odds = tl.log(tl.maximum(probability, _LEAST)) - tl.log(tl.maximum(1.0 - probability, _LEAST))
+        odds = tl.minimum(tl.maximum(odds, -_SUREST), _SUREST)
+        probability = tl.where(largest == float("-inf"), 0.0, _sigmoid(slope * odds + offset))
+    turn = tl.arange(0, limit_block)
+    to = out + (block * limit + turn) * 3
+    tl.store(to, length, mask=turn < limit)
+    tl.store(to + 1, token, mask=turn < limit)
+    tl.store(to + 2, probability.to(tl.float32).to(tl.int32, bitcast=True), mask=turn < limit)

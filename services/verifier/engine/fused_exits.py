@@ -26,6 +26,26 @@ from services.verifier.engine.exit_modules import FEATURES, ExitModule, TrainedE
 from services.verifier.engine.ranking import RANK_FIELDS
 
 MOST_CHUNKS: Final = 4096
+FEW_ROWS: Final = 128
+"""Rows that a device of today scores at once, one a multiprocessor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How programs share the device. A program reads `chunks` chunks of a row in `chunk_warps` warps; one that scores a row
+    has `score_warps` and at most `score_registers` a thread (None: as many as it likes)."""
+
+    chunks: int = 16
+    chunk_warps: int = 4
+    score_warps: int = 8
+    score_registers: int | None = None
+
+
+def launch_of(rows: int) -> Launch:
+    """What suits so many rows: with few what counts is how soon a program ends, with many how many fit at once."""
+    if rows <= FEW_ROWS:
+        return Launch()
+    return Launch(chunks=64, chunk_warps=8, score_registers=128 if rows <= 2 * FEW_ROWS else 80)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +110,12 @@ class FusedExit:
     ) -> Tensor:
         """What the exit foresees `[blocks, outcomes, RANK_FIELDS]`, int32; see `GraphExits.outcomes`. `own` is used up."""
         rows, device, size = len(own), own.device, self._size
+        launch = launch_of(rows)
         if self._gate_up is not None and self._down is not None:
             both = normed @ self._gate_up.T
             inner = both.shape[1] // 2
             act = torch.empty((rows, inner), dtype=own.dtype, device=device)
-            kernels.gated[(rows, cdiv(inner, 512))](both, act, inner, 512)
+            kernels.gated[(rows, cdiv(inner, 1024))](both, act, inner, 1024)
             own.addmm_(act, self._down.T)
             kernels.norm[(rows,)](
                 own, self._norm_weight, normed, size, self._epsilon, next_power_of_2(size), num_warps=8
@@ -106,7 +127,9 @@ class FusedExit:
         chunks = cdiv(columns, CHUNK)
         best = torch.empty((rows, chunks), dtype=torch.float32, device=device)
         total = torch.empty_like(best)
-        kernels.chunks[(rows, cdiv(chunks, 16))](rough, best, total, columns, chunks, CHUNK, 16)
+        kernels.chunks[(rows, cdiv(chunks, launch.chunks))](
+            rough, best, total, columns, chunks, CHUNK, launch.chunks, num_warps=launch.chunk_warps
+        )
         named = self._outcomes + 1
         tokens = torch.empty((rows, named), dtype=torch.int32, device=device)
         log_probs = torch.empty((rows, named), dtype=torch.float32, device=device)
@@ -121,14 +144,14 @@ class FusedExit:
             judge.first_bias if judge else filler, judge.last if judge else filler,
             judge.last_bias if judge else filler, judge.judgement if judge else filler,
             tokens, log_probs, drafted, accepted,
-            columns, chunks, CHUNK, next_power_of_2(chunks),
-            SHORTLIST, named, size, min(512, next_power_of_2(size)),
+            columns, chunks, CHUNK, max(SHORTLIST, next_power_of_2(chunks)),
+            SHORTLIST, named, size, next_power_of_2(size), min(256 * launch.score_warps, next_power_of_2(size)),
             small.shape[1], self._state_at,
             judge.rank if judge else 1, next_power_of_2(judge.rank) if judge else 1,
             judge.width if judge else 1, next_power_of_2(judge.width) if judge else 1, FEATURES,
             head.tail, accept.slope, accept.offset,
             head.ids is not None, judge is not None, bool(judge and judge.has_judgement),
-            num_warps=8,
+            num_warps=launch.score_warps, maxnreg=launch.score_registers,
         )  # fmt: skip
         blocks = rows // width
         out = torch.empty((blocks, self._outcomes, RANK_FIELDS), dtype=torch.int32, device=device)
@@ -136,8 +159,9 @@ class FusedExit:
         kernels.rank[(blocks,)](
             drafted, accepted, drafts, lengths, tokens, log_probs, out,
             width, next_power_of_2(width), named, next_power_of_2(named),
-            self._outcomes, outcome.slope, outcome.offset, (outcome.slope, outcome.offset) != (1.0, 0.0),
-            num_warps=2,
+            self._outcomes, max(2, next_power_of_2(self._outcomes)),
+            outcome.slope, outcome.offset, (outcome.slope, outcome.offset) != (1.0, 0.0),
+            num_warps=1,
         )  # fmt: skip
         return out
 
