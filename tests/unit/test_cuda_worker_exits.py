@@ -15,7 +15,7 @@ from services.verifier.engine.cuda_worker import CudaSessionRunner
 from services.verifier.engine.exits import VerifiedRows
 from services.verifier.engine.graph_exits import Blocks
 from services.verifier.engine.runner import NO_TOKEN, Speaker
-from services.verifier.engine.session_table import UNTOLD
+from services.verifier.engine.session_table import UNTOLD, padded_levels
 from services.verifier.engine.steady import EvenBlocks, Graph
 from services.verifier.engine.types import UNHEARD
 
@@ -69,7 +69,7 @@ def even_blocks(lengths: tuple[int, ...], levels: dict[str, list[int]]) -> EvenB
     for at, length in enumerate(lengths):
         tokens[at, :length] = np.arange(length) + 20 * (at + 1)
     requests = list(KEYS[: len(lengths)])
-    told = [[*said, *[UNTOLD] * (WIDTH - len(said))] for said in (levels.get(key, []) for key in requests)]
+    told = [padded_levels(levels.get(key, []), WIDTH) for key in requests]
     heard = [
         CudaSessionRunner._is_heard(speaker(request), levels.get(request, ()), length)
         for request, length in zip(requests, lengths, strict=True)

@@ -213,7 +213,8 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
         places = self._starts[:count] + np.minimum(self._width_offsets, lengths[:, None])
         drafts = np.zeros((count, width), dtype=np.int32)
         np.maximum(even.tokens, 0, out=drafts[:, :-1])
-        sure = LOG_CONFIDENCES[np.array(even.told)]
+        told = np.frombuffer(b"".join(even.told), dtype=np.uint8).reshape(count, -1)[:, :width]
+        sure = LOG_CONFIDENCES[told]
         exits.stage(Blocks(self.step_clock.began, places, drafts, sure, lengths), hand_over=False)
         self._hinted = even
 

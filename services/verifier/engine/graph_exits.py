@@ -9,9 +9,9 @@ looks at the marks and turns what has arrived into hints.
                 │ one copy            ▲ mark          ▲ mark          ▲ mark
     device      ▼   layers … ─ exit ──┘─ layers … ────┘─ layers … ────┘─ layers … ─ sample
 
-In a full graph an exit runs on a stream of its own, beside the layers that follow and with precedence over them; the last
-layer's hook joins it. In the pieces of other graphs (batches with prefills), which end at every attention, it stays on the
-one stream.
+In a full graph an exit runs on a stream of its own, beside the layers that follow; the last layer's hook joins it. It has
+no precedence over them: with many rows a pass would pay half as much again for it, and it would be heard no sooner. In the
+pieces of other graphs (batches with prefills), which end at every attention, it stays on the one stream.
 
 With tensor parallelism the residual stream is whole on every rank after a layer's all-reduce, and the head is split by
 tokens: an exit would run on every rank on its part of the vocabulary, and one small all-gather of each part's best, its
@@ -122,7 +122,7 @@ class GraphExits:
         self._staging, self._found_values, self._mark_values = (
             buffer.numpy() for buffer in (self._staged, self._found, self._marks)
         )
-        self._side: torch.cuda.Stream | None = torch.cuda.Stream(device, priority=-1) if cuda else None  # type: ignore[no-untyped-call]
+        self._side: torch.cuda.Stream | None = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
         self._fused = fused or {}
         self._kept: list[Tensor] = []
         self._passes = 0

@@ -16,10 +16,17 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from services.verifier.engine.types import UNHEARD
 from shared.speculation.outcomes import LEVELS
 
 UNTOLD: Final = LEVELS
 """The level of a token of which the draft said nothing."""
+
+
+def padded_levels(levels: Sequence[int], length: int) -> bytes:
+    """A block's levels as so many bytes; of one that nobody waits for hints on nothing is said."""
+    told = () if UNHEARD in levels else levels
+    return bytes(told) + bytes([UNTOLD]) * (length - len(told))
 
 
 class SessionTable:
@@ -53,9 +60,9 @@ class Gathered(NamedTuple):
 
     `tokens` [sessions, width] are each session's last token and its block, padded, `drafts` [sessions] of which are a
     draft's; `computed` [sessions] tokens stand before them in the KV cache. Its blocks of that are in the rows `rows`
-    [sessions] of `table`, up to `held` of them. `heard`: gateways wait for hints on the block, and `told` says how sure the
-    draft was of each token, `UNTOLD` where it said nothing. `greedy`: all decode greedily, and nothing else is asked of
-    them.
+    [sessions] of `table`, up to `held` of them. `heard`: gateways wait for hints on the block, and `told` says how sure
+    the draft was of each token, a byte each, `UNTOLD` where it said nothing. `greedy`: all decode greedily, and nothing
+    else is asked of them.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -65,5 +72,5 @@ class Gathered(NamedTuple):
     rows: list[int]
     held: int
     heard: list[bool]
-    told: list[list[int]]
+    told: list[bytes]
     greedy: bool

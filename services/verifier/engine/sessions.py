@@ -90,8 +90,8 @@ class Session:
     """How sure the draft was of its tokens."""
     heard: bool = False
     """A gateway waits for hints on it."""
-    padded_levels: list[int] = field(default_factory=list)
-    """The levels if it is heard, padded like the block."""
+    padded_levels: bytes = b""
+    """The levels if it is heard, a byte each, padded like the block."""
     need: Need = NOTHING
     """What of the KV cache it needs for it."""
     stops: frozenset[int] | None = None

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from services.verifier.engine.options import DRAFT_LENGTHS, DRAFT_LEVELS, DRAFT_ROWS, EVEN_ROWS, GATHERED
 from services.verifier.engine.runner import NO_TOKEN, RequestRows, SessionRows, Speaker
-from services.verifier.engine.session_table import UNTOLD, Gathered
+from services.verifier.engine.session_table import Gathered, padded_levels
 
 if TYPE_CHECKING:
     from vllm.config import CUDAGraphMode
@@ -90,7 +90,7 @@ class Enrolled(Roster):
 class EvenBlocks:
     """What an even pass verifies, in the pass's order: `computed` tokens and one more stand before each request's block,
     `lengths` of whose `tokens` are a draft's. `levels` are as `DRAFT_LEVELS`. `heard`: a gateway waits for hints on the
-    block, and `told` are its levels, `UNTOLD` where the draft said nothing, for as many tokens as a pass has rows at most.
+    block, and `told` are its levels, a byte each, `UNTOLD` where the draft said nothing, K + 1 whatever the pass's width.
     """
 
     requests: list[str]
@@ -98,7 +98,7 @@ class EvenBlocks:
     lengths: npt.NDArray[np.int64]
     computed: npt.NDArray[np.int32]
     levels: Mapping[str, Sequence[int]]
-    told: list[list[int]]
+    told: list[bytes]
     heard: list[bool]
 
     @cached_property
@@ -514,7 +514,7 @@ class SteadySteps(SessionRows):
             own[roster.at] = list(lengths.values())
         self._verified = self._drafts_of(layout, own)
         said = [levels.get(request, ()) for request in roster.requests]
-        told = [[*each, *[UNTOLD] * (self.uniform_decode_query_len - len(each))] for each in said]
+        told = [padded_levels(each, self.uniform_decode_query_len) for each in said]
         heard = [
             self._is_heard(speaker, each, length)
             for speaker, each, length in zip(roster.speakers, said, own.tolist(), strict=True)

@@ -26,7 +26,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
 from services.verifier.engine.options import DRAFT_LENGTHS, DRAFT_LEVELS, DRAFT_ROWS, EVEN_ROWS, GATHERED
-from services.verifier.engine.session_table import UNTOLD, Gathered, SessionTable
+from services.verifier.engine.session_table import Gathered, SessionTable, padded_levels
 from services.verifier.engine.sessions import PADDING, Need, Session, drawn_from, is_bare
 from services.verifier.engine.types import UNHEARD
 from shared.sampling.sparse import SparseRow
@@ -78,7 +78,7 @@ class SteadySchedule:
         columns = -(-scheduler.max_model_len // scheduler.block_size)
         self._table = SessionTable(scheduler.scheduler_config.max_num_seqs, columns)
         self._padding = [[PADDING] * (longest - count) for count in range(longest + 1)]
-        self._untold = [[UNTOLD] * (longest + 1 - count) for count in range(longest + 2)]
+        self._untold = padded_levels((), longest + 1)
         self._scheduled: list[tuple[Session, Request, int, int]] = []
         self._unsorted = False
         self._under_way: list[UnderWay] = []
@@ -110,7 +110,7 @@ class SteadySchedule:
         session.block = request.spec_token_ids + self._padding[drafts]
         session.levels = levels
         session.heard = not session.unheard and (UNHEARD not in levels if drafts else not session.eager)
-        session.padded_levels = levels + self._untold[len(levels)] if session.heard else self._untold[0]
+        session.padded_levels = padded_levels(levels, own.max_block + 1) if session.heard else self._untold
         (manager,) = own.kv_cache_manager.coordinator.single_type_managers
         blocks = manager.req_to_blocks.get(request.request_id, ())
         if session.held != len(blocks):
