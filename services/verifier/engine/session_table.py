@@ -58,16 +58,15 @@ class SessionTable:
 class Gathered(NamedTuple):
     """What an even pass verifies, in the scheduler's order.
 
-    `tokens` [sessions, width] are each session's last token and its block, padded, `drafts` [sessions] of which are a
-    draft's; `computed` [sessions] tokens stand before them in the KV cache. Its blocks of that are in the rows `rows`
-    [sessions] of `table`, up to `held` of them. `heard`: gateways wait for hints on the block, and `told` says how sure
-    the draft was of each token, a byte each, `UNTOLD` where it said nothing. `greedy`: all decode greedily, and nothing
-    else is asked of them.
+    `tokens` are each session's last token and its block, padded, one session after the other; `drafts` of a block are a
+    draft's; `computed` tokens stand before them in the KV cache. Its blocks of that are in the rows `rows` of `table`, up to
+    `held` of them. `heard`: gateways wait for hints on the block, and `told` says how sure the draft was of each token, a
+    byte each, `UNTOLD` where it said nothing. `greedy`: all decode greedily, and nothing else is asked of them.
     """
 
-    tokens: npt.NDArray[np.int32]
-    drafts: npt.NDArray[np.int64]
-    computed: npt.NDArray[np.int32]
+    tokens: list[int]
+    drafts: list[int]
+    computed: list[int]
     table: SessionTable
     rows: list[int]
     held: int

@@ -268,20 +268,20 @@ class SteadySteps(SessionRows):
         """Lay out the pass from what the scheduler has gathered."""
         layout = self._laid_out_for(len(gathered.rows), graph)
         layout.computed[:] = gathered.computed
-        layout.inputs[:] = gathered.tokens
+        layout.inputs.reshape(-1)[:] = gathered.tokens
         layout.blocks[:, : gathered.held] = gathered.table.blocks[gathered.rows, : gathered.held]
         self._place(layout, graph.width)
 
     def _show_gathered(self, output: SchedulerOutput, gathered: Gathered, width: int) -> None:
         """As `_show_blocks`, from what the scheduler has gathered."""
-        layout = self._layout(len(gathered.rows), width)
-        self._verified = self._drafts_of(layout, gathered.drafts)
+        layout, lengths = self._layout(len(gathered.rows), width), np.array(gathered.drafts)
+        self._verified = self._drafts_of(layout, lengths)
         self._drawn = {}
         self._show_even(
             EvenBlocks(
                 output.scheduled_cached_reqs.req_ids,
                 self._verified,
-                gathered.drafts,
+                lengths,
                 layout.computed,
                 getattr(output, DRAFT_LEVELS),
                 gathered.told,
@@ -297,7 +297,7 @@ class SteadySteps(SessionRows):
             return
         with torch.inference_mode():
             self._lay_out_gathered(gathered, graph)
-            self._drafts_of(self._layout(len(gathered.rows), graph.width), gathered.drafts)
+            self._drafts_of(self._layout(len(gathered.rows), graph.width), np.array(gathered.drafts))
             self._hand_over(len(gathered.rows), graph)
 
     def _brought_up(self, output: SchedulerOutput) -> Roster:

@@ -15,10 +15,8 @@ is hashed before a step goes the long way (`catch_up`).
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import numpy as np
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.core.sched.utils import remove_all
@@ -263,15 +261,14 @@ class SteadySchedule:
     def _gathered(self, ready: Ready, drafts: list[int], computed: list[int], width: int) -> Gathered:
         """What the pass verifies, as the runner wants it."""
         sessions = ready.sessions
-        tokens = np.empty((len(sessions), width), dtype=np.int32)
-        tokens[:, 0] = [request._all_token_ids[-1] for request in ready.requests]
+        tokens = [request._all_token_ids[-1] for request in ready.requests]
         if width > 1:
-            blocks = itertools.chain.from_iterable([session.block for session in sessions])
-            tokens[:, 1:] = np.fromiter(blocks, np.int32, tokens.size - len(tokens)).reshape(len(tokens), -1)
+            own = zip(tokens, [session.block for session in sessions], strict=True)
+            tokens = [token for last, block in own for token in (last, *block)]
         return Gathered(
             tokens,
-            np.array(drafts),
-            np.array(computed, dtype=np.int32),
+            drafts,
+            computed,
             self._table,
             [session.row for session in sessions],
             max([session.held for session in sessions]),
