@@ -26,26 +26,14 @@ from services.verifier.engine.exit_modules import FEATURES, ExitModule, TrainedE
 from services.verifier.engine.ranking import RANK_FIELDS
 
 MOST_CHUNKS: Final = 4096
+SCORE_WARPS: Final = 8
+"""That score a row."""
+CHUNKS: Final = 16
+"""That a program reads of a row."""
 FEW_ROWS: Final = 128
 """Rows that a device of today scores at once, one a multiprocessor."""
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """How programs share the device. A program reads `chunks` chunks of a row in `chunk_warps` warps; one that scores a row
-    has `score_warps` and at most `score_registers` a thread (None: as many as it likes)."""
-
-    chunks: int = 16
-    chunk_warps: int = 4
-    score_warps: int = 8
-    score_registers: int | None = None
-
-
-def launch_of(rows: int) -> Launch:
-    """What suits so many rows: with few what counts is how soon a program ends, with many how many fit at once."""
-    if rows <= FEW_ROWS:
-        return Launch()
-    return Launch(chunks=64, chunk_warps=8, score_registers=128 if rows <= 2 * FEW_ROWS else 80)
+SHARED_REGISTERS: Final = 128
+"""That a thread which scores has at most where there are more, so that two programs fit a multiprocessor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +98,6 @@ class FusedExit:
     ) -> Tensor:
         """What the exit foresees `[blocks, outcomes, RANK_FIELDS]`, int32; see `GraphExits.outcomes`. `own` is used up."""
         rows, device, size = len(own), own.device, self._size
-        launch = launch_of(rows)
         if self._gate_up is not None and self._down is not None:
             both = normed @ self._gate_up.T
             inner = both.shape[1] // 2
@@ -127,9 +114,7 @@ class FusedExit:
         chunks = cdiv(columns, CHUNK)
         best = torch.empty((rows, chunks), dtype=torch.float32, device=device)
         total = torch.empty_like(best)
-        kernels.chunks[(rows, cdiv(chunks, launch.chunks))](
-            rough, best, total, columns, chunks, CHUNK, launch.chunks, num_warps=launch.chunk_warps
-        )
+        kernels.chunks[(rows, cdiv(chunks, CHUNKS))](rough, best, total, columns, chunks, CHUNK, CHUNKS)
         named = self._outcomes + 1
         tokens = torch.empty((rows, named), dtype=torch.int32, device=device)
         log_probs = torch.empty((rows, named), dtype=torch.float32, device=device)
@@ -145,13 +130,13 @@ class FusedExit:
             judge.last_bias if judge else filler, judge.judgement if judge else filler,
             tokens, log_probs, drafted, accepted,
             columns, chunks, CHUNK, max(SHORTLIST, next_power_of_2(chunks)),
-            SHORTLIST, named, size, next_power_of_2(size), min(256 * launch.score_warps, next_power_of_2(size)),
+            SHORTLIST, named, size, next_power_of_2(size), min(256 * SCORE_WARPS, next_power_of_2(size)),
             small.shape[1], self._state_at,
             judge.rank if judge else 1, next_power_of_2(judge.rank) if judge else 1,
             judge.width if judge else 1, next_power_of_2(judge.width) if judge else 1, FEATURES,
             head.tail, accept.slope, accept.offset,
             head.ids is not None, judge is not None, bool(judge and judge.has_judgement),
-            num_warps=launch.score_warps, maxnreg=launch.score_registers,
+            num_warps=SCORE_WARPS, maxnreg=SHARED_REGISTERS if rows > FEW_ROWS else None,
         )  # fmt: skip
         blocks = rows // width
         out = torch.empty((blocks, self._outcomes, RANK_FIELDS), dtype=torch.int32, device=device)
