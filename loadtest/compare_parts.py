@@ -28,6 +28,7 @@ from loadtest.delay_process import DelayProcess
 from loadtest.export_draft import export_draft
 from services.draft_gateway.link.channel import LEAST_S
 from shared.errors import Unavailable
+from shared.heap import leave_alone
 from shared.stack.delay import Conditions
 from shared.stack.health import ask
 from shared.stack.ports import HOST, free_port
@@ -227,6 +228,7 @@ class Parts:
             ]
             for place in self._edges:
                 await self._serve_at(stack, place, drafts[place], tuple(links))
+        leave_alone()
         self.pinned = self._wanted.pinned and self._pin()
 
     def _start(

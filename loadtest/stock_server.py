@@ -35,6 +35,7 @@ from unittest import mock
 from loadtest.busy import BusyTime
 from services.verifier.engine.launch import engine_environment
 from services.verifier.settings import VerifierSettings
+from shared.heap import leave_alone
 from shared.stack.ports import HOST
 
 NGRAM_MATCH: Final = (2, 5)
@@ -182,6 +183,7 @@ async def run(options: StockOptions, port: int) -> None:
         loop.add_signal_handler(number, stop.set)
     engine = build(options)
     try:
+        leave_alone()
         server = await asyncio.start_server(Server(engine).serve, HOST, port, limit=1 << 22)
         async with server:
             print("ready", flush=True)

@@ -31,6 +31,7 @@ from pydantic_settings import BaseSettings
 from starlette.exceptions import HTTPException
 
 from shared.errors import InvalidRequest, OutriderError
+from shared.heap import leave_alone
 from shared.protocol import SCHEMA_VERSION
 from shared.telemetry import METRICS_CONTENT_TYPE, render_metrics
 
@@ -39,6 +40,7 @@ Service = TypeVar("Service")
 
 GRACE_S: Final = 10.0
 START_S: Final = 10.0
+READY_LOOK_S: Final = 0.1
 LONGEST_MESSAGE: Final = 4 << 20
 """Bytes of a WebSocket's message; a longer one ends the connection."""
 
@@ -154,7 +156,13 @@ def create_app(
     app = FastAPI(title=title, description=description, version=SCHEMA_VERSION)
     install_error_handlers(app)
     app.include_router(operations_router(readiness, healthy))
+    app.state.readiness = readiness
     return app
+
+
+async def _asked(readiness: ReadinessCheck) -> Readiness:
+    answer = readiness()
+    return await answer if isawaitable(answer) else answer
 
 
 def operations_router(readiness: ReadinessCheck, healthy: Callable[[], bool] = lambda: True) -> APIRouter:
@@ -169,8 +177,7 @@ def operations_router(readiness: ReadinessCheck, healthy: Callable[[], bool] = l
 
     @router.get("/readyz", summary="Whether it can serve, and why not")
     async def readyz() -> JSONResponse:
-        answer = readiness()
-        state = await answer if isawaitable(answer) else answer
+        state = await _asked(readiness)
         body = {"ready": state.ready, "reasons": list(state.missing), "notes": list(state.notes)}
         status = HTTPStatus.OK if state.ready else HTTPStatus.SERVICE_UNAVAILABLE
         return JSONResponse(body, status_code=status)
@@ -295,12 +302,29 @@ async def run_service(
     service with its message, as one line of the log and without a traceback.
     """
     try:
-        async with stop_signals() as stop, HttpServer(app, host=host, port=port):
+        async with stop_signals() as stop, HttpServer(app, host=host, port=port), _settling(app):
             await serve(stop)
     except OutriderError as error:
         logger.critical("%s", error.message)
         return 1
     return 0
+
+
+@asynccontextmanager
+async def _settling(app: FastAPI) -> AsyncIterator[None]:
+    """Once the service is ready, have the garbage collector leave alone what is there (`leave_alone`)."""
+
+    async def settle() -> None:
+        while not (await _asked(app.state.readiness)).ready:  # noqa: ASYNC110 - others ask for it as well
+            await asyncio.sleep(READY_LOOK_S)
+        logger.debug("%d objects are left alone by the garbage collector", leave_alone())
+
+    settling = asyncio.create_task(settle(), name="settling")
+    try:
+        yield
+    finally:
+        settling.cancel()
+        await asyncio.gather(settling, return_exceptions=True)
 
 
 def load_settings(kind: type[Settings]) -> Settings:

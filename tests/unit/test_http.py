@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -176,6 +177,29 @@ async def test_sigterm_ends_a_service_in_order() -> None:
 
     assert await run_service(serve, an_app(), host="127.0.0.1", port=0) == 0
     assert steps == ["wound up"]
+
+
+async def test_what_is_there_when_a_service_is_ready_is_no_longer_looked_through() -> None:
+    states = [Readiness(missing=["a broker"])] * 2
+    frozen: list[int] = []
+
+    async def serve(stop: asyncio.Event) -> None:
+        await asyncio.sleep(0.05)
+        frozen.append(gc.get_freeze_count())
+        for _ in range(500):
+            if states or not gc.get_freeze_count():
+                await asyncio.sleep(0.02)
+        frozen.append(gc.get_freeze_count())
+
+    app = create_app("Test", lambda: states.pop() if states else Readiness())
+    gc.unfreeze()
+    try:
+        assert await run_service(serve, app, host="127.0.0.1", port=0) == 0
+        assert not states
+        assert frozen[0] == 0, "it was not ready yet"
+        assert frozen[1] > 1000
+    finally:
+        gc.unfreeze()
 
 
 def test_a_bad_setting_is_named_without_a_traceback() -> None:
