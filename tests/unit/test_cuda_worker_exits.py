@@ -15,7 +15,7 @@ from services.verifier.engine.cuda_worker import CudaSessionRunner
 from services.verifier.engine.exits import VerifiedRows
 from services.verifier.engine.graph_exits import Blocks
 from services.verifier.engine.runner import NO_TOKEN, Speaker
-from services.verifier.engine.session_table import UNTOLD, padded_levels
+from services.verifier.engine.session_table import padded_levels
 from services.verifier.engine.steady import EvenBlocks, Graph
 from services.verifier.engine.types import UNHEARD
 
@@ -52,7 +52,6 @@ class Runner(CudaSessionRunner):
         self._drawn: Any = dict.fromkeys(drawn)
         self._width_offsets = np.arange(WIDTH, dtype=np.int32)
         self._starts = np.arange(9, dtype=np.int32)[:, None] * np.int32(WIDTH)
-        self._untold = [[UNTOLD] * (WIDTH - told) for told in range(WIDTH + 1)]
         self._hinted = None
         self._silent_graphs = frozenset((2, 4))
         self._speakers = {key: speaker(key) for key in KEYS}

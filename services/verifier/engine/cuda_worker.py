@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from unittest import mock
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
@@ -25,7 +26,7 @@ from services.verifier.engine.launch import captured_sessions
 from services.verifier.engine.options import EngineOptions
 from services.verifier.engine.process import report_failures, stay_with_parent
 from services.verifier.engine.runner import RequestRows
-from services.verifier.engine.session_table import UNTOLD
+from services.verifier.engine.session_table import padded_levels
 from services.verifier.engine.steady import ByLayer, EvenBlocks, Graph, SteadySteps
 from shared.speculation.outcomes import LEVELS, confidence_at
 
@@ -70,7 +71,6 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
         width = self.uniform_decode_query_len
         self._width_offsets = np.arange(width, dtype=np.int32)
         self._starts = np.arange(self.max_num_reqs, dtype=np.int32)[:, None] * np.int32(width)
-        self._untold = [[UNTOLD] * (width - told) for told in range(width + 1)]
         self._hinted: EvenBlocks | None = None
 
     # --- graphs ---------------------------------------------------------------------------------------
@@ -197,9 +197,9 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
         drafts = np.zeros((len(rows), width), dtype=np.int32)
         for at, own in enumerate(rows):
             drafts[at, : len(own.block)] = own.block
-        told = [[*said, *self._untold[len(said)]] for said in (levels.get(own.request, ()) for own in rows)]
+        told = [padded_levels(levels.get(own.request, ()), width) for own in rows]
         places = starts[:, None] + np.minimum(self._width_offsets, lengths[:, None])
-        exits.stage(Blocks(self.step_clock.began, places, drafts, LOG_CONFIDENCES[told], lengths, sessions))
+        exits.stage(Blocks(self.step_clock.began, places, drafts, _log_confidences(told), lengths, sessions))
 
     def _show_even(self, even: EvenBlocks) -> None:
         exits, self._hinted = self.graph_exits, None
@@ -213,8 +213,7 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
         places = self._starts[:count] + np.minimum(self._width_offsets, lengths[:, None])
         drafts = np.zeros((count, width), dtype=np.int32)
         np.maximum(even.tokens, 0, out=drafts[:, :-1])
-        told = np.frombuffer(b"".join(even.told), dtype=np.uint8).reshape(count, -1)[:, :width]
-        sure = LOG_CONFIDENCES[told]
+        sure = _log_confidences(even.told)
         exits.stage(Blocks(self.step_clock.began, places, drafts, sure, lengths), hand_over=False)
         self._hinted = even
 
@@ -225,7 +224,7 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
         rows = [even.row(at) for at, heard in enumerate(even.heard) if heard]
         sessions = tuple(
             VerifiedRows(speaker.key, own.known - speaker.prompt, own.start, own.block)
-            for speaker, own in zip(self._heard_of([own.request for own in rows]), rows, strict=True)
+            for speaker, own in zip(self._speakers_of([own.request for own in rows]), rows, strict=True)
             if speaker.key is not None and own.request not in self._drawn
         )
         if sessions:
@@ -235,6 +234,11 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
         torch.cuda.current_stream().synchronize()
         if self.graph_exits is not None:
             self.graph_exits.drain()
+
+
+def _log_confidences(levels: Sequence[bytes]) -> npt.NDArray[np.float32]:
+    """[blocks, K + 1]: log-probabilities in the draft, of padded levels."""
+    return LOG_CONFIDENCES[np.frombuffer(b"".join(levels), dtype=np.uint8)].reshape(len(levels), -1)
 
 
 def _floor_batch(sessions: int) -> BatchDescriptor:

@@ -49,10 +49,12 @@ def _gathering(process_input_queue: Callable[[EngineCoreProc], None]) -> Callabl
         process_input_queue(core)
         gather_s = getattr(core.scheduler, "gather_s", None)  # a stock scheduler has no sessions
         while gather_s is not None and core.has_work() and (left_s := gather_s()) > 0.0:
-            if (rehearsal := core.scheduler.rehearsal()) is not None:
-                core.model_executor.collective_rpc("rehearse", args=(rehearsal,))
+            if core.scheduler.uniform:
+                left_s = min(left_s, REHEARSED_S)
+                if (rehearsal := core.scheduler.rehearsal()) is not None:
+                    core.model_executor.collective_rpc("rehearse", args=(rehearsal,))
             try:
-                request = core.input_queue.get(timeout=min(left_s, REHEARSED_S))
+                request = core.input_queue.get(timeout=left_s)
             except queue.Empty:
                 continue
             core._handle_client_request(*request)

@@ -29,7 +29,7 @@ from services.verifier.engine.options import (
     rules_of,
     session_key,
 )
-from services.verifier.engine.types import UNHEARD
+from services.verifier.engine.session_table import is_heard
 from shared.sampling.rules import Rules
 from shared.sampling.sparse import SparseRow
 from shared.speculation.outcomes import confidence_at
@@ -247,10 +247,9 @@ class SessionRows:
     @staticmethod
     def _is_heard(speaker: Speaker, levels: Sequence[int], drafted: int) -> bool:
         """Whether a gateway waits for hints on a block of `drafted` tokens."""
-        if speaker.key is None or speaker.unheard:
-            return False
-        # nobody waits for a hint on the floor's pass, with a block that was looked up for it or without one
-        return UNHEARD not in levels if drafted else not speaker.eager
+        return speaker.key is not None and is_heard(
+            levels, drafted, eager=speaker.eager, unheard=speaker.unheard
+        )
 
 
 def log_confidences(levels: Sequence[int], drafted: int) -> Iterable[float]:

@@ -2,8 +2,8 @@
 
 A pass is due when the last of its sessions' blocks has come, and from then on every microsecond of the host's is one in
 which the device waits. So what takes a look at each session is done when its own block comes, while others are still
-awaited: it is noted in the `Session`, and its blocks of the KV cache have a row here. When the pass begins, NumPy gathers
-what is there of those that are in it, whoever they are.
+awaited: it is noted in the `Session`, and its blocks of the KV cache have a row here. When the pass begins, what is there
+of those that are in it is gathered, whoever they are.
 
 Scheduler and runner share all of it: they live in one process.
 """
@@ -21,6 +21,12 @@ from shared.speculation.outcomes import LEVELS
 
 UNTOLD: Final = LEVELS
 """The level of a token of which the draft said nothing."""
+
+
+def is_heard(levels: Sequence[int], drafted: int, *, eager: bool, unheard: bool) -> bool:
+    """Whether a gateway waits for hints on a block of `drafted` tokens."""
+    # nobody waits for a hint on the floor's pass, with a block that was looked up for it or without one
+    return not unheard and (UNHEARD not in levels if drafted else not eager)
 
 
 def padded_levels(levels: Sequence[int], length: int) -> bytes:

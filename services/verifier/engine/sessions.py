@@ -91,7 +91,7 @@ class Session:
     heard: bool = False
     """A gateway waits for hints on it."""
     padded_levels: bytes = b""
-    """The levels if it is heard, a byte each, padded like the block."""
+    """The levels, a byte each, padded like the block."""
     need: Need = NOTHING
     """What of the KV cache it needs for it."""
     stops: frozenset[int] | None = None

@@ -38,7 +38,7 @@ from services.verifier.engine.session_table import Gathered, padded_levels
 if TYPE_CHECKING:
     from vllm.config import CUDAGraphMode
     from vllm.forward_context import BatchDescriptor
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
@@ -307,13 +307,16 @@ class SteadySteps(SessionRows):
             self._leave_batch(ended)
         states = [self.requests[request] for request in cached.req_ids]
         said = [state.output_token_ids for state in states]
-        # vLLM takes back what a request has said in few cases, none of ours
-        assert not any(map(operator.lt, cached.num_output_tokens, map(len, said))), "tokens were taken back"
+        roster = Roster(cached.req_ids, self._batch_rows[: len(states), 0], states, said)
+        assert not self._took_back(cached, roster), "tokens were taken back"
         for state, new in zip(states, cached.new_block_ids, strict=True):
             if new is not None:
-                for ids, more in zip(state.block_ids, new, strict=True):
-                    ids.extend(more)
-        return Roster(cached.req_ids, self._batch_rows[: len(states), 0], states, said)
+                _extend_blocks(state, new)
+        return roster
+
+    def _took_back(self, cached: CachedRequestData, roster: Roster) -> bool:
+        """Whether vLLM has taken back what a request has said: it does so in few cases, none of ours."""
+        return any(map(operator.lt, cached.num_output_tokens, map(len, roster.said)))
 
     def _leave_batch(self, ended: set[str]) -> None:
         """As vLLM's `_update_states`, of a pass of nobody after some requests have ended: its batch is empty then."""
@@ -336,7 +339,7 @@ class SteadySteps(SessionRows):
             or output.free_encoder_mm_hashes
         ):
             return False
-        return not any(map(operator.lt, cached.num_output_tokens, map(len, roster.said)))
+        return not self._took_back(cached, roster)
 
     def _in_batch(self, output: SchedulerOutput) -> Enrolled:
         """The roster of a pass whose requests are made vLLM's batch."""
@@ -388,8 +391,7 @@ class SteadySteps(SessionRows):
             state.prev_num_draft_len = len(drafts)
         for at, new in enumerate(cached.new_block_ids):
             if new is not None:
-                for ids, more in zip(roster.states[at].block_ids, new, strict=True):
-                    ids.extend(more)
+                _extend_blocks(roster.states[at], new)
                 batch.block_table.append_row(new, roster.at[at])
         batch.refresh_metadata()
 
@@ -530,10 +532,10 @@ class SteadySteps(SessionRows):
 
     def _show_even(self, even: EvenBlocks) -> None:
         """As `_show_exits`, for an even batch."""
-        self._heard_of(even.requests)
+        self._speakers_of(even.requests)
         self._show_exits(even.rows, torch.arange(even.tokens.size + len(even.tokens)), even.levels)
 
-    def _heard_of(self, requests: Sequence[str]) -> list[Speaker]:
+    def _speakers_of(self, requests: Sequence[str]) -> list[Speaker]:
         """Who speaks for these requests."""
         found = [self._speaker(request) for request in requests]
         if len(self._speakers) > SPEAKERS * self.max_num_reqs:
@@ -606,3 +608,9 @@ class SteadySteps(SessionRows):
             sampled_token_ids=said,
             num_nans_in_logits={},
         )
+
+
+def _extend_blocks(state: Any, new: Sequence[Sequence[int]]) -> None:
+    """A request has got `new` blocks of the KV cache, of each kind."""
+    for ids, more in zip(state.block_ids, new, strict=True):
+        ids.extend(more)

@@ -24,9 +24,8 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
 from services.verifier.engine.options import DRAFT_LENGTHS, DRAFT_LEVELS, DRAFT_ROWS, EVEN_ROWS, GATHERED
-from services.verifier.engine.session_table import Gathered, SessionTable, padded_levels
+from services.verifier.engine.session_table import Gathered, SessionTable, is_heard, padded_levels
 from services.verifier.engine.sessions import PADDING, Need, Session, drawn_from, is_bare
-from services.verifier.engine.types import UNHEARD
 from shared.sampling.sparse import SparseRow
 
 if TYPE_CHECKING:
@@ -57,10 +56,12 @@ class UnderWay(NamedTuple):
 
 class Ready(NamedTuple):
     """The sessions whose blocks the step verifies, in the order in which vLLM would look at them, and what they need of the
-    KV cache; `longest` is to which length blocks are padded, None where they are not."""
+    KV cache; `drafts` are how many tokens of each block are a draft's, `longest` to which length blocks are padded, None
+    where they are not."""
 
     sessions: list[Session]
     requests: list[Request]
+    drafts: list[int]
     needs: list[Need]
     longest: int | None
 
@@ -76,7 +77,6 @@ class SteadySchedule:
         columns = -(-scheduler.max_model_len // scheduler.block_size)
         self._table = SessionTable(scheduler.scheduler_config.max_num_seqs, columns)
         self._padding = [[PADDING] * (longest - count) for count in range(longest + 1)]
-        self._untold = padded_levels((), longest + 1)
         self._scheduled: list[tuple[Session, Request, int, int]] = []
         self._unsorted = False
         self._under_way: list[UnderWay] = []
@@ -107,8 +107,8 @@ class SteadySchedule:
         levels = levels if len(levels) <= drafts else levels[len(levels) - drafts :]
         session.block = request.spec_token_ids + self._padding[drafts]
         session.levels = levels
-        session.heard = not session.unheard and (UNHEARD not in levels if drafts else not session.eager)
-        session.padded_levels = padded_levels(levels, own.max_block + 1) if session.heard else self._untold
+        session.heard = is_heard(levels, drafts, eager=session.eager, unheard=session.unheard)
+        session.padded_levels = padded_levels(levels, own.max_block + 1)
         (manager,) = own.kv_cache_manager.coordinator.single_type_managers
         blocks = manager.req_to_blocks.get(request.request_id, ())
         if session.held != len(blocks):
@@ -169,18 +169,16 @@ class SteadySchedule:
             return None
         self._unsorted = parked
         if own.uniform and is_bare(sessions):
-            return Ready(sessions, requests, [self._need(session, 0) for session in sessions], 0)
-        needs = [session.need for session in sessions]
-        return Ready(sessions, requests, needs, own.max_block if own.uniform else None)
+            needs = [self._need(session, 0) for session in sessions]
+            return Ready(sessions, requests, [0] * len(sessions), needs, 0)
+        drafts, needs = [session.drafts for session in sessions], [session.need for session in sessions]
+        return Ready(sessions, requests, drafts, needs, own.max_block if own.uniform else None)
 
     def _has_room(self, ready: Ready) -> bool:
         """Whether there is room enough, in the KV cache, the context and the step."""
-        own, sessions = self._scheduler, ready.sessions
-        if ready.longest is None:
-            total = sum(1 + session.drafts for session in sessions)
-        else:
-            total = len(sessions) * (1 + ready.longest)
-        drafting = len(sessions) * own.vllm_config.speculative_config.max_num_new_slots_for_drafting
+        own, count = self._scheduler, len(ready.sessions)
+        total = count + (sum(ready.drafts) if ready.longest is None else count * ready.longest)
+        drafting = count * own.vllm_config.speculative_config.max_num_new_slots_for_drafting
         free: int = own.kv_cache_manager.block_pool.get_num_free_blocks()
         most: int = min(own.max_num_scheduled_tokens, own.scheduler_config.max_num_batched_tokens - drafting)
         return sum([need.missing for need in ready.needs]) <= free and total <= most
@@ -196,8 +194,8 @@ class SteadySchedule:
         output.preempted_req_ids, own.reset_preempted_req_ids = own.reset_preempted_req_ids, set()
         output.free_encoder_mm_hashes = own.encoder_cache_manager.get_freed_mm_hashes()
         output.ec_manager_metadata = own.encoder_cache_manager.get_manager_metadata()
-        counts, drafts = output.num_scheduled_tokens.values(), [session.drafts for session in ready.sessions]
-        self._scheduled = list(zip(ready.sessions, ready.requests, counts, drafts, strict=True))
+        counts = output.num_scheduled_tokens.values()
+        self._scheduled = list(zip(ready.sessions, ready.requests, counts, ready.drafts, strict=True))
         self._departures = own.departures
         return output
 
@@ -208,17 +206,14 @@ class SteadySchedule:
         if not (self._possible and own.uniform) or own.waiting or self._scheduled:
             return None
         ready = self._ready()
-        return (
-            self._work(ready, [None] * len(ready.sessions))
-            if ready is not None and self._has_room(ready)
-            else None
-        )
+        if ready is None or not self._has_room(ready):
+            return None
+        return self._work(ready, [None] * len(ready.sessions))
 
     def _work(self, ready: Ready, new_blocks: list[tuple[list[int], ...] | None]) -> SchedulerOutput:
         """The step's work, with the blocks of the KV cache that sessions get for it."""
-        sessions, requests, _, longest = ready
+        sessions, requests, drafts, _, longest = ready
         ids = [request.request_id for request in requests]
-        drafts = [session.drafts for session in sessions]
         if longest is None:
             blocks = {
                 own_id: session.block[:count]
@@ -255,10 +250,10 @@ class SteadySchedule:
         setattr(output, DRAFT_ROWS, _drawn_from(ids, sessions))
         setattr(output, EVEN_ROWS, 0 if longest is None else 1 + longest)
         if longest is not None:
-            setattr(output, GATHERED, self._gathered(ready, drafts, computed, 1 + longest))
+            setattr(output, GATHERED, self._gathered(ready, computed, 1 + longest))
         return output
 
-    def _gathered(self, ready: Ready, drafts: list[int], computed: list[int], width: int) -> Gathered:
+    def _gathered(self, ready: Ready, computed: list[int], width: int) -> Gathered:
         """What the pass verifies, as the runner wants it."""
         sessions = ready.sessions
         tokens = [request._all_token_ids[-1] for request in ready.requests]
@@ -267,7 +262,7 @@ class SteadySchedule:
             tokens = [token for last, block in own for token in (last, *block)]
         return Gathered(
             tokens,
-            drafts,
+            ready.drafts,
             computed,
             self._table,
             [session.row for session in sessions],
