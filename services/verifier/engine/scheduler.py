@@ -14,7 +14,7 @@ Every block that is not stale is answered by exactly one output, whatever happen
 otherwise, and why it is overridden:
 
 - it would compute a preempted session again at once, and have it say a token that nobody asked for: a preempted
-  session *rests* outside the queues until its next block;
+  session *rests* outside the queues until its next block, unless it owes an answer or may go on;
 - it never preempts for a request that waits, so sessions that park would lock others out: when a waiting request
   finds no room, parked sessions give way, the one longest parked first;
 - it would pad a one-token prefill with placeholder drafts (`num_spec_tokens` is 0 here for that);
@@ -145,19 +145,24 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         trimmed = self._trim(session, block)
         if trimmed is None:
             self.counters.stale_blocks += 1
-            if session.ahead:  # what it says next is the answer
+            if session.ahead and session.resting:  # what it says next is the answer
+                self._compute_anew(session, _only_on(session))
+            elif session.ahead:
                 self._going_on.add(session.key)
             return BlockStatus.STALE
         if session.resting:
-            session.pending = block
-            session.resting = False
-            self._enqueue_waiting_request(session.request)
+            self._compute_anew(session, block)
             return BlockStatus.QUEUED
         if only_on and self._own_drafts is not None and session.permitted:
             self._going_on.add(session.key)
         else:
             self._arm(session, block, trimmed)
         return BlockStatus.ARMED
+
+    def _compute_anew(self, session: Session, block: Block) -> None:
+        """Have a session without KV wait for its turn, behind the others that wait, and verify a block then."""
+        session.pending, session.resting = block, False
+        self._enqueue_waiting_request(session.request)
 
     def _trim(self, session: Session, block: Block) -> list[int] | None:
         """What of a block is still to be verified: all of it but what was generated since. None when it is stale."""
@@ -245,8 +250,8 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             return
         for session in armed:
             if session.drafts:
-                session.pending = session.armed
-                self._arm(session, Block(session.request.num_output_tokens, [], [], []), [])
+                session.pending = session.pending or session.armed
+                self._arm(session, _only_on(session), [])
 
     def _park(self, session: Session) -> None:
         session.request.next_decode_eligible_step = NEVER
@@ -513,16 +518,16 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if session.armed is not None:
             session.pending = session.pending or session.armed
             session.armed = None
+        goes_on = session.goes_on or session.key in self._going_on
         self._going_on.discard(session.key)
         session.parked_at = None
         request.next_decode_eligible_step = 0
         super()._preempt_request(request, timestamp, drop_stale_output)
         if session.pending is None and request.num_output_tokens:
             self.waiting.remove_request(request)
-            session.resting = not session.goes_on
-            if session.goes_on:  # behind those that wait
-                session.pending = Block(request.num_output_tokens, [], [], [])
-                self._enqueue_waiting_request(request)
+            session.resting = True
+            if goes_on:
+                self._compute_anew(session, _only_on(session))
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
@@ -612,6 +617,11 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             "waiting": len(self.waiting),
             "kv_usage": float(self.get_kv_cache_usage()),
         }
+
+
+def _only_on(session: Session) -> Block:
+    """Without a draft: it says another token."""
+    return Block(session.request.num_output_tokens, [], [], [])
 
 
 def _lull_s(opened: list[float], now: float) -> float:
