@@ -15,6 +15,8 @@ from services.verifier.engine.options import (
     AHEAD_KEY,
     DRAFT_LENGTHS,
     EAGER_KEY,
+    FOLLOWED,
+    LAUNCHED,
     SESSION_KEY,
     UNHEARD_KEY,
     EngineOptions,
@@ -47,8 +49,8 @@ def bare_schedulers(tiny_target: TinyTarget) -> Iterator[Made]:
     settings, checkpoint = settings_for(tiny_target), read_checkpoint(str(tiny_target.directory))
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
 
-    def make(*, uniform: bool, kv_blocks: int = 400, own_drafts: bool = False) -> SessionScheduler:
-        options = EngineOptions("ipc://nobody", (), "", 1, 1, uniform=uniform, own_drafts=own_drafts)
+    def make(*, kv_blocks: int = 400, **more: bool) -> SessionScheduler:
+        options = EngineOptions("ipc://nobody", (), "", 1, 1, **more)  # type: ignore[arg-type]
         arguments = launch.arguments(settings, checkpoint, options, cuda=False)
         config = AsyncEngineArgs(**arguments).create_engine_config()
         config.cache_config.num_gpu_blocks = kv_blocks
@@ -67,6 +69,7 @@ class Client:
         self.scheduler = scheduler
         self.said: dict[str, list[int]] = {}
         self.ended: dict[str, Any] = {}
+        self._launched: list[str] = []
 
     def open(self, key: str, prompt: list[int], *, plain: bool = False, **params: Any) -> None:
         from vllm.sampling_params import SamplingParams
@@ -99,6 +102,11 @@ class Client:
     def begin(self) -> Any:
         work = self.scheduler.schedule()
         self.scheduler.get_grammar_bitmask(work)  # vLLM's loop asks for it when the pass is launched
+        keys = list(work.num_scheduled_tokens)
+        if (places := getattr(work, LAUNCHED, None)) is not None:
+            assert keys == [self._launched[place] for place in places]
+            assert work.total_num_scheduled_tokens == len(keys)
+        self._launched = [keys[place] for place in getattr(work, FOLLOWED, ())]
         return work
 
     def answer(self, work: Any) -> Any:

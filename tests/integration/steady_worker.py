@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -9,7 +10,7 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
 
 from services.verifier.engine import worker
-from services.verifier.engine.options import EVEN_ROWS, GATHERED
+from services.verifier.engine.options import EVEN_ROWS, FOLLOWED, GATHERED, LAUNCHED
 from services.verifier.engine.steady import Enrolled, Graph, SteadySteps
 
 
@@ -32,8 +33,34 @@ class SteadyRunner(SteadySteps, worker.SessionRunner):
         self.rehearsals += 1
         super().rehearse(output)
 
+    _followed: Sequence[int] = ()
+
+    def _launch_next(self, output: Any, gathered: Any) -> None:
+        self._followed = getattr(output, FOLLOWED, ())
+        super()._launch_next(output, gathered)
+        self._followed = ()
+
+    def _lay_out_gathered(self, gathered: Any, graph: Graph) -> None:
+        assert getattr(self._output, LAUNCHED, None) is None, "a pass that was launched is computed again"
+        super()._lay_out_gathered(gathered, graph)
+
+    def _hand_over_early(self, graph: Graph) -> None:
+        """What a pass before its time is laid out from: one more token of these sessions."""
+        cached = self._output.scheduled_cached_reqs
+        table = self.input_batch.block_table[0]
+        for at, place in enumerate(self._followed):
+            (ids,), new = self.requests[cached.req_ids[place]].block_ids, cached.new_block_ids[place]
+            ids = ids if new is None else [*ids, *new[0]]
+            computed, size = cached.num_computed_tokens[place] + 1, table.block_size
+            assert (graph.width, self._places[at], self._lengths[at]) == (1, computed, computed + 1)
+            assert table.slot_mapping.np[at] == ids[computed // size] * size + computed % size
+            assert table.block_table.np[at, : len(ids)].tolist() == ids
+
     def _hand_over(self, sessions: int, graph: Graph) -> Any:
         output, batch = self._output, self.input_batch
+        if self._followed:
+            self._hand_over_early(graph)
+            return super()._hand_over(sessions, graph)
         roster = self._roster if getattr(output, GATHERED, None) is None or batch.num_reqs else None
         requests = roster.requests if isinstance(roster, Enrolled) else list(output.num_scheduled_tokens)
         cached = output.scheduled_cached_reqs

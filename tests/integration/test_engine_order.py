@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from types import SimpleNamespace
 from typing import Any, Final, cast
@@ -22,6 +22,7 @@ from shared.protocol import GenerationParams, Policy
 from tests.integration.bare_scheduler import WORDS, Client, Made, bare_schedulers, truth
 from tests.integration.engine_bench import (
     MAX_MODEL_LEN,
+    Drafter,
     always_right,
     nothing,
     partly_right,
@@ -33,12 +34,16 @@ from tests.integration.tiny_target import TinyTarget
 SESSIONS = 8
 LENGTH = 30
 AHEAD = 4
+ROOM = 400
+PASSES = ["as they are", "uniform", "early"]
 SEEDS = 12
 LEAVING = 0.01
 """How likely a client leaves instead of submitting a block."""
 MOST_EVENTS: Final = 20_000
 TURNS: Final = 12
 """Of the event loop, after which everybody has done what there is to do."""
+
+DRAFTERS: Final = (nothing, always_right, random_tokens, partly_right)
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio, pytest.mark.timeout(180)]
 
@@ -146,9 +151,11 @@ def engine_over(between: Between, target: TinyTarget, *, own_drafts: bool) -> Vl
     return engine
 
 
-async def follow(engine: VllmEngine, between: Between, name: str, random: Random) -> None:
+async def follow(
+    engine: VllmEngine, between: Between, name: str, random: Random, drafters: Sequence[Drafter]
+) -> None:
     """A session of a client whose drafts are sometimes right, and who sometimes leaves."""
-    drafter = random.choice([nothing, always_right, random_tokens, partly_right])
+    drafter = random.choice(drafters)
     prompt = tuple(random.choice(WORDS) for _ in range(random.randint(90, 120)))
     policy = random.choice([Policy.LATENCY, Policy.LATENCY, Policy.COST])
     params = GenerationParams(max_tokens=LENGTH, ignore_eos=True, policy=policy)
@@ -169,18 +176,20 @@ async def follow(engine: VllmEngine, between: Between, name: str, random: Random
 
 
 @pytest.mark.parametrize("own_drafts", [False, True], ids=["plain", "own drafts"])
-@pytest.mark.parametrize("kv_blocks", [400, 24, 12], ids=["room", "little room", "hardly any room"])
-@pytest.mark.parametrize("uniform", [False, True], ids=["as they are", "uniform"])
+@pytest.mark.parametrize("kv_blocks", [ROOM, 24, 12], ids=["room", "little room", "hardly any room"])
+@pytest.mark.parametrize("passes", [{}, {"uniform": True}, {"uniform": True, "early": True}], ids=PASSES)
 async def test_all_come_to_their_end(
-    made: Made, tiny_target: TinyTarget, uniform: bool, kv_blocks: int, own_drafts: bool
+    made: Made, tiny_target: TinyTarget, passes: dict[str, bool], kv_blocks: int, own_drafts: bool
 ) -> None:
+    early_steps = 0
     for seed in range(SEEDS):
+        drafters = DRAFTERS if seed % 2 else [nothing]
         random = Random(seed)
-        client = Client(made(uniform=uniform, kv_blocks=kv_blocks, own_drafts=own_drafts))
+        client = Client(made(kv_blocks=kv_blocks, own_drafts=own_drafts, **passes))
         between = Between(client, random)
         engine = engine_over(between, tiny_target, own_drafts=own_drafts)
         sessions = {
-            name: asyncio.create_task(follow(engine, between, name, Random(f"{seed}.{name}")))
+            name: asyncio.create_task(follow(engine, between, name, Random(f"{seed}.{name}"), drafters))
             for name in (f"s{n}" for n in range(SESSIONS))
         }
         for _ in range(MOST_EVENTS):
@@ -193,3 +202,7 @@ async def test_all_come_to_their_end(
         await asyncio.gather(*sessions.values())
         assert not client.scheduler.requests
         assert client.scheduler.get_kv_cache_usage() == 0.0
+        early_steps += client.scheduler.counters.early_steps
+    assert (
+        early_steps > 0 if "early" in passes and kv_blocks == ROOM else "early" in passes or not early_steps
+    )

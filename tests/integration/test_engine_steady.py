@@ -18,7 +18,7 @@ from services.verifier.engine import launch
 from services.verifier.engine.engine import VllmEngine
 from services.verifier.engine.options import EngineOptions
 from services.verifier.settings import VerifierSettings
-from shared.protocol import GenerationParams, Policy, Sampling
+from shared.protocol import GenerationParams, Policy, Sampling, Tokens
 from tests.integration.engine_bench import (
     DRAFTERS,
     MAX_BLOCK,
@@ -35,6 +35,7 @@ from tests.integration.tiny_target import TinyTarget, random_prompt
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
 
+AHEAD = 6
 ROOM = MAX_SESSIONS * (MAX_BLOCK + 1)
 """Rows of a step: as on CUDA, all sessions' blocks fit, padding included."""
 WORKER = "tests.integration.steady_worker.SteadyWorker"
@@ -52,6 +53,14 @@ def even_batches() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "_on_cpu", even)
         yield
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def early(tiny_target: TinyTarget, even_batches: None) -> AsyncIterator[Bench]:
+    """Passes of sessions that go on by themselves are launched before those before them have ended."""
+    settings = settings_for(tiny_target, max_batched_tokens=ROOM, floor_ahead=AHEAD, early_passes=True)
+    async with Bench.over(VllmEngine(settings)) as bench:
+        yield bench
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -180,14 +189,108 @@ async def test_steps_that_wait_for_patient_sessions_are_rehearsed_and_say_the_sa
     assert after.dropped_hints > before.dropped_hints, "no step was rehearsed"
 
 
+# --- passes before their time -------------------------------------------------------------------------------------
+
+
+async def follow(
+    bench: Bench, session: str, prompt: Tokens, truth: Tokens, drafts: float, random: Random
+) -> Tokens:
+    """What a session says whose client drafts now and then."""
+    params = GenerationParams(max_tokens=len(truth), ignore_eos=True, policy=Policy.LATENCY)
+    stream = bench.engine.open(session, prompt, (), params)
+    output = await next_output(stream)
+    said = output.tokens
+    while output.finish_reason is None:
+        await asyncio.sleep(random.choice((0.0, 0.0, 0.01)))
+        block = partly_right(truth, said, random) if random.random() < drafts else ()
+        await bench.engine.submit(session, len(said), block)
+        output = await next_output(stream)
+        said += output.tokens
+    return said
+
+
+@pytest.mark.parametrize("count", [1, 3, MAX_SESSIONS])
+@pytest.mark.parametrize("drafts", [0.0, 0.1, 0.5])
+async def test_passes_that_are_launched_early_say_the_same(early: Bench, count: int, drafts: float) -> None:
+    prompts = [random_prompt(800 + n, 8 + 7 * n) for n in range(count)]
+    lengths = [25 + 3 * n for n in range(count)]
+    truths = [
+        (await early.answer(prompt, endless(length))).tokens
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
+    before = await early.engine.stats()
+    found = await asyncio.gather(
+        *(follow(early, f"e{n}", prompts[n], truths[n], drafts, Random(n)) for n in range(count))
+    )
+    assert found == truths
+    spent = await early.engine.stats()
+    if not drafts:
+        assert spent.early_steps - before.early_steps > 10
+    assert spent.kv_usage == 0.0
+
+
+async def test_early_passes_are_exact_beside_sessions_of_every_kind(early: Bench) -> None:
+    """Patient ones, drawn ones and those with log-probabilities come while passes are under way, and others leave."""
+    prompts = [random_prompt(850 + n, 8 + 5 * n) for n in range(MAX_SESSIONS)]
+    own = {n: endless(30) if n % 4 else mixed(n // 4) for n in range(MAX_SESSIONS)}
+    truths = [(await early.answer(prompts[n], own[n])).tokens for n in own]
+    before = await early.engine.stats()
+
+    async def other(n: int) -> Tokens:
+        await asyncio.sleep(0.02 * n)
+        said = await early.speculate(f"k{n}", prompts[n], truths[n], own[n], partly_right, n)
+        return said.tokens
+
+    async def leave(n: int) -> Tokens:
+        stream = early.engine.open(f"l{n}", prompts[n], (), GenerationParams(max_tokens=99, ignore_eos=True))
+        await next_output(stream)
+        await asyncio.sleep(0.01 * n)
+        await early.engine.close(f"l{n}")
+        return truths[n]
+
+    async def session(n: int) -> Tokens:
+        return await (
+            other(n)
+            if n % 4 == 0
+            else leave(n)
+            if n % 4 == 1
+            else follow(early, f"k{n}", prompts[n], truths[n], 0.0, Random(n))
+        )
+
+    assert await asyncio.gather(*(session(n) for n in own)) == truths
+    assert (await early.engine.stats()).early_steps > before.early_steps
+
+
+async def test_sessions_that_are_computed_anew_between_early_passes_are_exact(
+    tiny_target: TinyTarget, even_batches: None
+) -> None:
+    settings = cramped(tiny_target, floor_ahead=AHEAD, early_passes=True)
+    async with Bench.over(VllmEngine(settings)) as bench:
+        prompts, params = [random_prompt(seed, 60 + 4 * seed) for seed in range(8)], endless(30)
+        truths = [(await bench.answer(prompt, params)).tokens for prompt in prompts]
+        found = await asyncio.gather(
+            *(follow(bench, f"s{n}", prompts[n], truths[n], 0.1, Random(n)) for n in range(8))
+        )
+        stats = await bench.engine.stats()
+    assert found == truths
+    assert stats.preemptions > 0
+    assert stats.early_steps > 0
+
+
+# --- hardly any room ----------------------------------------------------------------------------------------------
+
+
+def cramped(target: TinyTarget, **more: object) -> VerifierSettings:
+    """KV for a part of the sessions: they come back with other blocks than they had."""
+    return settings_for(
+        target, max_batched_tokens=ROOM, kv_cache_mb=2, max_sessions=8, exit_layers="6", **more
+    )
+
+
 async def test_sessions_that_are_computed_anew_between_even_passes_are_exact(
     tiny_target: TinyTarget, even_batches: None
 ) -> None:
-    """With KV for a part of them, sessions come back with other blocks than they had."""
-    settings = settings_for(
-        tiny_target, max_batched_tokens=ROOM, kv_cache_mb=2, max_sessions=8, exit_layers="6"
-    )
-    async with Bench.over(VllmEngine(settings)) as bench:
+    async with Bench.over(VllmEngine(cramped(tiny_target))) as bench:
         prompts, params = [random_prompt(seed, 60 + 4 * seed) for seed in range(8)], endless(30)
         truths = [await bench.answer(prompt, params) for prompt in prompts]
         found = await asyncio.gather(

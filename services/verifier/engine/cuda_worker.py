@@ -232,8 +232,19 @@ class CudaSessionRunner(SteadySteps, GPUModelRunner):  # type: ignore[misc]
 
     def _device_done(self) -> None:
         torch.cuda.current_stream().synchronize()
+        self._pass_done()
+
+    def _pass_done(self) -> None:
         if self.graph_exits is not None:
             self.graph_exits.drain()
+
+    def _mark(self) -> torch.cuda.Event:
+        mark = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        mark.record()
+        return mark
+
+    def _wait_for(self, mark: torch.cuda.Event) -> None:
+        mark.synchronize()
 
 
 def _log_confidences(levels: Sequence[bytes]) -> npt.NDArray[np.float32]:

@@ -62,6 +62,11 @@ EVEN_ROWS: Final = "outrider_even_rows"
 """Another one: how many rows every request of the step has, where all of them speak after as many; else 0."""
 GATHERED: Final = "outrider_gathered"
 """Another one, of steps with `EVEN_ROWS` that went the short way: what they verify (`session_table.Gathered`)."""
+FOLLOWED: Final = "outrider_followed"
+"""Another one, of the same steps: places in the pass of the sessions that say another token in the step after it, whatever
+comes. Its pass may be launched at once."""
+LAUNCHED: Final = "outrider_launched"
+"""Another one: where the step's sessions are in the pass that was launched for it beforehand. None where none was."""
 REHEARSED_S: Final = 0.005
 """Between two rehearsals of a step that waits."""
 
@@ -71,7 +76,8 @@ class EngineOptions:
     """Options of ours, beside vLLM's. `exit_address` is a ZMQ endpoint; `exit_modules` and `draft_head` are paths or empty.
     `uniform`: every block of a pass is padded to the longest there may be, unless nobody drafts, so that a pass of n
     sessions is always the same CUDA graph. `compact`: weights are read in the few bits that they are made of (`compact`).
-    `own_drafts`: sessions that go on by themselves draft in the engine, and do so when they are told to."""
+    `own_drafts`: sessions that go on by themselves draft in the engine, and do so when they are told to. `early`: a pass of
+    sessions that go on by themselves is launched before the one before it has ended; only where batches are uniform."""
 
     exit_address: str
     exit_layers: tuple[int, ...]
@@ -82,6 +88,7 @@ class EngineOptions:
     uniform: bool = False
     compact: bool = False
     own_drafts: bool = False
+    early: bool = False
 
     def as_config(self) -> dict[str, Any]:
         """As a value for vLLM's `additional_config`."""

@@ -60,6 +60,7 @@ from services.verifier.engine.sessions import (
     Step,
     drawn_from,
     is_bare,
+    only_on,
     stops_of,
 )
 from services.verifier.engine.steady_schedule import SteadySchedule
@@ -93,6 +94,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         self.max_block: int = self.vllm_config.num_speculative_tokens
         options = EngineOptions.of(self.vllm_config)
         self.uniform = options.uniform
+        self.early = options.uniform and options.early
         self._own_drafts = OwnDrafts() if options.own_drafts else None
         self.counters = Counters()
         self._costs = StepCosts()
@@ -103,6 +105,8 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         self._grammars = Grammars(self.structured_output_manager)
         self._awaited: set[str] = set()  # eager sessions that spoke in the last step and have no block yet
         self._heard_s = 0.0
+        self.ended_s = 0.0
+        """When the last step did."""
         self._companions = Companions()
         self._rehearsed_s = 0.0
         self._patient = 0  # sessions that are not eager
@@ -136,24 +140,24 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if ahead is not None:
             session.permitted = ahead
         block = Block(base, tokens, levels, rows, number)
-        only_on = session.ahead and not tokens
+        bare = session.ahead and not tokens
         if session.parked_at is None and not session.resting:
-            session.pending = session.pending if only_on else block
+            session.pending = session.pending if bare else block
             return BlockStatus.QUEUED
-        if only_on:
+        if bare:
             block = block._replace(base=session.request.num_output_tokens)
         trimmed = self._trim(session, block)
         if trimmed is None:
             self.counters.stale_blocks += 1
             if session.ahead and session.resting:  # what it says next is the answer
-                self._compute_anew(session, _only_on(session))
+                self._compute_anew(session, only_on(session))
             elif session.ahead:
                 self._going_on.add(session.key)
             return BlockStatus.STALE
         if session.resting:
             self._compute_anew(session, block)
             return BlockStatus.QUEUED
-        if only_on and self._own_drafts is not None and session.permitted:
+        if bare and self._own_drafts is not None and session.permitted:
             self._going_on.add(session.key)
         else:
             self._arm(session, block, trimmed)
@@ -251,7 +255,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         for session in armed:
             if session.drafts:
                 session.pending = session.pending or session.armed
-                self._arm(session, _only_on(session), [])
+                self._arm(session, only_on(session), [])
 
     def _park(self, session: Session) -> None:
         session.request.next_decode_eligible_step = NEVER
@@ -337,7 +341,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         if not throttle_prefills and (steady := self._steady.begin()) is not None:
             self._starved = False
             return steady
-        self._steady.catch_up()
+        self._steady.long_way()
         if self._starved and self.waiting:
             self._make_room()
         self.running.sort(key=self._rank)
@@ -460,7 +464,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
                     self._own_drafts.heard(session, output.new_token_ids)
         if verified := sum(step.verified.values()):
             self._agreed.saw((counters.accepted_tokens - accepted) / verified)
-        self._heard_s = time.monotonic()
+        self._heard_s = self.ended_s = time.monotonic()
         if scheduler_output.num_scheduled_tokens:
             elapsed_ms = (self._heard_s - step.began) * 1000
             counters.busy_ms += elapsed_ms
@@ -527,7 +531,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             self.waiting.remove_request(request)
             session.resting = True
             if goes_on:
-                self._compute_anew(session, _only_on(session))
+                self._compute_anew(session, only_on(session))
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
@@ -617,11 +621,6 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
             "waiting": len(self.waiting),
             "kv_usage": float(self.get_kv_cache_usage()),
         }
-
-
-def _only_on(session: Session) -> Block:
-    """Without a draft: it says another token."""
-    return Block(session.request.num_output_tokens, [], [], [])
 
 
 def _lull_s(opened: list[float], now: float) -> float:

@@ -139,6 +139,7 @@ class Counters:
     fixed_ms: float = 0.0
     row_ms: float = 0.0
     steady_steps: int = 0
+    early_steps: int = 0
 
 
 @dataclass(slots=True)
@@ -153,6 +154,11 @@ class Step:
 def is_bare(sessions: Iterable[Session]) -> bool:
     """Whether nobody drafts for any of these sessions, which have something to compute, or waits for what exits foresee."""
     return all(not session.drafts and (session.eager or session.unheard) for session in sessions)
+
+
+def only_on(session: Session) -> Block:
+    """A block without a draft: the session says another token."""
+    return Block(session.request.num_output_tokens, [], [], [])
 
 
 def drawn_from(session: Session, block: Block, drafts: int) -> list[SparseRow]:

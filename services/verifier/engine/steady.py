@@ -14,6 +14,10 @@ of it.
 
     host     rows of the table ─ places ─ copies ─ launch ─ states ─ whom hints are for … wait ─ compare with the drafts
     device                                └▶ whole graph ─ LM head ─ arg-max ─┘
+
+Where the scheduler says so (`FOLLOWED`) the pass after it is launched as well, of sessions that say one more token each: it
+begins with the arg-max, which does not leave the device for that. The host takes the first pass's outcome in and schedules
+the second while the device computes that one.
 """
 
 from __future__ import annotations
@@ -31,7 +35,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from services.verifier.engine.options import DRAFT_LENGTHS, DRAFT_LEVELS, DRAFT_ROWS, EVEN_ROWS, GATHERED
+from services.verifier.engine.options import (
+    DRAFT_LENGTHS,
+    DRAFT_LEVELS,
+    DRAFT_ROWS,
+    EVEN_ROWS,
+    FOLLOWED,
+    GATHERED,
+    LAUNCHED,
+)
 from services.verifier.engine.runner import NO_TOKEN, RequestRows, SessionRows, Speaker
 from services.verifier.engine.session_table import Gathered, padded_levels
 
@@ -130,6 +142,20 @@ class Layout(NamedTuple):
     block_size: int
 
 
+class Launched(NamedTuple):
+    """A pass without vLLM's batch that was launched. Its likeliest tokens, one a row, are `chosen` on the device and, after
+    the mark `done`, `here`. `places`: rows of those that the step at hand is about; None for all."""
+
+    chosen: Tensor
+    here: Tensor
+    done: Any
+    places: list[int] | None = None
+
+    def rows(self, places: list[int]) -> list[int]:
+        """In which rows of the pass these of the step are."""
+        return places if self.places is None else [self.places[place] for place in places]
+
+
 class SteadySteps(SessionRows):
     """Mixed into a runner of vLLM's (before it), in the place of `SessionRows`."""
 
@@ -160,7 +186,11 @@ class SteadySteps(SessionRows):
         self._verified: Tokens | None = None
         self._places_here = self._pinned(width * most, torch.int64)
         self._lengths_here = self._pinned(most, torch.int32)
-        self._said_here = self._pinned(width * most, torch.int64)
+        self._said_here = [self._pinned(width * most, torch.int64) for _ in range(2)]
+        self._picked_here = self._pinned(most, torch.int64)
+        self._current: Launched | None = None
+        self._next: Launched | None = None
+        self._handed_over: Any = None
         self._places, self._lengths = self._places_here.numpy(), self._lengths_here.numpy()
         self._offsets = np.arange(width, dtype=np.int64)
         self._batch_rows = np.arange(most, dtype=np.int64)[:, None]
@@ -201,9 +231,10 @@ class SteadySteps(SessionRows):
     def execute_model(self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None) -> Any:
         """One pass, up to the logits."""
         began = time.monotonic()
+        self._settle()
         graph = self._graph_for(scheduler_output)
         if graph is None:
-            self._roster, self._laid_out = None, (0, 0)
+            self._roster, self._laid_out, self._next = None, (0, 0), None
             return super().execute_model(scheduler_output, intermediate_tensors)
         self.step_clock.began = began
         with torch.inference_mode():
@@ -213,7 +244,12 @@ class SteadySteps(SessionRows):
     def _run(self, output: SchedulerOutput, graph: Graph) -> None:
         from vllm.v1.worker.gpu_model_runner import ExecuteModelState
 
+        launched, self._next = self._next, None
         gathered, sessions = self._without_batch(output), len(output.num_scheduled_tokens)
+        places: list[int] | None = getattr(output, LAUNCHED, None)
+        if gathered is not None and launched is not None and places is not None:
+            self._take_over(output, gathered, launched._replace(places=places))
+            return
         if gathered is not None:
             if self.input_batch.num_reqs:
                 self._leave_batch(set())
@@ -226,16 +262,21 @@ class SteadySteps(SessionRows):
             self._show_blocks(output, roster, graph.width)
         graph = self._graph_of_pass(graph)
         metadata, slots = self._hand_over(sessions, graph)
+        if getattr(output, FOLLOWED, None):
+            self._handed_over = self._mark()
         hidden = self._forward(graph, metadata, slots)
         spoken = hidden[: sessions * graph.width]
         logits = self.model.compute_logits(spoken)
-        if gathered is not None:
-            self._roster = self._brought_up(output)
-        self._await_hints()
         self.kv_connector_output = None
-        self.execute_model_state = ExecuteModelState(
-            output, logits, None, None, hidden, spoken, None, None, None, slots
-        )
+        if gathered is not None:
+            self._current = self._chosen(logits)
+            self._launch_next(output, gathered)
+            self._roster = self._brought_up(output)
+        else:
+            self.execute_model_state = ExecuteModelState(
+                output, logits, None, None, hidden, spoken, None, None, None, slots
+            )
+        self._await_hints()
 
     def _forward(self, graph: Graph, metadata: ByLayer, slots: ByLayer) -> Tensor:
         """The model's last states `[rows, hidden size]` of a pass that is laid out."""
@@ -292,6 +333,7 @@ class SteadySteps(SessionRows):
     def rehearse(self, output: SchedulerOutput) -> None:
         """Lay out a pass that is not to be run, as far as it is one without vLLM's batch; no other may be under way.
         What it writes is written again by the next pass."""
+        self._settle()
         graph, gathered = self._graph_for(output), self._without_batch(output)
         if graph is None or gathered is None or self.input_batch.num_reqs:
             return
@@ -325,6 +367,56 @@ class SteadySteps(SessionRows):
         nobody = SchedulerOutput.make_empty()
         nobody.finished_req_ids = ended
         self._update_states(nobody)  # type: ignore[attr-defined]
+
+    # --- a pass before its time -----------------------------------------------------------------------
+
+    def _take_over(self, output: SchedulerOutput, gathered: Gathered, launched: Launched) -> None:
+        """The step's pass was launched in the one before."""
+        self.step_clock.launched = time.monotonic()
+        self._verified, self._drawn = np.empty((len(gathered.rows), 0), dtype=np.int32), {}
+        self._current = launched
+        self._launch_next(output, gathered)
+        self._roster = self._brought_up(output)
+
+    def _launch_next(self, output: SchedulerOutput, gathered: Gathered) -> None:
+        """Launch the pass that follows the current one, if it is known by now."""
+        followed: list[int] = getattr(output, FOLLOWED, None) or []
+        graph = self._known_graph(len(followed), 1) if followed else None
+        if graph is None or self._current is None:
+            return
+        sessions = len(followed)
+        self._settle()
+        layout = self._laid_out_for(sessions, graph)
+        layout.computed[:] = [gathered.computed[place] + 1 for place in followed]
+        rows = [gathered.rows[place] for place in followed]
+        layout.blocks[:, : gathered.held] = gathered.table.blocks[rows, : gathered.held]
+        self._place(layout, 1)
+        metadata, slots = self._hand_over(sessions, graph)
+        self._feed(self._current, self._current.rows(followed))
+        self._handed_over = self._mark()
+        hidden = self._forward(graph, metadata, slots)
+        self._next = self._chosen(self.model.compute_logits(hidden[:sessions]))
+
+    def _feed(self, launched: Launched, rows: list[int]) -> None:
+        """A pass begins with what these rows of another have yielded."""
+        inputs, count = self.input_ids.gpu[: len(rows)], len(rows)
+        if count == len(launched.chosen):
+            inputs.copy_(launched.chosen)
+            return
+        self._picked_here[:count] = torch.tensor(rows, device="cpu")
+        inputs.copy_(launched.chosen[self._picked_here[:count].to(self.device, non_blocking=True)])
+
+    def _settle(self) -> None:
+        """Wait until the device has what passes were laid out from: it is going to be written anew."""
+        if self._handed_over is not None:
+            self._wait_for(self._handed_over)
+            self._handed_over = None
+
+    def _mark(self) -> Any:
+        """The end of all that the device has been given so far."""
+
+    def _wait_for(self, mark: Any) -> None:
+        """Return when the device has come to a mark."""
 
     # --- a pass in it ---------------------------------------------------------------------------------
 
@@ -552,6 +644,17 @@ class SteadySteps(SessionRows):
 
     # --- after it -------------------------------------------------------------------------------------
 
+    def _chosen(self, logits: Tensor) -> Launched:
+        """The likeliest tokens of a pass, on their way to the host."""
+        chosen = logits.argmax(dim=-1)
+        self._said_here.reverse()  # the pass before may still have to be read
+        here = self._said_here[0][: len(chosen)]
+        here.copy_(chosen, non_blocking=True)
+        return Launched(chosen, here, self._mark())
+
+    def _pass_done(self) -> None:
+        """What a pass has said is here."""
+
     def sample_tokens(self, grammar_output: Any) -> Any:
         """The end of the pass."""
         drafts, self._verified = self._verified, None
@@ -587,13 +690,14 @@ class SteadySteps(SessionRows):
         """Greedy decoding: of each block what agrees with the target, and the target's next token."""
         from vllm.v1.outputs import ModelRunnerOutput
 
-        state, self.execute_model_state = self.execute_model_state, None
+        launched, self._current = self._current, None
+        assert launched is not None, "a pass ends that none has begun"
         self._draft_token_ids = self._draft_token_req_ids = None
-        chosen = self._said_here[: len(state.logits)]
-        chosen.copy_(state.logits.argmax(dim=-1), non_blocking=True)
-        self._device_done()
+        self._wait_for(launched.done)
+        self._pass_done()
         self.step_clock.sampled = time.monotonic()
-        tokens = chosen.numpy().reshape(len(drafts), -1)
+        tokens = launched.here.numpy()
+        tokens = (tokens if launched.places is None else tokens[launched.places]).reshape(len(drafts), -1)
         differ = np.ones(tokens.shape, dtype=np.bool_)  # the first that does is the target's own
         np.not_equal(tokens[:, :-1], drafts, out=differ[:, :-1])
         counts = differ.argmax(axis=1) + 1

@@ -10,7 +10,12 @@ manager and stop checks stay the only ones.
 
 What nobody needs before the pass is launched waits until the device has it (`meanwhile`): books are kept, full blocks of KV
 are hashed and entered in the prefix cache, answers are made ready but for what the target will say. What has been said since
-is hashed before a step goes the long way (`catch_up`).
+is hashed before a step goes the long way (`long_way`).
+
+While sessions go on by themselves and nobody drafts, what the next pass computes is known but for the token that each says
+in this one, and that is on the device. Such a pass may be launched before this one has ended, so that the device does not
+wait for the host in between (`early`). It is taken in whatever comes meanwhile: a block waits for the pass after it, as it
+would for one that is under way.
 """
 
 from __future__ import annotations
@@ -23,10 +28,19 @@ from vllm.v1.core.sched.utils import remove_all
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
-from services.verifier.engine.options import DRAFT_LENGTHS, DRAFT_LEVELS, DRAFT_ROWS, EVEN_ROWS, GATHERED
+from services.verifier.engine.options import (
+    DRAFT_LENGTHS,
+    DRAFT_LEVELS,
+    DRAFT_ROWS,
+    EVEN_ROWS,
+    FOLLOWED,
+    GATHERED,
+    LAUNCHED,
+)
 from services.verifier.engine.session_table import Gathered, SessionTable, is_heard, padded_levels
-from services.verifier.engine.sessions import PADDING, Need, Session, drawn_from, is_bare
+from services.verifier.engine.sessions import PADDING, Need, Session, drawn_from, is_bare, only_on
 from shared.sampling.sparse import SparseRow
+from shared.speculation.pace import Mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -38,6 +52,8 @@ if TYPE_CHECKING:
     from services.verifier.engine.scheduler import SessionScheduler
 
 
+FEW: Final = 0.125
+"""Share of sessions with a draft, of late, up to which passes are launched early: each of these waits a pass longer."""
 NO_ROOM: Final = 1 << 62
 """Blocks of the KV cache that nobody has."""
 
@@ -82,6 +98,8 @@ class SteadySchedule:
         self._under_way: list[UnderWay] = []
         self._output: SchedulerOutput | None = None
         self._departures = 0
+        self._launched: list[tuple[Session, int]] = []
+        self._drafting = Mean(0.0)
 
     # --- what sessions do ---------------------------------------------------------------------------------------
 
@@ -135,12 +153,47 @@ class SteadySchedule:
         self.meanwhile()
         self._under_way, self._output = [], None
         own = self._scheduler
+        launched, self._launched = self._launched, []
+        if launched and (output := self._follow(launched)) is not None:
+            return output
         if not self._possible or own.waiting or own.kv_holding_waiting:
             return None
         if own._pause_state != PauseState.UNPAUSED:
             return None
         ready = self._ready()
-        return self._schedule(ready) if ready is not None and self._has_room(ready) else None
+        if ready is None or not self._has_room(ready):
+            return None
+        self._drafting.saw(sum(map(bool, ready.drafts)) / len(ready.drafts))
+        return self._schedule(ready)
+
+    def _follow(self, launched: list[tuple[Session, int]]) -> SchedulerOutput | None:
+        """The step whose pass was launched before; None where all its sessions have gone. Their blocks wait for the next."""
+        own, held_back = self._scheduler, 0
+        sessions: list[Session] = []
+        places: list[int] = []
+        for place, (session, computed) in enumerate(launched):
+            there = own._by_key.get(session.key) is session and session.armed is not None
+            if not there or session.request.num_computed_tokens != computed:
+                continue  # it has ended, or gives way to others
+            if session.drafts:
+                held_back += 1
+                session.pending = session.pending or session.armed
+                own._arm(session, only_on(session), [])
+            sessions.append(session)
+            places.append(place)
+        self._drafting.saw(held_back / len(launched))
+        if not sessions:
+            return None
+        own._step.began = own.ended_s
+        own.counters.early_steps += 1
+        self._unsorted = len(sessions) < len(own.running)
+        return self._schedule(self._bare(sessions), places)
+
+    def _bare(self, sessions: list[Session], requests: list[Request] | None = None) -> Ready:
+        """A pass of one row for each of these sessions, without drafts."""
+        requests = [session.request for session in sessions] if requests is None else requests
+        needs = [self._need(session, 0) for session in sessions]
+        return Ready(sessions, requests, [0] * len(sessions), needs, 0)
 
     def _ready(self) -> Ready | None:
         """What the step is to verify; None where there is nothing, or anything else to compute."""
@@ -169,8 +222,7 @@ class SteadySchedule:
             return None
         self._unsorted = parked
         if own.uniform and is_bare(sessions):
-            needs = [self._need(session, 0) for session in sessions]
-            return Ready(sessions, requests, [0] * len(sessions), needs, 0)
+            return self._bare(sessions)
         drafts, needs = [session.drafts for session in sessions], [session.need for session in sessions]
         return Ready(sessions, requests, drafts, needs, own.max_block if own.uniform else None)
 
@@ -183,13 +235,41 @@ class SteadySchedule:
         most: int = min(own.max_num_scheduled_tokens, own.scheduler_config.max_num_batched_tokens - drafting)
         return sum([need.missing for need in ready.needs]) <= free and total <= most
 
-    def _schedule(self, ready: Ready) -> SchedulerOutput:
-        """As the second half of `Scheduler.schedule`, and as `_update_after_schedule`, vLLM's and ours."""
+    def _followed(self, ready: Ready) -> tuple[list[int], list[Need]]:
+        """Places of sessions whose next pass is launched early, and what all then need of the KV cache; none where that
+        pass had better wait for what comes."""
+        own, free = self._scheduler, self._scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+        if not own.early or ready.longest != 0 or own.waiting or self._drafting(0.0) > FEW:
+            return [], ready.needs
+        places = [place for place, session in enumerate(ready.sessions) if self._says_more(session)]
+        if 2 * len(places) <= len(ready.sessions) or not all(session.greedy for session in ready.sessions):
+            return [], ready.needs
+        needs = ready.needs.copy()
+        for place in places:
+            needs[place] = self._need(ready.sessions[place], 1)
+        return (places, needs) if sum(need.missing for need in needs) <= free else ([], ready.needs)
+
+    def _says_more(self, session: Session) -> bool:
+        """Whether it goes on by itself after another token, whatever that is but one that ends it."""
+        request, said = session.request, session.request.num_output_tokens + 1
+        room: bool = said < request.max_tokens and request.num_tokens + 1 < self._scheduler.max_model_len
+        return room and said - session.taken < session.permitted
+
+    def _schedule(self, ready: Ready, places: list[int] | None = None) -> SchedulerOutput:
+        """As the second half of `Scheduler.schedule`, and as `_update_after_schedule`, vLLM's and ours; `places` are those
+        in a pass that was launched already."""
         own = self._scheduler
+        followed, needs = self._followed(ready)
+        ready = ready._replace(needs=needs)
         own.current_step += 1
         own.prefill_capacity_bound = False
         own.kv_cache_manager.new_step_starts()
         output = self._output = self._work(ready, self._grown(ready))
+        setattr(output, LAUNCHED, places)
+        setattr(output, FOLLOWED, followed)
+        self._launched = [
+            (ready.sessions[place], ready.requests[place].num_computed_tokens + 1) for place in followed
+        ]
         output.finished_req_ids, own.finished_req_ids = own.finished_req_ids, set()
         output.preempted_req_ids, own.reset_preempted_req_ids = own.reset_preempted_req_ids, set()
         output.free_encoder_mm_hashes = own.encoder_cache_manager.get_freed_mm_hashes()
@@ -203,7 +283,7 @@ class SteadySchedule:
         """A step of the blocks that are there, as if it began now; nothing is changed. None where it would be no step of
         even rows."""
         own = self._scheduler
-        if not (self._possible and own.uniform) or own.waiting or self._scheduled:
+        if not (self._possible and own.uniform) or own.waiting or self._scheduled or self._launched:
             return None
         ready = self._ready()
         if ready is None or not self._has_room(ready):
@@ -326,8 +406,9 @@ class SteadySchedule:
         )
         return UnderWay(session, request, rows, drafts, room, answer)
 
-    def catch_up(self) -> None:
-        """Hash what requests have said, as `Request.append_output_token_ids` does; `end` leaves it over."""
+    def long_way(self) -> None:
+        """The step goes it: hash what was said, as `Request.append_output_token_ids` does; `end` leaves it over."""
+        self._launched = []
         for request in self._scheduler.running:
             request.update_block_hashes()
 

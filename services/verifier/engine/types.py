@@ -132,6 +132,8 @@ class EngineStats:
     """What a step that computes no prompt takes by its rows: `fixed_ms + row_ms * rows`; 0 before it is known."""
     steady_steps: int = 0
     """Steps that computed nothing but blocks, and went the short way through the scheduler (`steady_schedule`)."""
+    early_steps: int = 0
+    """Those of them whose pass was launched before the one before it had ended."""
 
 
 OnExit = Callable[[ExitReport], None]
