@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from services.verifier.engine.options import DRAFT_LENGTHS, DRAFT_LEVELS, DRAFT_ROWS, EVEN_ROWS, GATHERED
+from services.verifier.engine.options import (
+    DRAFT_LENGTHS,
+    DRAFT_LEVELS,
+    DRAFT_ROWS,
+    EVEN_ROWS,
+    FOLLOWED,
+    GATHERED,
+    LAUNCHED,
+)
 from services.verifier.engine.scheduler import SessionScheduler
 from tests.integration.bare_scheduler import WORDS, Client, Made, bare_schedulers, truth
 from tests.integration.engine_bench import MAX_BLOCK, MAX_SESSIONS
@@ -395,3 +403,113 @@ def test_sessions_that_wait_for_their_drafts_have_every_block_verified(made: Mad
     drafted(client, "patient")
     client.step()
     assert len(client.said["patient"]) == 2 + MAX_BLOCK
+
+
+# --- passes before their time -------------------------------------------------------------------------------------
+
+
+def going_on(made: Made, *, row_ms: float = 0.001, **params: Any) -> Client:
+    """Four sessions that go on by themselves, each of whose passes is launched before the one before it has ended."""
+    client = Client(made(uniform=True, early=True))
+    client.scheduler._costs = Costs(row_ms)  # type: ignore[assignment]
+    spoken(client, "a", "b", "c", "d", **{"ahead": 20, **params})
+    first, second = client.step(), client.step()
+    assert (getattr(first, LAUNCHED), getattr(first, FOLLOWED)) == (None, [0, 1, 2, 3])
+    assert (getattr(second, LAUNCHED), getattr(second, FOLLOWED)) == ([0, 1, 2, 3], [0, 1, 2, 3])
+    return client
+
+
+def early_steps(client: Client) -> int:
+    return client.scheduler.counters.early_steps
+
+
+def test_sessions_that_go_on_by_themselves_follow_each_other_until_they_are_as_far_ahead_as_they_may(
+    made: Made,
+) -> None:
+    client = going_on(made, ahead=6)
+    while client.scheduler.has_unfinished_requests():
+        last = client.step()
+    assert getattr(last, FOLLOWED) == []
+    assert {key: len(said) for key, said in client.said.items()} == dict.fromkeys("abcd", 6)
+    assert early_steps(client) == 4, "the prompts' and the first after them were launched as ever"
+
+
+def test_a_block_waits_for_the_pass_that_is_launched_and_has_the_next_one(made: Made) -> None:
+    client = going_on(made)
+    drafted(client, "b")
+    work = client.step()
+    assert (getattr(work, LAUNCHED), getattr(work, FOLLOWED)) == ([0, 1, 2, 3], [])
+    assert len(client.said["b"]) == 4
+    work = client.step()
+    assert getattr(work, LAUNCHED) is None
+    assert getattr(work, DRAFT_LENGTHS)["b"] == MAX_BLOCK - 1
+    assert len(client.said["b"]) == 4 + MAX_BLOCK
+
+
+def test_where_one_in_four_drafts_all_the_time_no_pass_is_launched_early(made: Made) -> None:
+    client = going_on(made, ahead=90)
+    for _ in range(20):
+        drafted(client, "b")
+        last = client.step()
+    assert (getattr(last, LAUNCHED), getattr(last, FOLLOWED)) == (None, [])
+
+
+def test_where_a_block_is_not_worth_its_padding_passes_are_launched_early_all_the_same(made: Made) -> None:
+    client = going_on(made, row_ms=6.0)
+    drafted(client, "b")
+    for _ in range(4):
+        work = client.step()
+        assert (getattr(work, LAUNCHED), getattr(work, FOLLOWED)) == ([0, 1, 2, 3], [0, 1, 2, 3])
+
+
+def test_a_prompt_waits_for_the_pass_that_is_launched_and_shares_the_next_one(made: Made) -> None:
+    client = going_on(made)
+    client.open("new", [5] * 9, max_tokens=9)
+    work = client.step()
+    assert (getattr(work, LAUNCHED), getattr(work, FOLLOWED)) == ([0, 1, 2, 3], [])
+    assert client.step().num_scheduled_tokens == {"a": 1, "b": 1, "c": 1, "d": 1, "new": 9}
+    assert getattr(client.step(), LAUNCHED) is None
+
+
+def test_who_ends_in_a_pass_has_no_part_in_the_one_that_was_launched(made: Made) -> None:
+    ends = truth("c", 3)
+    client = going_on(made, stop_token_ids=[ends])
+    gone = {key for key in "abcd" if ends in [truth(key, place) for place in range(4)]}
+    work = client.step()
+    left = [key for key in "abcd" if key not in gone]
+    assert "c" in gone
+    assert client.ended.keys() == gone
+    client.close(left[0])
+    work = client.step()
+    assert getattr(work, LAUNCHED) == ["abcd".index(key) for key in left[1:]]
+    assert list(work.num_scheduled_tokens) == left[1:]
+
+
+def test_the_last_pass_of_a_session_is_not_followed_and_neither_is_that_of_a_patient_one(made: Made) -> None:
+    client = Client(made(uniform=True, early=True))
+    client.open("short", [3] * 5, max_tokens=3, ahead=20)
+    client.open("patient", [4] * 5, max_tokens=50, eager=False, unheard=True)
+    spoken(client, "a", "b", "c", ahead=20)
+    client.block("patient", [])
+    work = client.step()
+    assert [list(work.num_scheduled_tokens)[place] for place in getattr(work, FOLLOWED)] == [
+        "short",
+        "a",
+        "b",
+        "c",
+    ]
+    client.block("patient", [])
+    work = client.step()
+    assert getattr(work, FOLLOWED) == [], "somebody waits"
+    assert client.ended.keys() == {"short"}
+    assert len(client.said["patient"]) == 2
+    client.step()
+    assert len(client.said["patient"]) == 3
+
+
+def test_where_tokens_are_drawn_no_pass_is_launched_early(made: Made) -> None:
+    client = Client(made(uniform=True, early=True))
+    spoken(client, "a", "b", ahead=20)
+    client.scheduler._by_key["b"].greedy = False
+    for _ in range(3):
+        assert getattr(client.step(), FOLLOWED) == []

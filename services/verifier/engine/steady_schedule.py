@@ -167,7 +167,8 @@ class SteadySchedule:
         return self._schedule(ready)
 
     def _follow(self, launched: list[tuple[Session, int]]) -> SchedulerOutput | None:
-        """The step whose pass was launched before; None where all its sessions have gone. Their blocks wait for the next."""
+        """The step whose pass was launched before; None where all its sessions have gone. Blocks that are worth a pass have
+        the next one, which is not launched early then."""
         own, held_back = self._scheduler, 0
         sessions: list[Session] = []
         places: list[int] = []
@@ -187,7 +188,9 @@ class SteadySchedule:
         own._step.began = own.ended_s
         own.counters.early_steps += 1
         self._unsorted = len(sessions) < len(own.running)
-        return self._schedule(self._bare(sessions), places)
+        armed = sum(session.armed is not None for session in own._by_request.values())
+        more = not held_back and armed == len(sessions)
+        return self._schedule(self._bare(sessions), places, more=more)
 
     def _bare(self, sessions: list[Session], requests: list[Request] | None = None) -> Ready:
         """A pass of one row for each of these sessions, without drafts."""
@@ -255,11 +258,13 @@ class SteadySchedule:
         room: bool = said < request.max_tokens and request.num_tokens + 1 < self._scheduler.max_model_len
         return room and said - session.taken < session.permitted
 
-    def _schedule(self, ready: Ready, places: list[int] | None = None) -> SchedulerOutput:
+    def _schedule(
+        self, ready: Ready, places: list[int] | None = None, *, more: bool = True
+    ) -> SchedulerOutput:
         """As the second half of `Scheduler.schedule`, and as `_update_after_schedule`, vLLM's and ours; `places` are those
-        in a pass that was launched already."""
+        in a pass that was launched already, and `more` says whether another may be."""
         own = self._scheduler
-        followed, needs = self._followed(ready)
+        followed, needs = self._followed(ready) if more else ([], ready.needs)
         ready = ready._replace(needs=needs)
         own.current_step += 1
         own.prefill_capacity_bound = False
