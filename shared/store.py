@@ -228,6 +228,7 @@ class Store:
         )
         if verdict == b"taken":
             raise SessionTaken(f"session {message.session} exists with another prompt; choose another id")
+        await self._index(message.session, partition)
         return _state(message.session, record)
 
     async def place(
@@ -266,6 +267,7 @@ class Store:
             raise StaleState(
                 f"session {session} is in epoch {state.epoch}, not {expected_epoch}", state=state
             )
+        await self._index(session, partition)
         return state
 
     async def claim(self, session: str, *, epoch: int, owner: str) -> Claim:
@@ -367,7 +369,7 @@ class Store:
             raise StaleState(
                 f"session {session} is driven by {state.reply.gateway} since epoch {epoch}", state=state
             )
-        await self._redis.command("SREM", self._partition_key(state.partition), session)
+        await self._unindex([session], state.partition)
         return state
 
     async def touch(self, session: str) -> bool:
@@ -456,11 +458,10 @@ class Store:
         """The open sessions that are placed on a partition of the drafts topic."""
         key = self._partition_key(partition)
         names = [_bytes(name).decode() for name in _list(await self._redis.command("SMEMBERS", key))]
-        found = await self._states(names)
-        here = [state for state in found if state.partition == partition and _live(state)]
+        here = await self._open_on(partition, names)
         gone = set(names).difference(state.session for state in here)
         if gone:
-            await self._redis.command("SREM", key, *gone)
+            await self._unindex(sorted(gone), partition)
         return here
 
     async def expire(self, limit: int = MOST_EXPIRED) -> list[SessionState]:
@@ -561,12 +562,27 @@ class Store:
         return await self._redis.script(self._scripts.lease, (key,), (step, holder, int(ttl_s * 1000))) == 1
 
     async def _index(self, session: str, partition: int, *, new: bool = False) -> None:
+        """Enter a session in the indexes: before it comes to the partition, so that none is there that isn't entered, and
+        once more after it, for who has looked in between has taken it out (`_unindex`)."""
         now_ms = int(time.time() * 1000)
         commands: list[tuple[Argument, ...]] = [("SADD", self._partition_key(partition), session)]
         if new:
             commands.append(("ZADD", self._created_key, "NX", now_ms, session))
             commands.append(("ZADD", self._touched_key, "NX", now_ms, session))
         await self._redis.pipeline(commands)
+
+    async def _unindex(self, sessions: Sequence[str], partition: int) -> None:
+        """Take sessions out of a partition's index that aren't open there. Who comes there before that is seen by a second
+        look and put back, who comes later enters itself."""
+        key = self._partition_key(partition)
+        await self._redis.command("SREM", key, *sessions)
+        if back := await self._open_on(partition, sessions):
+            await self._redis.command("SADD", key, *(state.session for state in back))
+
+    async def _open_on(self, partition: int, sessions: Iterable[str]) -> list[SessionState]:
+        """Those of the sessions that are open on the partition."""
+        found = await self._states(sessions)
+        return [state for state in found if state.partition == partition and _live(state)]
 
     async def _forget(self, sessions: Sequence[str]) -> None:
         if sessions:

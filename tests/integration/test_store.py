@@ -9,7 +9,7 @@ import re
 import statistics
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +26,7 @@ from redis.crc import key_slot
 from shared.errors import InvalidRequest, SessionNotFound, SessionTaken, StoreUnavailable
 from shared.protocol import FinishReason, GenerationParams, OpenSession, Outcome, ReplyRoute, TokenLogprobs
 from shared.redis_client import RedisClient, Script
-from shared.session import SessionStatus
+from shared.session import SessionState, SessionStatus
 from shared.settings import CommonSettings
 from shared.stack.ports import free_port
 from shared.stack.redis import RedisServer
@@ -914,6 +914,51 @@ async def test_the_open_sessions_of_a_partition_are_found_wherever_they_moved(st
     assert [state.session for state in await store.sessions_on(4)] == ["a"]
     await store.commit("c", epoch=1, round=0, base=0, tokens=(5,), finish_reason=FinishReason.STOP)
     assert await store.sessions_on(3) == []
+
+
+@pytest.mark.parametrize("look", [1, 2])
+@pytest.mark.parametrize("comes", ["opened", "moved", "reopened"])
+async def test_a_session_that_comes_while_its_partition_is_looked_through_is_found_there(
+    store: Store, monkeypatch: pytest.MonkeyPatch, comes: str, look: int
+) -> None:
+    """It is entered in the index before it is there, and who sees that takes it out."""
+    if comes == "moved":
+        await opened(store, "late", partition=4)
+    elif comes == "reopened":
+        await opened(store, "late", partition=3)
+        await store.close("late", status=SessionStatus.DETACHED, reason="")
+    await store._index("late", 3, new=comes == "opened")
+    states, looks = store._states, 0
+
+    async def between(sessions: Iterable[str]) -> list[SessionState]:
+        nonlocal looks
+        found, looks = await states(sessions), looks + 1
+        if looks == look:
+            if comes == "opened":
+                await opened(store, "late", partition=3)
+            else:
+                await store.place("late", verifier="v", partition=3, reopen=comes == "reopened")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_states", between)
+        assert await store.sessions_on(3) == []
+    assert [state.session for state in await store.sessions_on(3)] == ["late"]
+
+
+async def test_a_session_that_is_opened_again_while_it_closes_is_found_on_its_partition(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await opened(store, "s", partition=3)
+    unindex = store._unindex
+
+    async def between(sessions: Sequence[str], partition: int) -> None:
+        await store.place("s", verifier="v", partition=3, reopen=True)
+        await unindex(sessions, partition)
+
+    monkeypatch.setattr(store, "_unindex", between)
+    await store.close("s", status=SessionStatus.DETACHED, reason="")
+    assert [state.session for state in await store.sessions_on(3)] == ["s"]
 
 
 async def test_speculative_state_is_of_one_round_and_epoch_and_ends_with_the_commit(store: Store) -> None:
