@@ -17,7 +17,7 @@ import pytest
 
 from services.verifier.engine.checkpoint import Checkpoint
 from services.verifier.engine.engine import VllmEngine, _State
-from services.verifier.engine.types import EngineInfo
+from services.verifier.engine.types import BlockStatus, EngineInfo
 from shared.protocol import GenerationParams, Policy
 from tests.integration.bare_scheduler import WORDS, Client, Made, bare_schedulers, truth
 from tests.integration.engine_bench import (
@@ -154,7 +154,8 @@ def engine_over(between: Between, target: TinyTarget, *, own_drafts: bool) -> Vl
 async def follow(
     engine: VllmEngine, between: Between, name: str, random: Random, drafters: Sequence[Drafter]
 ) -> None:
-    """A session of a client whose drafts are sometimes right, and who sometimes leaves."""
+    """A session of a client whose drafts are sometimes right, and who sometimes leaves; like the verifier it does not wait
+    for what becomes of a block before it reads on."""
     drafter = random.choice(drafters)
     prompt = tuple(random.choice(WORDS) for _ in range(random.randint(90, 120)))
     policy = random.choice([Policy.LATENCY, Policy.LATENCY, Policy.COST])
@@ -162,17 +163,21 @@ async def follow(
     stream = engine.open(name, prompt, (), params)
     answer = tuple(truth(engine._open[name].key, place) for place in range(LENGTH))
     output = await anext(stream)
-    said = output.tokens
+    said, submitting = output.tokens, list[asyncio.Task[BlockStatus]]()
     while output.finish_reason is None:
         await between.pause()
         if random.random() < LEAVING:
             await engine.close(name)
             return
         block = drafter(answer, said, random)
-        await engine.submit(name, len(said), block, alone=random.random() < 0.5)
+        submitting.append(
+            asyncio.create_task(engine.submit(name, len(said), block, alone=random.random() < 0.5))
+        )
+        await asyncio.sleep(0)
         output = await anext(stream)
         said += output.tokens
     assert said == answer
+    await asyncio.gather(*submitting)
 
 
 @pytest.mark.parametrize("own_drafts", [False, True], ids=["plain", "own drafts"])

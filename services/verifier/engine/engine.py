@@ -298,15 +298,14 @@ class VllmEngine:
         if not tokens and opened.goes_on(own_base, ahead):
             return BlockStatus.QUEUED
         opened.taken, opened.permitted = own_base, ahead
-        call = llm.submit_block(
-            opened.key, own_base, list(tokens), levels, drawn_from, opened.submitted, ahead
-        )
+        number = opened.submitted
+        call = llm.submit_block(opened.key, own_base, list(tokens), levels, drawn_from, number, ahead)
         status = BlockStatus(await self._call(call))
         if status is BlockStatus.GONE and opened.ahead:
             # it has come to its end by itself: what it said is on its way, or there
             status = BlockStatus.STALE
         if status is BlockStatus.STALE:
-            opened.asked = 0  # it went on by itself
+            opened.ask_no_more(number)  # it went on by itself
         return status if not answered else BlockStatus.QUEUED
 
     async def close(self, session: str) -> None:

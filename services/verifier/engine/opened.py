@@ -38,6 +38,8 @@ class Opened:
     """Of which the outputs have been read."""
     wanted: asyncio.Event = field(default_factory=asyncio.Event)
     outputs: RequestOutputCollector | None = None
+    _lacks: bool = False
+    """What was read does not answer what is asked yet."""
 
     def __post_init__(self) -> None:
         self.wanted.set()  # the first token is waited for
@@ -58,6 +60,14 @@ class Opened:
         self.wanted.set()
         return 0 if reaches_on else len(unread)
 
+    def ask_no_more(self, number: int) -> None:
+        """Block `number` has no answer of its own: any tokens will do, those that were read besides, too."""
+        if self.submitted != number:
+            return
+        self.asked = 0
+        if self._lacks and self.outputs is not None:
+            self.outputs.ready.set()
+
     def goes_on(self, taken: int, ahead: int) -> bool:
         """Whether the engine goes on as it should if it isn't told that so many tokens are taken and it may be so far ahead:
         it knows that, and won't stop for their sake."""
@@ -68,8 +78,13 @@ class Opened:
         assert self.outputs is not None
         await self.wanted.wait()
         found = self.outputs.get_nowait() or await self.outputs.get()
-        while not self._answers(found):
-            found.add(await self.outputs.get(), aggregate=True)
+        self._lacks = not self._answers(found)
+        while self._lacks:
+            await self.outputs.ready.wait()
+            self.outputs.ready.clear()  # `get` turns without end where it is set and there is nothing
+            if (more := self.outputs.get_nowait()) is not None:
+                found.add(more, aggregate=True)
+            self._lacks = not self._answers(found)
         if self.ahead:
             self.asked = 0
             self.wanted.clear()
