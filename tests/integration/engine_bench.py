@@ -99,6 +99,35 @@ class Bench:
         return EngineOutput(tokens, output.finish_reason)
 
 
+async def follow(
+    bench: Bench,
+    session: str,
+    prompt: Tokens,
+    truth: Tokens,
+    params: GenerationParams,
+    drafter: Drafter,
+    seed: int,
+    pause_s: float = 0.0,
+) -> EngineOutput:
+    """A whole session of a client that is sometimes slow: each of its blocks gets one answer, that goes on from it."""
+    rng = random.Random(seed)
+    stream = bench.engine.open(session, prompt, (), params)
+    output = await next_output(stream)
+    tokens = output.tokens
+    while output.finish_reason is None:
+        await asyncio.sleep(rng.random() * pause_s)
+        block = drafter(truth, tokens, rng)
+        await bench.engine.submit(session, len(tokens), block)
+        output = await next_output(stream)
+        agreed = common_prefix(block, truth[len(tokens) :])
+        if output.finish_reason is None:
+            said = f"{session} after {len(tokens)} tokens: {output.tokens} of {block}"
+            assert len(output.tokens) >= max(1, agreed + (agreed < len(block))), said
+        tokens += output.tokens
+    await assert_ended(stream)
+    return EngineOutput(tokens, output.finish_reason)
+
+
 async def next_output(stream: AsyncIterator[EngineOutput]) -> EngineOutput:
     return await asyncio.wait_for(anext(stream), DEADLINE_S)
 
@@ -181,6 +210,10 @@ def settings_for(target: TinyTarget, **changes: object) -> VerifierSettings:
 
 def endless(max_tokens: int = 40) -> GenerationParams:
     return GenerationParams(max_tokens=max_tokens, ignore_eos=True, policy=Policy.COST)
+
+
+def eager(max_tokens: int = 40) -> GenerationParams:
+    return GenerationParams(max_tokens=max_tokens, ignore_eos=True, policy=Policy.LATENCY)
 
 
 def assert_accounted(since: EngineStats, until: EngineStats) -> None:

@@ -11,17 +11,17 @@ import pytest_asyncio
 
 from services.verifier.engine.engine import VllmEngine
 from services.verifier.engine.types import BlockStatus, EngineOutput
-from shared.protocol import FinishReason, GenerationParams, Policy, Sampling, Tokens
+from shared.protocol import FinishReason, Policy, Sampling, Tokens
 from tests.integration.engine_bench import (
     DEADLINE_S,
     DRAFTERS,
     MAX_SESSIONS,
     Bench,
-    Drafter,
     always_right,
     assert_ended,
     change,
-    common_prefix,
+    eager,
+    follow,
     next_output,
     nothing,
     settings_for,
@@ -31,7 +31,6 @@ from tests.integration.engine_bench import (
 from tests.integration.tiny_target import TinyTarget, random_prompt
 
 AHEAD = 4
-LENGTH = 40
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
 
@@ -48,39 +47,6 @@ async def cramped(tiny_target: TinyTarget) -> AsyncIterator[Bench]:
     settings = settings_for(tiny_target, floor_ahead=AHEAD, kv_cache_mb=2, max_sessions=8, exit_layers="6")
     async with Bench.over(VllmEngine(settings)) as bench:
         yield bench
-
-
-def eager(max_tokens: int = LENGTH) -> GenerationParams:
-    return GenerationParams(max_tokens=max_tokens, ignore_eos=True, policy=Policy.LATENCY)
-
-
-async def follow(
-    bench: Bench,
-    session: str,
-    prompt: Tokens,
-    truth: Tokens,
-    params: GenerationParams,
-    drafter: Drafter,
-    seed: int,
-    pause_s: float = 0.0,
-) -> EngineOutput:
-    """A whole session of a client that is sometimes slow: each of its blocks gets one answer, that goes on from it."""
-    rng = random.Random(seed)
-    stream = bench.engine.open(session, prompt, (), params)
-    output = await next_output(stream)
-    tokens = output.tokens
-    while output.finish_reason is None:
-        await asyncio.sleep(rng.random() * pause_s)
-        block = drafter(truth, tokens, rng)
-        await bench.engine.submit(session, len(tokens), block)
-        output = await next_output(stream)
-        agreed = common_prefix(block, truth[len(tokens) :])
-        if output.finish_reason is None:
-            said = f"{session} after {len(tokens)} tokens: {output.tokens} of {block}"
-            assert len(output.tokens) >= max(1, agreed + (agreed < len(block))), said
-        tokens += output.tokens
-    await assert_ended(stream)
-    return EngineOutput(tokens, output.finish_reason)
 
 
 async def asked_while_waiting(

@@ -24,8 +24,11 @@ from tests.integration.engine_bench import (
     MAX_BLOCK,
     MAX_SESSIONS,
     Bench,
+    Drafter,
     change,
+    eager,
     endless,
+    follow,
     next_output,
     nothing,
     partly_right,
@@ -36,6 +39,7 @@ from tests.integration.tiny_target import TinyTarget, random_prompt
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
 
 AHEAD = 6
+PAUSE_S = 0.01
 ROOM = MAX_SESSIONS * (MAX_BLOCK + 1)
 """Rows of a step: as on CUDA, all sessions' blocks fit, padding included."""
 WORKER = "tests.integration.steady_worker.SteadyWorker"
@@ -192,35 +196,24 @@ async def test_steps_that_wait_for_patient_sessions_are_rehearsed_and_say_the_sa
 # --- passes before their time -------------------------------------------------------------------------------------
 
 
-async def follow(
-    bench: Bench, session: str, prompt: Tokens, truth: Tokens, drafts: float, random: Random
-) -> Tokens:
-    """What a session says whose client drafts now and then."""
-    params = GenerationParams(max_tokens=len(truth), ignore_eos=True, policy=Policy.LATENCY)
-    stream = bench.engine.open(session, prompt, (), params)
-    output = await next_output(stream)
-    said = output.tokens
-    while output.finish_reason is None:
-        await asyncio.sleep(random.choice((0.0, 0.0, 0.01)))
-        block = partly_right(truth, said, random) if random.random() < drafts else ()
-        await bench.engine.submit(session, len(said), block)
-        output = await next_output(stream)
-        said += output.tokens
-    return said
+def now_and_then(share: float) -> Drafter:
+    """One that is partly right, that often."""
+    return lambda truth, out, rng: partly_right(truth, out, rng) if rng.random() < share else ()
 
 
 @pytest.mark.parametrize("count", [1, 3, MAX_SESSIONS])
 @pytest.mark.parametrize("drafts", [0.0, 0.1, 0.5])
 async def test_passes_that_are_launched_early_say_the_same(early: Bench, count: int, drafts: float) -> None:
     prompts = [random_prompt(800 + n, 8 + 7 * n) for n in range(count)]
-    lengths = [20 + n for n in range(count)]
-    truths = [
-        (await early.answer(prompt, endless(length))).tokens
-        for prompt, length in zip(prompts, lengths, strict=True)
-    ]
+    params = [eager(20 + n) for n in range(count)]
+    truths = [await early.answer(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
     before = await early.engine.stats()
+    drafter = now_and_then(drafts)
     found = await asyncio.gather(
-        *(follow(early, f"e{n}", prompts[n], truths[n], drafts, Random(n)) for n in range(count))
+        *(
+            follow(early, f"e{n}", prompts[n], truths[n].tokens, params[n], drafter, n, PAUSE_S)
+            for n in range(count)
+        )
     )
     assert found == truths
     spent = await early.engine.stats()
@@ -249,13 +242,10 @@ async def test_early_passes_are_exact_beside_sessions_of_every_kind(early: Bench
         return truths[n]
 
     async def session(n: int) -> Tokens:
-        return await (
-            other(n)
-            if n % 4 == 0
-            else leave(n)
-            if n % 4 == 1
-            else follow(early, f"k{n}", prompts[n], truths[n], 0.0, Random(n))
-        )
+        if n % 4 < 2:
+            return await (leave(n) if n % 4 else other(n))
+        params = eager(len(truths[n]))
+        return (await follow(early, f"k{n}", prompts[n], truths[n], params, nothing, n, PAUSE_S)).tokens
 
     assert await asyncio.gather(*(session(n) for n in own)) == truths
     assert (await early.engine.stats()).early_steps > before.early_steps
@@ -269,10 +259,14 @@ async def test_sessions_that_are_computed_anew_between_early_passes_are_exact(
     async with Bench.over(VllmEngine(settings)) as bench:
         count, length = 8, 60
         prompts = [random_prompt(seed, bench.info.kv_capacity_tokens // count - 40) for seed in range(count)]
-        truths = [(await bench.answer(prompt, endless(length))).tokens for prompt in prompts]
+        params = eager(length)
+        truths = [await bench.answer(prompt, params) for prompt in prompts]
         before = await bench.engine.stats()
         found = await asyncio.gather(
-            *(follow(bench, f"s{n}", prompts[n], truths[n], 0.0, Random(n)) for n in range(count))
+            *(
+                follow(bench, f"s{n}", prompts[n], truths[n].tokens, params, nothing, n, PAUSE_S)
+                for n in range(count)
+            )
         )
         stats = await bench.engine.stats()
     assert found == truths

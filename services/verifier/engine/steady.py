@@ -307,11 +307,16 @@ class SteadySteps(SessionRows):
 
     def _lay_out_gathered(self, gathered: Gathered, graph: Graph) -> None:
         """Lay out the pass from what the scheduler has gathered."""
-        layout = self._laid_out_for(len(gathered.rows), graph)
-        layout.computed[:] = gathered.computed
+        layout = self._lay_out_rows(gathered, gathered.rows, gathered.computed, graph)
         layout.inputs.reshape(-1)[:] = gathered.tokens
-        layout.blocks[:, : gathered.held] = gathered.table.blocks[gathered.rows, : gathered.held]
+
+    def _lay_out_rows(self, gathered: Gathered, rows: list[int], computed: list[int], graph: Graph) -> Layout:
+        """Lay out all but the tokens of a pass of the sessions in these rows of the table."""
+        layout = self._laid_out_for(len(rows), graph)
+        layout.computed[:] = computed
+        layout.blocks[:, : gathered.held] = gathered.table.blocks[rows, : gathered.held]
         self._place(layout, graph.width)
+        return layout
 
     def _show_gathered(self, output: SchedulerOutput, gathered: Gathered, width: int) -> None:
         """As `_show_blocks`, from what the scheduler has gathered."""
@@ -386,11 +391,9 @@ class SteadySteps(SessionRows):
             return
         sessions = len(followed)
         self._settle()
-        layout = self._laid_out_for(sessions, graph)
-        layout.computed[:] = [gathered.computed[place] + 1 for place in followed]
         rows = [gathered.rows[place] for place in followed]
-        layout.blocks[:, : gathered.held] = gathered.table.blocks[rows, : gathered.held]
-        self._place(layout, 1)
+        computed = [gathered.computed[place] + 1 for place in followed]
+        self._lay_out_rows(gathered, rows, computed, graph)
         metadata, slots = self._hand_over(sessions, graph)
         self._feed(self._current, self._current.rows(followed))
         self._handed_over = self._mark()

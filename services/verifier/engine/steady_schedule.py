@@ -234,14 +234,18 @@ class SteadySchedule:
         own, count = self._scheduler, len(ready.sessions)
         total = count + (sum(ready.drafts) if ready.longest is None else count * ready.longest)
         drafting = count * own.vllm_config.speculative_config.max_num_new_slots_for_drafting
-        free: int = own.kv_cache_manager.block_pool.get_num_free_blocks()
         most: int = min(own.max_num_scheduled_tokens, own.scheduler_config.max_num_batched_tokens - drafting)
-        return sum([need.missing for need in ready.needs]) <= free and total <= most
+        return self._are_free(ready.needs) and total <= most
+
+    def _are_free(self, needs: list[Need]) -> bool:
+        """Whether the KV cache has that many blocks left."""
+        free: int = self._scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+        return sum([need.missing for need in needs]) <= free
 
     def _followed(self, ready: Ready) -> tuple[list[int], list[Need]]:
         """Places of sessions whose next pass is launched early, and what all then need of the KV cache; none where that
         pass had better wait for what comes."""
-        own, free = self._scheduler, self._scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+        own = self._scheduler
         if not own.early or ready.longest != 0 or own.waiting or self._drafting(0.0) > FEW:
             return [], ready.needs
         places = [place for place, session in enumerate(ready.sessions) if self._says_more(session)]
@@ -250,7 +254,7 @@ class SteadySchedule:
         needs = ready.needs.copy()
         for place in places:
             needs[place] = self._need(ready.sessions[place], 1)
-        return (places, needs) if sum(need.missing for need in needs) <= free else ([], ready.needs)
+        return (places, needs) if self._are_free(needs) else ([], ready.needs)
 
     def _says_more(self, session: Session) -> bool:
         """Whether it goes on by itself after another token, whatever that is but one that ends it."""
