@@ -11,7 +11,7 @@ import torch
 from services.verifier.engine.channel import ChannelMessage, ExitMessage, Sender
 from services.verifier.engine.device_head import DeviceHead
 from services.verifier.engine.exit_files import ExitSet
-from services.verifier.engine.exit_head import ExactHead, Naming, largest
+from services.verifier.engine.exit_head import SHORTLIST, ExactHead, Naming, largest
 from services.verifier.engine.exit_modules import JUDGEMENT_INPUTS, ExitModule, TrainedExit
 from services.verifier.engine.exits import ExitReader, Pass, VerifiedRows
 from services.verifier.engine.graph_exits import Blocks, GraphExits
@@ -178,6 +178,25 @@ def test_a_shortlist_in_fewer_dimensions_finds_the_likeliest() -> None:
     assert torch.allclose(rough.log_probs, exact.log_probs, atol=1e-4)
     assert torch.allclose(rough.drafted, exact.drafted, atol=1e-4)
     assert torch.equal(rough.draft_rows, exact.draft_rows)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_which_of_two_nearly_equal_tokens_ends_the_shortlist_makes_no_difference(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, generator=generator)).Q[:, :10]
+    weight = torch.randn(640, HIDDEN, generator=generator)
+    head = DeviceHead(weight, Naming(None, basis.T, basis, 0.1))
+    hidden = torch.randn(1, HIDDEN, generator=generator)
+    last, next_one = (hidden @ basis @ head.rough.T)[0].topk(SHORTLIST + 1).indices[-2:].tolist()
+    apart = head.rough[last] - head.rough[next_one]
+    tie = -float(hidden[0] @ basis @ apart) / float(apart @ apart)
+    sides = [hidden + (tie + side / float(apart.norm())) * (basis @ apart) for side in (1e-5, -1e-5)]
+    lists = [set(largest(one @ basis @ head.rough.T, SHORTLIST)[0].tolist()) for one in sides]
+    assert lists[0] ^ lists[1] == {last, next_one}
+    scores = [head(one, torch.tensor([3]), 5) for one in sides]
+    one, other = (dict(zip(each.tokens[0].tolist(), each.log_probs[0], strict=True)) for each in scores)
+    assert len(one.keys() & other.keys()) >= 4
+    assert all(abs(one[token] - other[token]) < 2e-4 for token in one.keys() & other.keys())
 
 
 def test_largest_are_those_of_topk() -> None:

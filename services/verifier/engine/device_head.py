@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from services.verifier.engine.exit_head import SHORTLIST, Naming, Scores, largest
+from services.verifier.engine.exit_head import EDGE, SHORTLIST, Naming, Scores, largest
 from shared.sampling.rules import Row
 
 
@@ -40,9 +40,17 @@ class DeviceHead:
         rows = functional.embedding(torch.cat((tokens, drafts[:, None]), dim=1), self.weight)
         logits = _products(rows, hidden)
         exact, drafted = logits[:, :-1], logits[:, -1]
-        log_probs = rough.scatter(1, columns, exact - self.tail).log_softmax(dim=-1).gather(1, columns)
-        best, order = log_probs.topk(k, dim=-1)
-        return Scores(tokens.gather(1, order), best, drafted - exact[:, 0] + log_probs[:, 0], rows[:, -1])
+        total = self._total(rough, columns, exact)
+        best, order = (exact - total).topk(k, dim=-1)
+        return Scores(tokens.gather(1, order), best, drafted - total[:, 0], rows[:, -1])
+
+    def _total(self, rough: Tensor, columns: Tensor, exact: Tensor) -> Tensor:
+        """`[rows, 1]`: the logarithm of the normalising sum, in which exact logits `[rows, n]` take the place of the rough
+        ones at `columns`, and less of it near the shortlist's edge."""
+        listed = rough.gather(1, columns)
+        kept = ((listed - listed.amin(dim=1, keepdim=True)) / EDGE).clamp(max=1.0)
+        mixed = torch.logaddexp(exact - self.tail + kept.log(), listed + torch.log1p(-kept))
+        return rough.scatter(1, columns, mixed).logsumexp(dim=-1, keepdim=True) + self.tail
 
 
 def product(values: Tensor, matrix: Tensor) -> Tensor:

@@ -28,6 +28,9 @@ from shared.sampling.rules import Row
 SHORTLIST: Final = 16
 ROUGH_SHORTLIST: Final = 40
 """The same where the head is read in fewer dimensions."""
+EDGE: Final = 0.2
+"""By so much a rough logit is above the shortlist's lowest before the exact one takes its place wholly. Which of two nearly
+equal tokens is the list's last is a matter of rounding; what it stands for in the normalising sum is not, then."""
 LEAST_LOG_PROB: Final = -40.0
 """That of a token which truncation forbids."""
 CHUNK: Final = 64

@@ -8,8 +8,11 @@ where they are explained.
 import triton
 import triton.language as tl
 
+from services.verifier.engine.exit_head import EDGE
 from shared.speculation.outcomes import LEAST, SUREST_LOGIT
 
+_EDGE = tl.constexpr(EDGE)
+_MOST = tl.constexpr(65504.0)  # a float16 takes
 _LEAST = tl.constexpr(LEAST)
 _SUREST = tl.constexpr(SUREST_LOGIT)
 
@@ -95,18 +98,45 @@ def norm(values_of, weight, out, size: tl.constexpr, eps: tl.constexpr, block: t
 
 
 @triton.jit
-def chunks(
-    rough, best, total, columns: tl.constexpr, chunks: tl.constexpr, chunk: tl.constexpr, many: tl.constexpr
+def rough_logits(
+    states,
+    matrix,
+    rough,
+    best,
+    total,
+    rows,
+    stride: tl.constexpr,
+    width: tl.constexpr,
+    columns: tl.constexpr,
+    chunks: tl.constexpr,
+    chunk: tl.constexpr,
+    tall: tl.constexpr,
+    deep: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    number = tl.program_id(1) * many + tl.arange(0, many)
-    at = number[:, None] * chunk + tl.arange(0, chunk)[None, :]
-    values = tl.load(rough + row.to(tl.int64) * columns + at, mask=at < columns, other=float("-inf"))
+    row = tl.program_id(0) * tall + tl.arange(0, tall)
+    number = tl.program_id(1)
+    at = number * chunk + tl.arange(0, chunk)
+    part = tl.arange(0, deep)
+    known, named = row < rows, at < columns
+    values = tl.zeros([tall, chunk], dtype=tl.float32)
+    lines = matrix + at.to(tl.int64)[None, :] * width + part[:, None]
+    for start in range(0, width, deep):
+        inside = start + part < width
+        state = tl.load(
+            states + row[:, None] * stride + start + part[None, :],
+            mask=known[:, None] & inside[None, :],
+            other=0.0,
+        )
+        weights = tl.load(lines + start, mask=inside[:, None] & named[None, :], other=0.0)
+        values = tl.dot(state, weights, values, input_precision="ieee")
+    kept = tl.minimum(tl.maximum(values, -_MOST), _MOST).to(rough.dtype.element_ty)
+    tl.store(
+        rough + row.to(tl.int64)[:, None] * columns + at[None, :], kept, mask=known[:, None] & named[None, :]
+    )
+    values = tl.where(named[None, :], kept.to(tl.float32), float("-inf"))  # what is kept is what is summed
     highest = tl.max(values, axis=1)
-    known = tl.where(highest == float("-inf"), 0.0, highest)
-    inside = number < chunks
-    tl.store(best + row * chunks + number, highest, mask=inside)
-    tl.store(total + row * chunks + number, tl.sum(tl.exp(values - known[:, None]), axis=1), mask=inside)
+    tl.store(best + row * chunks + number, highest, mask=known)
+    tl.store(total + row * chunks + number, tl.sum(tl.exp(values - highest[:, None]), axis=1), mask=known)
 
 
 @triton.jit
@@ -201,7 +231,7 @@ def score(
         within = tl.sum(within + of_both.to(tl.float32) * (seen_state * seen_token), axis=1)
         within += bias.to(tl.float32)
     roughly, column = _largest(
-        tl.reshape(values, [shortlist * chunk]),
+        tl.reshape(values.to(tl.float32), [shortlist * chunk]),
         tl.reshape(at, [shortlist * chunk]),
         chunks_block * chunk - 1,
         shortlist,
@@ -221,10 +251,12 @@ def score(
         sums += tl.sum(products, axis=2)
     exact = tl.sum(sums, axis=1)
     exact = tl.where(exact > float("-inf"), exact, float("-inf"))  # not what is no number
-    on_list = tl.log(tl.sum(tl.exp(roughly - total), axis=0))
+    kept = tl.minimum((roughly - tl.min(roughly, axis=0)) * (1.0 / _EDGE), 1.0)
+    kept = tl.where(roughly > float("-inf"), kept, 0.0)
+    on_list = tl.log(tl.sum(kept * tl.exp(roughly - total), axis=0))
     rest = total + tl.log(_not(tl.minimum(on_list, -1e-6))) + tail
     top = tl.max(exact, axis=0)
-    known = top + tl.log(tl.sum(tl.exp(exact - top), axis=0))
+    known = top + tl.log(tl.sum(kept * tl.exp(exact - top), axis=0))
     higher = tl.maximum(known, rest)
     total = higher + tl.log(tl.exp(known - higher) + tl.exp(rest - higher))
     drafted = own - total

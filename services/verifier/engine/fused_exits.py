@@ -4,7 +4,7 @@ Beside a target's large products an exit's small operations cost their number, n
 multiprocessor is free. Products stay with the vendor's library; between them stand
 
     gather  rows of the residual stream, their sum, the adapter's norm      gated   silu(gate) · up
-    norm    the model's last one                                            chunks  maximum and sum of each 64 logits
+    norm    the model's last one          rough_logits   and of each 64 the largest and their sum
     score   of a row: the shortlist, exact logits, the judge                rank    of a block: its likeliest outcomes
 
 All arithmetic between products is in float32. Tests hold this against the same formulas in PyTorch.
@@ -20,7 +20,7 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from services.verifier.engine import exit_kernels as kernels
-from services.verifier.engine.device_head import DeviceHead, product
+from services.verifier.engine.device_head import DeviceHead
 from services.verifier.engine.exit_head import CHUNK, SHORTLIST
 from services.verifier.engine.exit_modules import FEATURES, ExitModule, TrainedExit
 from services.verifier.engine.ranking import RANK_FIELDS
@@ -28,8 +28,11 @@ from services.verifier.engine.ranking import RANK_FIELDS
 MOST_CHUNKS: Final = 4096
 SCORE_WARPS: Final = 8
 """That score a row."""
-CHUNKS: Final = 16
-"""That a program reads of a row."""
+LEAST_TALL: Final = 16
+TALLEST: Final = 128
+"""Rows of a program that multiplies by the rough head: a power of two."""
+DEEP: Final = 64
+"""Dimensions that it takes at a time."""
 FEW_ROWS: Final = 128
 """Rows that a device of today scores at once, one a multiprocessor."""
 SHARED_REGISTERS: Final = 128
@@ -62,6 +65,8 @@ class FusedExit:
         self._head, self._norm_weight, self._epsilon = head, norm_weight, epsilon
         self._size, self._outcomes = len(norm_weight), outcomes
         self._calibration = module.calibration
+        # half as much to write and read; the sum is of what is written
+        self._rough_type = torch.float32 if head.rough.dtype is torch.float32 else torch.float16
         self._adapter_weight, self._adapter_epsilon = norm_weight, epsilon
         self._gate_up = self._down = None
         self._judge: _Judge | None = None
@@ -110,11 +115,17 @@ class FusedExit:
         head, judge = self._head, self._judge
         small = normed if self._small is None else normed @ self._small.T
         columns = len(head.rough)
-        rough = product(normed if head.reduce is None else small[:, : self._state_at], head.rough)
         chunks = cdiv(columns, CHUNK)
+        rough = torch.empty((rows, columns), dtype=self._rough_type, device=device)
         best = torch.empty((rows, chunks), dtype=torch.float32, device=device)
         total = torch.empty_like(best)
-        kernels.chunks[(rows, cdiv(chunks, CHUNKS))](rough, best, total, columns, chunks, CHUNK, CHUNKS)
+        tall = min(TALLEST, max(LEAST_TALL, next_power_of_2(rows)))
+        kernels.rough_logits[(cdiv(rows, tall), chunks)](
+            normed if head.reduce is None else small, head.rough, rough, best, total,
+            rows, size if head.reduce is None else small.shape[1], head.rough.shape[1],
+            columns, chunks, CHUNK, tall, DEEP,
+            num_warps={16: 2, 128: 8}.get(tall, 4), num_stages=3 if tall > 64 else 2,
+        )  # fmt: skip
         named = self._outcomes + 1
         tokens = torch.empty((rows, named), dtype=torch.int32, device=device)
         log_probs = torch.empty((rows, named), dtype=torch.float32, device=device)
