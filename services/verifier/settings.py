@@ -72,10 +72,11 @@ class VerifierSettings(ModelSettings):
         "they are committed and sent together. Unset: 32 on CUDA; on a CPU 16 with a draft head, as long as nobody else "
         "drafts, and 0 without one.",
     )
-    early_passes: bool = Field(
-        False,
-        description="On CUDA, launch a pass of sessions that go on by themselves before the one before it has ended, so "
-        "that the GPU does not wait for the host in between. A block that comes meanwhile waits a pass longer.",
+    early_passes: bool | None = Field(
+        None,
+        description="Launch a pass of sessions that go on by themselves before the one before it has ended, as long as "
+        "hardly anybody drafts: a GPU does not wait for the host in between. A block that comes meanwhile waits a pass "
+        "longer. Unset: on CUDA.",
     )
     session_queue: Positive = Field(
         32, description="Messages that wait for one session; more are answered as faults."

@@ -133,7 +133,7 @@ class VllmEngine:
             draft_head=str(head.file or ""),
             compact=self._settings.reads_compact,
             own_drafts=self._own_drafts,
-            early=self._settings.early_passes,
+            early=launch.early_passes(self._settings),
         )
         with launch.engine_environment(self._settings.engine_threads):
             launch.warm_up()

@@ -117,6 +117,11 @@ def floor_ahead(settings: VerifierSettings, *, drafts: bool) -> int:
     return FLOOR_AHEAD_WITH_DRAFTS if drafts else 0
 
 
+def early_passes(settings: VerifierSettings) -> bool:
+    """Whether passes may be launched before those before them have ended. On a CPU host and device are one."""
+    return on_cuda() if settings.early_passes is None else settings.early_passes
+
+
 def on_cuda() -> bool:
     """Whether the vLLM at hand is built for CUDA. `EngineError` when it is for neither CUDA nor CPU, or is not there."""
     try:
