@@ -49,8 +49,8 @@ def bare_schedulers(tiny_target: TinyTarget) -> Iterator[Made]:
     settings, checkpoint = settings_for(tiny_target), read_checkpoint(str(tiny_target.directory))
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
 
-    def make(*, kv_blocks: int = 400, **more: bool) -> SessionScheduler:
-        options = EngineOptions("ipc://nobody", (), "", 1, 1, **more)  # type: ignore[arg-type]
+    def make(*, kv_blocks: int = 400, **more: Any) -> SessionScheduler:
+        options = EngineOptions("ipc://nobody", (), "", 1, 1, **more)
         arguments = launch.arguments(settings, checkpoint, options, cuda=False)
         config = AsyncEngineArgs(**arguments).create_engine_config()
         config.cache_config.num_gpu_blocks = kv_blocks

@@ -11,7 +11,7 @@ from vllm.forward_context import BatchDescriptor
 
 from services.verifier.engine import worker
 from services.verifier.engine.options import EVEN_ROWS, FOLLOWED, GATHERED, LAUNCHED
-from services.verifier.engine.steady import Enrolled, Graph, SteadySteps
+from services.verifier.engine.steady import NO_SLOT, Enrolled, Graph, SteadySteps
 
 
 class SteadyRunner(SteadySteps, worker.SessionRunner):
@@ -62,14 +62,15 @@ class SteadyRunner(SteadySteps, worker.SessionRunner):
             self._hand_over_early(graph)
             return super()._hand_over(sessions, graph)
         roster = self._roster if getattr(output, GATHERED, None) is None or batch.num_reqs else None
-        requests = roster.requests if isinstance(roster, Enrolled) else list(output.num_scheduled_tokens)
         cached = output.scheduled_cached_reqs
+        requests = roster.requests if isinstance(roster, Enrolled) else cached.req_ids
+        self._check_prompts(graph)
         assert sorted(batch.req_ids) == ([] if roster is None else sorted(requests))
         for request, computed, new in zip(
             cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
         ):
             at, state = requests.index(request), self.requests[request]
-            rows = slice(at * graph.width, (at + 1) * graph.width)
+            rows = slice(at * graph.width, at * graph.width + output.num_scheduled_tokens[request])
             tokens = [*state.prompt_token_ids, *state.output_token_ids]
             block = output.scheduled_spec_decode_tokens.get(request, [])
             (ids,) = state.block_ids
@@ -79,14 +80,37 @@ class SteadyRunner(SteadySteps, worker.SessionRunner):
             assert self.input_ids.np[rows].tolist() == [tokens[-1], *block]
             if roster is not None:
                 assert block == list(batch.spec_token_ids[at])
-            assert self._places[rows].tolist() == list(range(computed, computed + graph.width))
+            places = self._places[rows].tolist()
+            assert places == list(range(computed, computed + len(block) + 1))
             table = batch.block_table[0]
             size, slots = table.block_size, table.slot_mapping.np[rows].tolist()
-            assert slots == [
-                ids[place // size] * size + place % size for place in self._places[rows].tolist()
-            ]
+            assert slots == [ids[place // size] * size + place % size for place in places]
             assert table.block_table.np[at, : len(ids)].tolist() == ids
         return super()._hand_over(sessions, graph)
+
+    def _check_prompts(self, graph: Graph) -> None:
+        """Prompts in parts of as many rows as blocks have; rows beyond them go nowhere."""
+        output, table, width = self._output, self.input_batch.block_table[0], graph.width
+        first = len(output.scheduled_cached_reqs.req_ids) * width
+        for new in output.scheduled_new_reqs:
+            count, computed, (ids,) = (
+                output.num_scheduled_tokens[new.req_id],
+                new.num_computed_tokens,
+                new.block_ids,
+            )
+            parts = -(-count // width)
+            rows, size = slice(first, first + count), table.block_size
+            places = list(range(computed, computed + count))
+            assert computed + count == len(new.prompt_token_ids)
+            assert self.input_ids.np[rows].tolist() == new.prompt_token_ids[computed:]
+            assert self._places[rows].tolist() == places
+            slots = [ids[place // size] * size + place % size for place in places]
+            slots += [NO_SLOT] * (parts * width - count)
+            assert table.slot_mapping.np[first : first + parts * width].tolist() == slots
+            at = slice(first // width, first // width + parts)
+            assert self._lengths[at].tolist() == [computed + width * (part + 1) for part in range(parts)]
+            assert all(row[: len(ids)].tolist() == ids for row in table.block_table.np[at])
+            first += parts * width
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """The end of the pass; what requests have said is written down once."""

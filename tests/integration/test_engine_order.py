@@ -35,7 +35,12 @@ SESSIONS = 8
 LENGTH = 30
 AHEAD = 4
 ROOM = 400
-PASSES = ["as they are", "uniform", "early"]
+PASSES: Final[dict[str, dict[str, Any]]] = {
+    "as they are": {},
+    "uniform": {"uniform": True},
+    "early": {"uniform": True, "early": True},
+    "prompts beside blocks": {"uniform": True, "early": True, "prompt_places": 4},
+}
 SEEDS = 12
 LEAVING = 0.01
 """How likely a client leaves instead of submitting a block."""
@@ -182,11 +187,11 @@ async def follow(
 
 @pytest.mark.parametrize("own_drafts", [False, True], ids=["plain", "own drafts"])
 @pytest.mark.parametrize("kv_blocks", [ROOM, 24, 12], ids=["room", "little room", "hardly any room"])
-@pytest.mark.parametrize("passes", [{}, {"uniform": True}, {"uniform": True, "early": True}], ids=PASSES)
+@pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
 async def test_all_come_to_their_end(
-    made: Made, tiny_target: TinyTarget, passes: dict[str, bool], kv_blocks: int, own_drafts: bool
+    made: Made, tiny_target: TinyTarget, passes: dict[str, Any], kv_blocks: int, own_drafts: bool
 ) -> None:
-    early_steps = 0
+    early_steps = prompt_steps = 0
     for seed in range(SEEDS):
         drafters = DRAFTERS if seed % 2 else [nothing]
         random = Random(seed)
@@ -208,7 +213,9 @@ async def test_all_come_to_their_end(
         assert not client.scheduler.requests
         assert client.scheduler.get_kv_cache_usage() == 0.0
         early_steps += client.scheduler.counters.early_steps
+        prompt_steps += client.scheduler.counters.prompt_steps
     if "early" not in passes:
         assert early_steps == 0
     elif kv_blocks == ROOM:
         assert early_steps > 0
+    assert (prompt_steps > 0) == ("prompt_places" in passes)

@@ -42,6 +42,8 @@ AHEAD = 6
 PAUSE_S = 0.01
 ROOM = MAX_SESSIONS * (MAX_BLOCK + 1)
 """Rows of a step: as on CUDA, all sessions' blocks fit, padding included."""
+PLACES = 6
+"""Prompts of up to so many blocks' worth of rows fit into an even pass of all sessions there may be."""
 WORKER = "tests.integration.steady_worker.SteadyWorker"
 
 
@@ -52,7 +54,9 @@ def even_batches() -> Iterator[None]:
 
     def even(settings: VerifierSettings, options: EngineOptions) -> dict[str, Any]:
         config = replace(options, uniform=True).as_config()
-        return {**on_cpu(settings, options), "worker_cls": WORKER, "additional_config": config}
+        places = settings.max_sessions + options.prompt_places
+        made = {"worker_cls": WORKER, "additional_config": config, "max_num_seqs": places}
+        return {**on_cpu(settings, options), **made}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "_on_cpu", even)
@@ -67,9 +71,10 @@ async def early(tiny_target: TinyTarget, even_batches: None) -> AsyncIterator[Be
         yield bench
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def bench(tiny_target: TinyTarget, even_batches: None) -> AsyncIterator[Bench]:
-    settings = settings_for(tiny_target, max_batched_tokens=ROOM)
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=[0, PLACES], ids=["", "prompts"])
+async def bench(tiny_target: TinyTarget, even_batches: None, request: Any) -> AsyncIterator[Bench]:
+    """With prompts as ever, and as rows of even passes."""
+    settings = settings_for(tiny_target, max_batched_tokens=ROOM, prompt_places=request.param)
     async with Bench.over(VllmEngine(settings)) as bench:
         yield bench
 
@@ -139,7 +144,8 @@ async def test_sessions_that_nobody_drafts_for_are_exact_beside_each_other(bench
 
 async def test_sessions_that_take_turns_come_go_and_are_drawn_now_and_then_are_exact(bench: Bench) -> None:
     """Whose blocks share a pass is another every time: passes go from vLLM's batch to none and back."""
-    random, kinds = Random(5), [endless(60), mixed(2)]
+    random, drawn = Random(5), mixed(2).model_copy(update={"policy": Policy.LATENCY})
+    kinds = [eager(60), drawn]  # a step waits for none of those that skip a turn
     prompts = [random_prompt(740 + n, 6 + 3 * n) for n in range(12)]
     params = [kinds[n % 4 == 3] for n in range(12)]
     truths = [(await bench.answer(prompt, each)).tokens for prompt, each in zip(prompts, params, strict=True)]
@@ -164,7 +170,9 @@ async def test_sessions_that_take_turns_come_go_and_are_drawn_now_and_then_are_e
         for n in [n for n in streams if len(outs[n]) >= 20 or random.random() < 0.02]:
             del streams[n]
             await bench.engine.close(f"t{n}")
-    assert (await bench.engine.stats()).steady_steps > before.steady_steps + 10
+    after = await bench.engine.stats()
+    assert after.steady_steps > before.steady_steps + 10
+    assert (after.prompt_steps - before.prompt_steps > 5) == bool(bench.engine._settings.prompt_places)
     assert len(outs) > 6
     assert all(out == truths[n][: len(out)] for n, out in outs.items())
     for n in streams:

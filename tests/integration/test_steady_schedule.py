@@ -20,6 +20,7 @@ from services.verifier.engine.options import (
     LAUNCHED,
 )
 from services.verifier.engine.scheduler import SessionScheduler
+from services.verifier.engine.sessions import PADDING
 from tests.integration.bare_scheduler import WORDS, Client, Made, bare_schedulers, truth
 from tests.integration.engine_bench import MAX_BLOCK, MAX_SESSIONS
 from tests.integration.tiny_target import TinyTarget
@@ -342,6 +343,52 @@ def test_a_prompt_of_one_token_makes_no_batch_of_single_rows_even(made: Made) ->
     work = client.step()
     assert work.num_scheduled_tokens == {"a": 1, "b": 1, "new": 1}
     assert getattr(work, EVEN_ROWS) == 0
+
+
+# --- prompts beside blocks ----------------------------------------------------------------------------------------
+
+
+def gathered_beside(client: Client) -> Any:
+    """What the next step computes as an even pass with prompts; None where it has none."""
+    work = client.step()
+    gathered = getattr(work, GATHERED, None)
+    assert getattr(work, EVEN_ROWS) == (0 if gathered is None else MAX_BLOCK + 1)
+    return gathered
+
+
+def test_a_prompt_is_as_many_parts_as_have_room_for_it(made: Made) -> None:
+    client = Client(made(uniform=True, prompt_places=4))
+    client.open("a", list(range(3, 3 + 2 * MAX_BLOCK)), max_tokens=50)
+    alone = gathered_beside(client)
+    assert (alone.computed, alone.real) == ([0, MAX_BLOCK + 1], [MAX_BLOCK + 1, MAX_BLOCK - 1])
+    assert alone.ends == [2 * MAX_BLOCK - 1]
+    client.open("b", [5] * (MAX_BLOCK + 2), max_tokens=50)
+    client.block("a", [7, 8])
+    both = gathered_beside(client)
+    known = 2 * MAX_BLOCK
+    padding = [PADDING] * (MAX_BLOCK - 2)
+    assert both.tokens[: MAX_BLOCK + 1] == [truth("a", 0), 7, 8, *padding]
+    assert both.tokens[MAX_BLOCK + 1 :] == [5] * (MAX_BLOCK + 2) + [PADDING] * MAX_BLOCK
+    assert (both.computed, both.drafts) == ([known, 0, MAX_BLOCK + 1], [2, 0, 0])
+    assert both.rows[1] == both.rows[2] != both.rows[0]
+    assert both.ends == [2 * (MAX_BLOCK + 1)]
+    assert client.scheduler.counters.prompt_steps == 2
+    assert client.said["b"] == [truth("b", 0)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params"),
+    [
+        ([3] * (MAX_SESSIONS * (MAX_BLOCK + 1) + 1), {}),
+        ([3] * 10, {"logprobs": 2}),
+        ([3] * 10, {"plain": True}),
+    ],
+    ids=["too long", "not greedy", "no session"],
+)
+def test_other_prompts_are_computed_as_ever(made: Made, prompt: list[int], params: dict[str, Any]) -> None:
+    client = Client(made(uniform=True, prompt_places=4))
+    client.open("a", prompt, max_tokens=50, **params)
+    assert gathered_beside(client) is None
 
 
 # --- blocks that are held back ------------------------------------------------------------------------------------

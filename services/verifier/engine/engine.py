@@ -134,6 +134,7 @@ class VllmEngine:
             compact=self._settings.reads_compact,
             own_drafts=self._own_drafts,
             early=launch.early_passes(self._settings),
+            prompt_places=self._settings.prompt_places,
         )
         with launch.engine_environment(self._settings.engine_threads):
             launch.warm_up()

@@ -187,16 +187,15 @@ def _on_cpu(settings: VerifierSettings, options: EngineOptions) -> dict[str, Any
 
 def _on_cuda(settings: VerifierSettings, options: EngineOptions) -> dict[str, Any]:
     """Full CUDA graphs for batches of 1 + K rows a session, and pieces for all others."""
-    width = settings.max_block + 1
+    width, places = settings.max_block + 1, settings.max_sessions + options.prompt_places
     return {
         "dtype": settings.dtype,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
-        "max_num_batched_tokens": max(settings.max_batched_tokens, width * settings.max_sessions),
+        "max_num_seqs": places,
+        "max_num_batched_tokens": max(settings.max_batched_tokens, width * places),
         "compilation_config": {
             "cudagraph_mode": "FULL_AND_PIECEWISE",
-            "cudagraph_capture_sizes": [
-                width * sessions for sessions in captured_sessions(settings.max_sessions)
-            ],
+            "cudagraph_capture_sizes": [width * sessions for sessions in captured_sessions(places)],
         },
         "worker_cls": f"{__package__}.cuda_worker.CudaSessionWorker",
         "additional_config": replace(options, uniform=True).as_config(),

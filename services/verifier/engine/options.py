@@ -59,9 +59,11 @@ DRAFT_ROWS: Final = "outrider_draft_rows"
 DRAFT_LENGTHS: Final = "outrider_draft_lengths"
 """Another one: by request, how many tokens of its block are a draft's; padding follows them."""
 EVEN_ROWS: Final = "outrider_even_rows"
-"""Another one: how many rows every request of the step has, where all of them speak after as many; else 0."""
+"""Another one: how many rows every request of the step has, where all of them speak after as many, or where its prompts are
+cut into parts of as many; else 0."""
 GATHERED: Final = "outrider_gathered"
-"""Another one, of steps with `EVEN_ROWS` that went the short way: what they verify (`session_table.Gathered`)."""
+"""Another one, of steps with `EVEN_ROWS` that went the short way or have prompts: what they compute
+(`session_table.Gathered`)."""
 FOLLOWED: Final = "outrider_followed"
 """Another one, of the same steps: places in the pass of the sessions that say another token in the step after it, whatever
 comes. Its pass may be launched at once."""
@@ -77,7 +79,9 @@ class EngineOptions:
     `uniform`: every block of a pass is padded to the longest there may be, unless nobody drafts, so that a pass of n
     sessions is always the same CUDA graph. `compact`: weights are read in the few bits that they are made of (`compact`).
     `own_drafts`: sessions that go on by themselves draft in the engine, and do so when they are told to. `early`: a pass of
-    sessions that go on by themselves is launched before the one before it has ended; only where batches are uniform."""
+    sessions that go on by themselves is launched before the one before it has ended; only where batches are uniform.
+    `prompt_places`: so many sessions more than there may be fit into an even pass, whose rows are a prompt's; 0: prompts are
+    never computed like this."""
 
     exit_address: str
     exit_layers: tuple[int, ...]
@@ -89,6 +93,7 @@ class EngineOptions:
     compact: bool = False
     own_drafts: bool = False
     early: bool = False
+    prompt_places: int = 0
 
     def as_config(self) -> dict[str, Any]:
         """As a value for vLLM's `additional_config`."""

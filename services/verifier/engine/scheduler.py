@@ -41,6 +41,7 @@ from services.verifier.engine.options import (
     DRAFT_LEVELS,
     DRAFT_ROWS,
     EVEN_ROWS,
+    GATHERED,
     HEAD_DRAFTS,
     REHEARSED_S,
     EngineOptions,
@@ -95,6 +96,7 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         options = EngineOptions.of(self.vllm_config)
         self.uniform = options.uniform
         self.early = options.uniform and options.early
+        self.prompt_places = options.prompt_places if options.uniform else 0
         self._own_drafts = OwnDrafts() if options.own_drafts else None
         self.counters = Counters()
         self._costs = StepCosts()
@@ -399,10 +401,15 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         # a session that is computed anew may have as many rows as the others' blocks
         even = self.uniform and len(sizes) == 1 and known == {1}
         even = even and len(self._step.verified) == len(scheduler_output.num_scheduled_tokens)
+        gathered = self._steady.beside_prompts(scheduler_output)
+        if gathered is not None:
+            self.counters.prompt_steps += 1
+            setattr(scheduler_output, GATHERED, gathered)
         setattr(scheduler_output, DRAFT_LENGTHS, lengths if self.uniform else {})
         setattr(scheduler_output, DRAFT_LEVELS, levels)
         setattr(scheduler_output, DRAFT_ROWS, rows)
-        setattr(scheduler_output, EVEN_ROWS, sizes.pop() if even else 0)
+        rows_each = sizes.pop() if even else 0
+        setattr(scheduler_output, EVEN_ROWS, rows_each if gathered is None else 1 + self.max_block)
         self.counters.steps += bool(scheduler_output.num_scheduled_tokens)
         self._step.prefills = len(self._step.verified) < len(scheduler_output.num_scheduled_tokens)
         self.counters.prefix_cache_hit_tokens += _cached_tokens(scheduler_output)

@@ -68,6 +68,10 @@ class Gathered(NamedTuple):
     draft's; `computed` tokens stand before them in the KV cache. Its blocks of that are in the rows `rows` of `table`, up to
     `held` of them. `heard`: gateways wait for hints on the block, and `told` says how sure the draft was of each token, a
     byte each, `UNTOLD` where it said nothing. `greedy`: all decode greedily, and nothing else is asked of them.
+
+    Prompts come after the sessions that verify a block: each is as many parts, one after the other, as have room for it, and
+    each part is laid out as a session's rows are. `ends` are the rows of the pass that are prompts' last. `real`, where not
+    all rows of the pass are anybody's: how many of each are.
     """
 
     tokens: list[int]
@@ -79,3 +83,5 @@ class Gathered(NamedTuple):
     heard: list[bool]
     told: list[bytes]
     greedy: bool
+    ends: Sequence[int] = ()
+    real: list[int] | None = None

@@ -140,6 +140,7 @@ class Counters:
     row_ms: float = 0.0
     steady_steps: int = 0
     early_steps: int = 0
+    prompt_steps: int = 0
 
 
 @dataclass(slots=True)

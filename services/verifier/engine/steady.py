@@ -144,12 +144,14 @@ class Layout(NamedTuple):
 
 class Launched(NamedTuple):
     """A pass without vLLM's batch that was launched. Its likeliest tokens, one a row, are `chosen` on the device and, after
-    the mark `done`, `here`. `places`: rows of those that the step at hand is about; None for all."""
+    the mark `done`, `here`. `places`: rows of those that the step at hand is about; None for all. `ends`: rows after which
+    prompts have been read."""
 
     chosen: Tensor
     here: Tensor
     done: Any
     places: list[int] | None = None
+    ends: Sequence[int] = ()
 
     def rows(self, places: list[int]) -> list[int]:
         """In which rows of the pass these of the step are."""
@@ -202,11 +204,16 @@ class SteadySteps(SessionRows):
     # --- which passes these are -----------------------------------------------------------------------
 
     def _graph_for(self, output: SchedulerOutput) -> Graph | None:
-        """The graph of a pass in which every request has as many rows; None for all other passes."""
+        """The graph of a pass in which every request has as many rows, or parts of as many; None for all other passes."""
         width: int = getattr(output, EVEN_ROWS, 0)
         if not width or self.num_prompt_logprobs:
             return None
-        return self._known_graph(len(output.num_scheduled_tokens), width)
+        sessions, gathered = len(output.num_scheduled_tokens), self._without_batch(output)
+        if output.scheduled_new_reqs:
+            if gathered is None:
+                return None
+            sessions = len(gathered.rows)
+        return self._known_graph(sessions, width)
 
     def _known_graph(self, sessions: int, width: int) -> Graph | None:
         key = sessions, width
@@ -245,7 +252,8 @@ class SteadySteps(SessionRows):
         from vllm.v1.worker.gpu_model_runner import ExecuteModelState
 
         launched, self._next = self._next, None
-        gathered, sessions = self._without_batch(output), len(output.num_scheduled_tokens)
+        gathered = self._without_batch(output)
+        sessions = len(output.num_scheduled_tokens) if gathered is None else len(gathered.rows)
         places: list[int] | None = getattr(output, LAUNCHED, None)
         if gathered is not None and launched is not None and places is not None:
             self._take_over(output, gathered, launched._replace(places=places))
@@ -269,7 +277,7 @@ class SteadySteps(SessionRows):
         logits = self.model.compute_logits(spoken)
         self.kv_connector_output = None
         if gathered is not None:
-            self._current = self._chosen(logits)
+            self._current = self._chosen(logits)._replace(ends=gathered.ends)
             self._launch_next(output, gathered)
             self._roster = self._brought_up(output)
         else:
@@ -309,6 +317,10 @@ class SteadySteps(SessionRows):
         """Lay out the pass from what the scheduler has gathered."""
         layout = self._lay_out_rows(gathered, gathered.rows, gathered.computed, graph)
         layout.inputs.reshape(-1)[:] = gathered.tokens
+        if gathered.real is not None:  # what is nobody's has no place, and goes nowhere
+            beyond = self._offsets[: graph.width] >= np.array(gathered.real)[:, None]
+            layout.places[beyond] = 0
+            layout.slots[beyond] = NO_SLOT
 
     def _lay_out_rows(self, gathered: Gathered, rows: list[int], computed: list[int], graph: Graph) -> Layout:
         """Lay out all but the tokens of a pass of the sessions in these rows of the table."""
@@ -320,15 +332,16 @@ class SteadySteps(SessionRows):
 
     def _show_gathered(self, output: SchedulerOutput, gathered: Gathered, width: int) -> None:
         """As `_show_blocks`, from what the scheduler has gathered."""
-        layout, lengths = self._layout(len(gathered.rows), width), np.array(gathered.drafts)
-        self._verified = self._drafts_of(layout, lengths)
+        layout, lengths = self._layout(len(gathered.rows), width), np.array(gathered.drafts, dtype=np.int64)
+        requests = output.scheduled_cached_reqs.req_ids
+        self._verified = self._drafts_of(layout, lengths)[: len(requests)]
         self._drawn = {}
         self._show_even(
             EvenBlocks(
-                output.scheduled_cached_reqs.req_ids,
+                requests,
                 self._verified,
-                lengths,
-                layout.computed,
+                lengths[: len(requests)],
+                layout.computed[: len(requests)],
                 getattr(output, DRAFT_LEVELS),
                 gathered.told,
                 gathered.heard,
@@ -359,7 +372,23 @@ class SteadySteps(SessionRows):
         for state, new in zip(states, cached.new_block_ids, strict=True):
             if new is not None:
                 _extend_blocks(state, new)
-        return roster
+        return self._with_new(roster, output) if output.scheduled_new_reqs else roster
+
+    def _with_new(self, roster: Roster, output: SchedulerOutput) -> Roster:
+        """As vLLM's `_update_states`, of a pass's new requests; its batch is empty then, as before. They come last."""
+        from vllm.v1.core.sched.output import SchedulerOutput
+
+        entering = SchedulerOutput.make_empty()
+        entering.scheduled_new_reqs = output.scheduled_new_reqs
+        new = [each.req_id for each in output.scheduled_new_reqs]
+        entering.num_scheduled_tokens = {request: output.num_scheduled_tokens[request] for request in new}
+        entering.total_num_scheduled_tokens = sum(entering.num_scheduled_tokens.values())
+        self._update_states(entering)  # type: ignore[attr-defined]
+        self._leave_batch(set())
+        order = [*roster.order, *new]
+        states = [*roster.states, *(self.requests[request] for request in new)]
+        said = [state.output_token_ids for state in states]
+        return Roster(order, self._batch_rows[: len(order), 0], states, said)
 
     def _took_back(self, cached: CachedRequestData, roster: Roster) -> bool:
         """Whether vLLM has taken back what a request has said: it does so in few cases, none of ours."""
@@ -699,12 +728,14 @@ class SteadySteps(SessionRows):
         self._wait_for(launched.done)
         self._pass_done()
         self.step_clock.sampled = time.monotonic()
-        tokens = launched.here.numpy()
-        tokens = (tokens if launched.places is None else tokens[launched.places]).reshape(len(drafts), -1)
+        chosen, width = launched.here.numpy(), drafts.shape[1] + 1
+        tokens = chosen if launched.places is None else chosen[launched.places]
+        tokens = tokens[: len(drafts) * width].reshape(len(drafts), width)
         differ = np.ones(tokens.shape, dtype=np.bool_)  # the first that does is the target's own
         np.not_equal(tokens[:, :-1], drafts, out=differ[:, :-1])
         counts = differ.argmax(axis=1) + 1
         said = [row[:count] for row, count in zip(tokens.tolist(), counts.tolist(), strict=True)]
+        said += [[int(chosen[end])] for end in launched.ends]
         for own, more in zip(
             roster.said, said, strict=True
         ):  # as vLLM does: its scheduler doesn't send it again

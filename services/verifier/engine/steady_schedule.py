@@ -429,6 +429,81 @@ class SteadySchedule:
         counters.blocks += sessions
         counters.block_tokens += drafts
 
+    # --- prompts ------------------------------------------------------------------------------------------------
+
+    def beside_prompts(self, output: SchedulerOutput) -> Gathered | None:
+        """What a step of vLLM's own scheduling computes whose prompts begin and end in it, and fit into an even pass in
+        parts of as many rows as a block has; None of any other. To be asked before the step is booked."""
+        own, counts, width = self._scheduler, output.num_scheduled_tokens, 1 + self._scheduler.max_block
+        old, new = output.scheduled_cached_reqs.req_ids, [each.req_id for each in output.scheduled_new_reqs]
+        places = len(old) + sum(-(-counts[request] // width) for request in new)
+        if not (self._possible and own.prompt_places and own.max_block and new) or len(counts) > len(
+            old
+        ) + len(new):
+            return None
+        if places > own.scheduler_config.max_num_seqs or output.scheduled_cached_reqs.resumed_req_ids:
+            return None
+        sessions = [own._by_request.get(request) for request in (*old, *new)]
+        known = [each for each in sessions if each is not None and each.plain and each.greedy]
+        if len(known) < len(sessions):
+            return None
+        rows = [counts[request] for request in (*old, *new)]
+        drafted = output.scheduled_spec_decode_tokens
+        begun = [1 + len(drafted.get(request, ())) for request in old] + [0] * len(new)
+        for session, own_rows, own_block in zip(known, rows, begun, strict=True):
+            request, end = session.request, session.request.num_computed_tokens + own_rows
+            said = request.num_output_tokens
+            whole = said > 0 and own_rows == own_block if own_block else not said
+            known_tokens = request.num_tokens + max(0, own_block - 1)
+            if not whole or end != known_tokens or end + width > own.max_model_len:
+                return None
+        return self._with_prompts(known[: len(old)], known[len(old) :], rows)
+
+    def _with_prompts(self, blocks: list[Session], prompts: list[Session], counts: list[int]) -> Gathered:
+        own, width = self._scheduler, 1 + self._scheduler.max_block
+        (manager,) = own.kv_cache_manager.coordinator.single_type_managers
+        for session in (*blocks, *prompts):
+            held = manager.req_to_blocks[session.request.request_id]
+            if session.held != len(held):
+                self._hold(session, held[session.held :])
+        tokens: list[int] = []
+        drafts: list[int] = []
+        computed: list[int] = []
+        rows: list[int] = []
+        real: list[int] = []
+        ends: list[int] = []
+        for session, count in zip(blocks, counts, strict=False):
+            tokens += [session.request._all_token_ids[-1], *session.block[: count - 1]]
+            tokens += [PADDING] * (width - count)
+            drafts.append(min(session.drafts, count - 1))
+            computed.append(session.request.num_computed_tokens)
+            rows.append(session.row)
+            real.append(count)
+        for session, count in zip(prompts, counts[len(blocks) :], strict=True):
+            before, parts = session.request.num_computed_tokens, -(-count // width)
+            ends.append(len(tokens) + count - 1)
+            tokens += session.request._all_token_ids[before : before + count]
+            tokens += [PADDING] * (parts * width - count)
+            drafts += [0] * parts
+            computed += range(before, before + parts * width, width)
+            rows += [session.row] * parts
+            real += [min(width, count - done) for done in range(0, count, width)]
+        untold = padded_levels((), width)
+        beside = len(rows) - len(blocks)
+        return Gathered(
+            tokens,
+            drafts,
+            computed,
+            self._table,
+            rows,
+            max([session.held for session in (*blocks, *prompts)]),
+            [session.heard for session in blocks] + [False] * beside,
+            [session.padded_levels for session in blocks] + [untold] * beside,
+            greedy=True,
+            ends=ends,
+            real=real,
+        )
+
     # --- update_from_output -------------------------------------------------------------------------------------
 
     def end(self, output: SchedulerOutput, said: ModelRunnerOutput) -> dict[int, EngineCoreOutputs] | None:

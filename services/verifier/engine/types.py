@@ -134,6 +134,8 @@ class EngineStats:
     """Steps that computed nothing but blocks, and went the short way through the scheduler (`steady_schedule`)."""
     early_steps: int = 0
     """Those of them whose pass was launched before the one before it had ended."""
+    prompt_steps: int = 0
+    """Other steps that computed prompts, as rows of an even pass."""
 
 
 OnExit = Callable[[ExitReport], None]
