@@ -1,7 +1,7 @@
 """The verifier as it is, which also adds up how long its engine has been busy: for `scripts/bench system`.
 
-What it adds is `outrider_bench_engine_busy_seconds_total`, `..._steps_total` and `..._passes_total` among its metrics. Its
-engine's KV cache has the size that `OUTRIDER_KV_CACHE_MB` says, on CUDA too, since another engine is on the same GPU. Run as
+What it adds is `outrider_bench_engine_busy_seconds_total`, `..._steps_total` and the like among its metrics. Its engine's
+KV cache has the size that `OUTRIDER_KV_CACHE_MB` says, on CUDA too, since another engine is on the same GPU. Run as
 `python -m loadtest.metered_verifier`.
 """
 
@@ -26,12 +26,16 @@ from shared.telemetry import configure_logging
 BUSY: Final = "outrider_bench_engine_busy_seconds"
 STEPS: Final = "outrider_bench_engine_steps"
 PASSES: Final = "outrider_bench_engine_passes"
+EVEN_STEPS: Final = "outrider_bench_engine_even_steps"
+PROMPT_STEPS: Final = "outrider_bench_engine_prompt_steps"
 LOOK_S: Final = 0.1
 """Between two looks at the engine's counters."""
 
 _BUSY: Final = Counter(BUSY, "Time that the engine's steps have taken.")
 _STEPS: Final = Counter(STEPS, "Steps of the engine.")
 _PASSES: Final = Counter(PASSES, "Passes of sessions, each session in a step being one.")
+_EVEN_STEPS: Final = Counter(EVEN_STEPS, "Steps that verified blocks and computed nothing else.")
+_PROMPT_STEPS: Final = Counter(PROMPT_STEPS, "Other steps whose prompts were rows beside the blocks.")
 
 
 class MeteredEngine(VllmEngine):
@@ -57,6 +61,8 @@ class MeteredEngine(VllmEngine):
         if (seen := self._seen) is not None:
             _STEPS.inc(stats.steps - seen.steps)
             _PASSES.inc(stats.blocks - seen.blocks)
+            _EVEN_STEPS.inc(stats.steady_steps - seen.steady_steps)
+            _PROMPT_STEPS.inc(stats.prompt_steps - seen.prompt_steps)
             _BUSY.inc((stats.busy_ms - seen.busy_ms) / 1000)
         self._seen = stats
 

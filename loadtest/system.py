@@ -6,15 +6,17 @@ target has the shapes asked for and knows its mind (`system_target`), the draft 
 all of it is SYNTHETIC but for the time that everything takes. Clients ask for no hints, since exits of such a target would
 foresee everything: on CUDA passes run without exits then.
 
-So many clients at a time ask one answer after another. In each turn every mode gives as many answers, and another mode
-comes first. `system.json` holds `{"device", "shapes", "acceptance", "draft_ms_per_token", "rtt_ms", "target": 2.0, "runs"}`;
-besides what `scripts/bench compare` says of a mode a run has
+So many clients at a time ask one answer after another. In each turn every mode gives as many answers, one a client or
+`--in-a-row`, and another mode comes first. `system.json` holds `{"device", "shapes", "acceptance", "draft_ms_per_token",
+"rtt_ms", "target": 2.0, "runs"}`; besides what `scripts/bench compare` says of a mode a run has
 
     busy_s                     seconds in which the engine computed: the verifier's steps; of vLLM as it comes the time
                                with a request in it, in which it steps without a pause
     tokens_per_busy_second     tokens that clients got by these: tokens per verifier-second
     tokens_per_wall_second     the same by the time that the mode's turns took
     per_verifier_second_to_ar  tokens_per_busy_second by that of vLLM as it comes
+    steps                      the verifier's; `even_steps` verified blocks and computed nothing else, `prompt_steps` are
+                               others whose prompts were rows beside the blocks
     cpu_ms_per_token           what each kind of process computed for a token: `verifier` and its `engine`, `gateway` (in the
                                cloud), `edges`, `kv-session`, `kafka`, `redis`, `proxies`, and `clients`, who measure
 """
@@ -37,7 +39,7 @@ from loadtest.compare_modes import MODES, Mode, Place
 from loadtest.compare_parts import Parts, Wanted, device_name, on_cuda
 from loadtest.compare_report import Batch, Setting, figures
 from loadtest.engine_shapes import DEPTHS, find_target, write_exits
-from loadtest.metered_verifier import BUSY, LOOK_S, PASSES, STEPS
+from loadtest.metered_verifier import BUSY, EVEN_STEPS, LOOK_S, PASSES, PROMPT_STEPS, STEPS
 from loadtest.system_target import (
     FIRST,
     SYSTEM_SHAPES,
@@ -65,6 +67,11 @@ ANSWERS_A_CLIENT: Final = 2
 LEAST_ANSWERS: Final = 8
 MOST_EDGES: Final = 8
 WARM_UP_TOKENS: Final = 16
+STEP_KINDS: Final[Mapping[str, str]] = {
+    "steps": STEPS,
+    "even_steps": EVEN_STEPS,
+    "prompt_steps": PROMPT_STEPS,
+}
 SETTLED_S: Final = 3 * LOOK_S
 """After which the verifier has counted all its steps."""
 SPARE_TOKENS: Final = 64
@@ -73,7 +80,8 @@ SPARE_TOKENS: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The command's options, read. `answers` are those of each mode at each number of sessions; None: a few a client."""
+    """The command's options, read. `answers` are those of each mode at each number of sessions; None: a few a client. In
+    each turn a client asks for `in_a_row`."""
 
     shapes: str
     modes: tuple[str, ...]
@@ -87,6 +95,7 @@ class Options:
     prompt_tokens: int
     cuda: bool
     edges: int = 1
+    in_a_row: int = 1
 
     @property
     def gateways(self) -> int:
@@ -116,7 +125,8 @@ class Options:
     def answers_for(self, sessions: int) -> int:
         """How many answers each mode gives with so many sessions at a time: as many for each client."""
         wanted = self.answers or max(LEAST_ANSWERS, ANSWERS_A_CLIENT * sessions)
-        return max(1, round(wanted / sessions)) * sessions
+        a_turn = self.in_a_row * sessions
+        return max(1, round(wanted / a_turn)) * a_turn
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
@@ -143,7 +153,7 @@ class Turns:
     batches: list[Batch]
     busy_s: float = 0.0
     wall_s: float = 0.0
-    steps: float = 0.0
+    steps: dict[str, float] = field(default_factory=dict)
     passes: float = 0.0
     cpu_s: dict[str, float] = field(default_factory=dict)
 
@@ -162,15 +172,16 @@ class Bench:
         return await self._ask(COMPARED["ar"], numbers, self._options.most, self._options.max_tokens)
 
     async def measure(self, sessions: int) -> dict[str, Turns]:
-        """All modes, in turns of one answer a client."""
+        """All modes, in turns."""
         found = {name: Turns([]) for name in self._options.modes}
         for name in self._options.modes:
             numbers = [number % len(self._asked) for number in range(sessions)]
             await self._ask(COMPARED[name], numbers, sessions, WARM_UP_TOKENS)
-        for turn in range(self._options.answers_for(sessions) // sessions):
+        a_turn = sessions * self._options.in_a_row
+        for turn in range(self._options.answers_for(sessions) // a_turn):
             first = turn % len(self._options.modes)
             for name in (*self._options.modes[first:], *self._options.modes[:first]):
-                numbers = [(turn * sessions + n) % len(self._asked) for n in range(sessions)]
+                numbers = [(turn * a_turn + n) % len(self._asked) for n in range(a_turn)]
                 await self._turn(found[name], COMPARED[name], numbers, sessions)
         return found
 
@@ -184,21 +195,24 @@ class Bench:
             turns.cpu_s[kind] = turns.cpu_s.get(kind, 0.0) + spent_s - cpu_s[kind]
         await asyncio.sleep(SETTLED_S)
         cpu_ms = self._parts.cpu_ms(mode.place) - cpu_ms
-        busy_s, steps, passes = (now - then for now, then in zip(await self._busy(mode), before, strict=True))
-        turns.busy_s, turns.steps = turns.busy_s + busy_s, turns.steps + steps
-        turns.passes += passes
+        busy_s, passes, *steps = (
+            now - then for now, then in zip(await self._busy(mode), before, strict=True)
+        )
+        turns.busy_s, turns.passes = turns.busy_s + busy_s, turns.passes + passes
+        for kind, count in zip(STEP_KINDS, steps, strict=True):
+            turns.steps[kind] = turns.steps.get(kind, 0.0) + count
         through = (await self._parts.link_bytes(mode.place)).since(carried)
         turns.batches.append(
             Batch(tuple(numbers), tuple(answers), through.up, through.down, cpu_ms, through.opening)
         )
 
-    async def _busy(self, mode: Mode) -> tuple[float, float, float]:
-        """Seconds for which the mode's engine has computed; its steps and sessions' passes where they are counted."""
+    async def _busy(self, mode: Mode) -> tuple[float, ...]:
+        """Seconds for which the mode's engine has computed; sessions' passes and its steps where they are counted."""
         reader = self._parts.places[mode.place].reader
         if isinstance(reader, StockReader):
-            return await reader.busy_ms() / 1000, 0.0, 0.0
+            return await reader.busy_ms() / 1000, 0.0, *(0.0 for _ in STEP_KINDS)
         text = await self._parts.verifier_metrics()
-        return counter(text, BUSY), counter(text, STEPS), counter(text, PASSES)
+        return tuple(counter(text, name) for name in (BUSY, PASSES, *STEP_KINDS.values()))
 
     async def _ask(self, mode: Mode, numbers: Sequence[int], at_a_time: int, most: int) -> list[Answer]:
         served = self._parts.places[mode.place]
@@ -238,7 +252,7 @@ def runs_of(
                 **told,
                 "busy_s": round(turns.busy_s, 3),
                 "wall_s": round(turns.wall_s, 3),
-                "steps": round(turns.steps) or None,
+                **{kind: round(turns.steps.get(kind, 0.0)) or None for kind in STEP_KINDS},
                 "tokens_per_busy_second": round(told["tokens"] / turns.busy_s, 1) if turns.busy_s else None,
                 "tokens_per_wall_second": round(told["tokens"] / turns.wall_s, 1),
                 "cpu_ms_per_token": {
@@ -364,6 +378,8 @@ COLUMNS: Final = (
     ("busy_s", "busy s"),
     ("wall_s", "wall s"),
     ("steps", "steps"),
+    ("even_steps", "even"),
+    ("prompt_steps", "with prompts"),
     ("equal", "equal"),
 )
 
@@ -437,6 +453,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--answers", type=int, help="of a mode at each number of sessions (default: two a client)"
     )
+    parser.add_argument(
+        "--in-a-row",
+        type=int,
+        default=1,
+        help="answers that a client asks for, one after the other, before another mode's turn comes (default: 1)",
+    )
     parser.add_argument("--acceptance", type=float, default=0.8, help="of the replayed draft (default: 0.8)")
     parser.add_argument("--draft-ms", type=float, default=2.0, help="that it takes a token (default: 2)")
     parser.add_argument("--gamma", type=int, default=5, help="longest block (default: 5)")
@@ -468,6 +490,7 @@ def options_of(arguments: argparse.Namespace, *, cuda: bool) -> Options:
         modes=modes,
         sessions=sessions,
         answers=arguments.answers,
+        in_a_row=arguments.in_a_row,
         acceptance=arguments.acceptance,
         draft_ms=arguments.draft_ms,
         gamma=arguments.gamma,
@@ -482,12 +505,12 @@ def options_of(arguments: argparse.Namespace, *, cuda: bool) -> Options:
         raise InvalidRequest("--acceptance should be between 0 and 1, --draft-ms and --rtt not negative")
     if (
         options.max_tokens < 2
-        or min(options.gamma, options.prompt_tokens) < 1
+        or min(options.gamma, options.prompt_tokens, options.in_a_row) < 1
         or (options.answers is not None and options.answers < 1)
         or options.edges < 1
     ):
         raise InvalidRequest(
-            "--max-tokens should be at least 2, --gamma, --prompt-tokens, --answers and --edges 1"
+            "--max-tokens should be at least 2, --gamma, --prompt-tokens, --answers, --in-a-row and --edges 1"
         )
     return options
 

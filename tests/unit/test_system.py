@@ -122,6 +122,7 @@ def test_every_client_asks_as_often_as_the_others() -> None:
     assert options().answers_for(64) == 128
     assert options(answers=30).answers_for(16) == 32
     assert options(answers=1).answers_for(64) == 64
+    assert options(answers=300, in_a_row=2).answers_for(64) == 256
 
 
 def test_one_engine_is_as_large_as_the_other_and_takes_a_few_sessions_more_than_come() -> None:
@@ -174,8 +175,8 @@ async def test_several_edges_answer_in_turn() -> None:
         (["--sessions", "0"], "numbers from 1"),
         (["--shapes", "huge"], "there are no 'huge'"),
         (["--acceptance", "1.5"], "between 0 and 1"),
-        (["--answers", "0"], "--answers and --edges 1"),
-        (["--edges", "0"], "--answers and --edges 1"),
+        (["--answers", "0"], "--in-a-row and --edges 1"),
+        (["--edges", "0"], "--in-a-row and --edges 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
