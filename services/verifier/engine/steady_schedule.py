@@ -436,30 +436,41 @@ class SteadySchedule:
         parts of as many rows as a block has; None of any other. To be asked before the step is booked."""
         own, counts, width = self._scheduler, output.num_scheduled_tokens, 1 + self._scheduler.max_block
         old, new = output.scheduled_cached_reqs.req_ids, [each.req_id for each in output.scheduled_new_reqs]
-        places = len(old) + sum(-(-counts[request] // width) for request in new)
-        if not (self._possible and own.prompt_places and own.max_block and new) or len(counts) > len(
-            old
-        ) + len(new):
+        if not (new and own.prompt_places and own.max_block and self._possible):
             return None
-        if places > own.scheduler_config.max_num_seqs or output.scheduled_cached_reqs.resumed_req_ids:
+        if output.scheduled_cached_reqs.resumed_req_ids or output.kv_cache_block_copies:
             return None
         sessions = [own._by_request.get(request) for request in (*old, *new)]
-        known = [each for each in sessions if each is not None and each.plain and each.greedy]
-        if len(known) < len(sessions):
+        plain = [each for each in sessions if each is not None and each.plain and each.greedy]
+        places = len(old) + sum(-(-counts[request] // width) for request in new)
+        if len(plain) < len(counts) or places > own.scheduler_config.max_num_seqs:
             return None
-        rows = [counts[request] for request in (*old, *new)]
+        blocks, prompts = plain[: len(old)], plain[len(old) :]
         drafted = output.scheduled_spec_decode_tokens
-        begun = [1 + len(drafted.get(request, ())) for request in old] + [0] * len(new)
-        for session, own_rows, own_block in zip(known, rows, begun, strict=True):
-            request, end = session.request, session.request.num_computed_tokens + own_rows
-            said = request.num_output_tokens
-            whole = said > 0 and own_rows == own_block if own_block else not said
-            known_tokens = request.num_tokens + max(0, own_block - 1)
-            if not whole or end != known_tokens or end + width > own.max_model_len:
-                return None
-        return self._with_prompts(known[: len(old)], known[len(old) :], rows)
+        whole = all(self._is_block(each, counts, drafted) for each in blocks)
+        whole = whole and all(self._is_prompt(each, counts) for each in prompts)
+        return self._with_prompts(blocks, prompts, counts) if whole else None
 
-    def _with_prompts(self, blocks: list[Session], prompts: list[Session], counts: list[int]) -> Gathered:
+    def _is_block(self, session: Session, counts: dict[str, int], drafted: dict[str, list[int]]) -> bool:
+        """Whether all that a session computes is its last token and the block after it."""
+        request, request_id = session.request, session.request.request_id
+        rows = counts[request_id]
+        last = request.num_output_tokens > 0 and request.num_computed_tokens == request.num_tokens - 1
+        return last and rows == 1 + len(drafted.get(request_id, ())) and self._has_places(request, rows)
+
+    def _is_prompt(self, session: Session, counts: dict[str, int]) -> bool:
+        """Whether all that a session computes is its prompt, to the end."""
+        request, rows = session.request, counts[session.request.request_id]
+        return request.num_computed_tokens + rows == request.num_tokens and self._has_places(request, rows)
+
+    def _has_places(self, request: Request, rows: int) -> bool:
+        """Whether so many more rows and what pads them are within the longest text."""
+        own = self._scheduler
+        return bool(request.num_computed_tokens + rows + own.max_block < own.max_model_len)
+
+    def _with_prompts(
+        self, blocks: list[Session], prompts: list[Session], counts: dict[str, int]
+    ) -> Gathered:
         own, width = self._scheduler, 1 + self._scheduler.max_block
         (manager,) = own.kv_cache_manager.coordinator.single_type_managers
         for session in (*blocks, *prompts):
@@ -472,14 +483,16 @@ class SteadySchedule:
         rows: list[int] = []
         real: list[int] = []
         ends: list[int] = []
-        for session, count in zip(blocks, counts, strict=False):
+        for session in blocks:
+            count = counts[session.request.request_id]
             tokens += [session.request._all_token_ids[-1], *session.block[: count - 1]]
             tokens += [PADDING] * (width - count)
             drafts.append(min(session.drafts, count - 1))
             computed.append(session.request.num_computed_tokens)
             rows.append(session.row)
             real.append(count)
-        for session, count in zip(prompts, counts[len(blocks) :], strict=True):
+        for session in prompts:
+            count = counts[session.request.request_id]
             before, parts = session.request.num_computed_tokens, -(-count // width)
             ends.append(len(tokens) + count - 1)
             tokens += session.request._all_token_ids[before : before + count]
