@@ -25,7 +25,8 @@ Outcomes = Mapping[tuple[int, int], float]
 class Compared:
     """`hints` were there from both sides, `missing` from one alone. `worst` is the largest difference of confidences of an
     outcome that both name, `beyond` counts hints in which one differs by more than the tolerance or the likeliest outcome is
-    another one without that being a tie."""
+    another one without that being a tie. `furthest` are the outcomes of the hint that differs most: where, and the
+    confidences in the graph and eagerly."""
 
     hints: int
     missing: int
@@ -33,6 +34,7 @@ class Compared:
     worst: float
     beyond: int
     same_best: int
+    furthest: tuple[Key, list[tuple[tuple[int, int], float, float]]] | None = None
 
     @property
     def equal(self) -> bool:
@@ -53,17 +55,31 @@ def read(reports: Iterable[Sequence[Any]]) -> dict[Key, Outcomes]:
 def compare(graph: Mapping[Key, Outcomes], eager: Mapping[Key, Outcomes], tolerance: float) -> Compared:
     """Hints of the same session, base and layer side by side."""
     both = graph.keys() & eager.keys()
-    worst, beyond, same_best = 0.0, 0, 0
+    worst, beyond, same_best, furthest = 0.0, 0, 0, None
     for key in both:
         one, other = graph[key], eager[key]
         difference = max(
             (abs(one[outcome] - other[outcome]) for outcome in one.keys() & other.keys()), default=0.0
         )
-        worst = max(worst, difference)
+        if difference > worst:
+            worst, furthest = difference, key
         best, other_best = next(iter(one), None), next(iter(other), None)
         same_best += best == other_best
         beyond += difference > tolerance or not _tied(one, best, other, other_best, tolerance)
-    return Compared(len(both), len(graph.keys() ^ eager.keys()), tolerance, worst, beyond, same_best)
+    missing = len(graph.keys() ^ eager.keys())
+    return Compared(
+        len(both),
+        missing,
+        tolerance,
+        worst,
+        beyond,
+        same_best,
+        None if furthest is None else (furthest, _side_by_side(graph[furthest], eager[furthest])),
+    )
+
+
+def _side_by_side(one: Outcomes, other: Outcomes) -> list[tuple[tuple[int, int], float, float]]:
+    return [(outcome, one[outcome], other[outcome]) for outcome in one if outcome in other]
 
 
 def _tied(

@@ -88,6 +88,16 @@ def test_another_likeliest_outcome_is_equal_only_where_the_two_are_tied() -> Non
     assert not compare(read(hints(l8=[[2, 5, 0.5]])), read(hints(l8=[[1, 7, 0.5]])), 1e-3).equal
 
 
+def test_the_hint_that_differs_most_is_told_with_both_sides() -> None:
+    graph = read(hints(l8=[[1, 7, 0.5], [0, 4, 0.2]], l16=[[2, 5, 0.75], [0, 3, 0.1]]))
+    eager = read(hints(l8=[[1, 7, 0.5], [0, 4, 0.2]], l16=[[2, 5, 0.5], [0, 9, 0.1]]))
+    assert compare(graph, graph, 1e-3).furthest is None
+    told = compare(graph, eager, 1e-3).furthest
+    assert told is not None
+    (_, _, layer), outcomes = told
+    assert (layer, outcomes) == (16, [((2, 5), 0.75, 0.5)])
+
+
 def test_nothing_to_compare_is_not_equal_and_hints_of_one_side_are_counted() -> None:
     assert not compare({}, {}, 1e-3).equal
     found = compare(read(hints(l8=[[0, 1, 0.5]], l16=[[0, 1, 0.5]])), read(hints(l8=[[0, 1, 0.5]])), 1e-3)
