@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,50 +82,66 @@ class Bench:
     ) -> EngineOutput:
         """A whole session: blocks from `drafter` until it finishes; every block is answered by exactly one output."""
         rng = random.Random(seed)
+
+        async def submit(tokens: Tokens) -> Tokens:
+            block = drafter(truth, tokens, rng)
+            status = await self.engine.submit(session, len(tokens), block)
+            assert status in (BlockStatus.ARMED, BlockStatus.QUEUED)
+            return block
+
+        def is_answer(said: int, block: int, accepted: int) -> bool:
+            return said == accepted + 1
+
+        return await self._in_blocks(session, prompt, truth, params, submit, is_answer)
+
+    async def follow(
+        self,
+        session: str,
+        prompt: Tokens,
+        truth: Tokens,
+        params: GenerationParams,
+        drafter: Drafter,
+        seed: int,
+        pause_s: float = 0.0,
+    ) -> EngineOutput:
+        """A whole session of a client that is sometimes slow: each of its blocks gets one answer, that goes on from it."""
+        rng = random.Random(seed)
+
+        async def submit(tokens: Tokens) -> Tokens:
+            await asyncio.sleep(rng.random() * pause_s)
+            block = drafter(truth, tokens, rng)
+            await self.engine.submit(session, len(tokens), block)
+            return block
+
+        def is_answer(said: int, block: int, accepted: int) -> bool:
+            return said >= max(1, accepted + (accepted < block))
+
+        return await self._in_blocks(session, prompt, truth, params, submit, is_answer)
+
+    async def _in_blocks(
+        self,
+        session: str,
+        prompt: Tokens,
+        truth: Tokens,
+        params: GenerationParams,
+        submit: Callable[[Tokens], Awaitable[Tokens]],
+        is_answer: Callable[[int, int, int], bool],
+    ) -> EngineOutput:
+        """A whole session: `submit` sends a block after these tokens, and `is_answer` says whether so many tokens answer one
+        of that length of which so many are right."""
         stream = self.engine.open(session, prompt, (), params)
         output = await next_output(stream)
         tokens = output.tokens
         while output.finish_reason is None:
-            block = drafter(truth, tokens, rng)
-            status = await self.engine.submit(session, len(tokens), block)
-            assert status in (BlockStatus.ARMED, BlockStatus.QUEUED)
+            block = await submit(tokens)
             output = await next_output(stream)
             accepted = common_prefix(block, truth[len(tokens) :])
             if output.finish_reason is None:
                 said = f"{session} after {len(tokens)} tokens: {output.tokens} of {block}"
-                assert len(output.tokens) == accepted + 1, said
+                assert is_answer(len(output.tokens), len(block), accepted), said
             tokens += output.tokens
         await assert_ended(stream)
         return EngineOutput(tokens, output.finish_reason)
-
-
-async def follow(
-    bench: Bench,
-    session: str,
-    prompt: Tokens,
-    truth: Tokens,
-    params: GenerationParams,
-    drafter: Drafter,
-    seed: int,
-    pause_s: float = 0.0,
-) -> EngineOutput:
-    """A whole session of a client that is sometimes slow: each of its blocks gets one answer, that goes on from it."""
-    rng = random.Random(seed)
-    stream = bench.engine.open(session, prompt, (), params)
-    output = await next_output(stream)
-    tokens = output.tokens
-    while output.finish_reason is None:
-        await asyncio.sleep(rng.random() * pause_s)
-        block = drafter(truth, tokens, rng)
-        await bench.engine.submit(session, len(tokens), block)
-        output = await next_output(stream)
-        agreed = common_prefix(block, truth[len(tokens) :])
-        if output.finish_reason is None:
-            said = f"{session} after {len(tokens)} tokens: {output.tokens} of {block}"
-            assert len(output.tokens) >= max(1, agreed + (agreed < len(block))), said
-        tokens += output.tokens
-    await assert_ended(stream)
-    return EngineOutput(tokens, output.finish_reason)
 
 
 async def next_output(stream: AsyncIterator[EngineOutput]) -> EngineOutput:

@@ -21,7 +21,6 @@ from tests.integration.engine_bench import (
     assert_ended,
     change,
     eager,
-    follow,
     next_output,
     nothing,
     settings_for,
@@ -65,8 +64,8 @@ async def test_its_answer_is_the_plain_one(bench: Bench, drafter: str, pause_s: 
     prompt, params = random_prompt(31, 20), eager()
     truth = await bench.answer(prompt, params)
     for seed in range(3):
-        found = await follow(
-            bench, f"one-{seed}", prompt, truth.tokens, params, DRAFTERS[drafter], seed, pause_s
+        found = await bench.follow(
+            f"one-{seed}", prompt, truth.tokens, params, DRAFTERS[drafter], seed, pause_s
         )
         assert found == truth
 
@@ -82,7 +81,7 @@ async def test_many_are_exact_beside_patient_and_drawn_ones(bench: Bench) -> Non
     kinds = list(DRAFTERS.values())
     found = await asyncio.gather(
         *(
-            follow(bench, f"m-{n}", prompts[n], truths[n].tokens, params[n], kinds[n % len(kinds)], n, 0.02)
+            bench.follow(f"m-{n}", prompts[n], truths[n].tokens, params[n], kinds[n % len(kinds)], n, 0.02)
             for n in range(MAX_SESSIONS)
         )
     )
@@ -164,7 +163,7 @@ async def test_with_hardly_any_room_all_come_to_their_end(cramped: Bench) -> Non
     kinds = [nothing, DRAFTERS["partly right"], DRAFTERS["random"]]
     found = await asyncio.gather(
         *(
-            follow(cramped, f"r-{n}", prompts[n], truths[n].tokens, params, kinds[n % 3], n, 0.03)
+            cramped.follow(f"r-{n}", prompts[n], truths[n].tokens, params, kinds[n % 3], n, 0.03)
             for n in range(count)
         )
     )

@@ -28,7 +28,6 @@ from tests.integration.engine_bench import (
     change,
     eager,
     endless,
-    follow,
     next_output,
     nothing,
     partly_right,
@@ -219,7 +218,7 @@ async def test_passes_that_are_launched_early_say_the_same(early: Bench, count: 
     drafter = now_and_then(drafts)
     found = await asyncio.gather(
         *(
-            follow(early, f"e{n}", prompts[n], truths[n].tokens, params[n], drafter, n, PAUSE_S)
+            early.follow(f"e{n}", prompts[n], truths[n].tokens, params[n], drafter, n, PAUSE_S)
             for n in range(count)
         )
     )
@@ -253,7 +252,7 @@ async def test_early_passes_are_exact_beside_sessions_of_every_kind(early: Bench
         if n % 4 < 2:
             return await (leave(n) if n % 4 else other(n))
         params = eager(len(truths[n]))
-        return (await follow(early, f"k{n}", prompts[n], truths[n], params, nothing, n, PAUSE_S)).tokens
+        return (await early.follow(f"k{n}", prompts[n], truths[n], params, nothing, n, PAUSE_S)).tokens
 
     assert await asyncio.gather(*(session(n) for n in own)) == truths
     assert (await early.engine.stats()).early_steps > before.early_steps
@@ -272,7 +271,7 @@ async def test_sessions_that_are_computed_anew_between_early_passes_are_exact(
         before = await bench.engine.stats()
         found = await asyncio.gather(
             *(
-                follow(bench, f"s{n}", prompts[n], truths[n].tokens, params, nothing, n, PAUSE_S)
+                bench.follow(f"s{n}", prompts[n], truths[n].tokens, params, nothing, n, PAUSE_S)
                 for n in range(count)
             )
         )

@@ -1,13 +1,15 @@
 """An exit in a dozen kernels instead of a hundred: what `graph_exits.GraphExits.outcomes` says, written in Triton.
 
 Beside a target's large products an exit's small operations cost their number, not their work: each waits until a
-multiprocessor is free. Products stay with the vendor's library; between them stand
+multiprocessor is free. Products stay with the vendor's library, but for that with the rough head; between them stand
 
     gather  rows of the residual stream, their sum, the adapter's norm      gated   silu(gate) · up
-    norm    the model's last one          rough_logits   and of each 64 the largest and their sum
-    score   of a row: the shortlist, exact logits, the judge                rank    of a block: its likeliest outcomes
+    norm    the model's last one                                            rank    of a block: its likeliest outcomes
+    score   of a row: the shortlist, exact logits, the judge
+    rough_logits    the product with the rough head, and of each 64 columns the largest and their sum
 
-All arithmetic between products is in float32. Tests hold this against the same formulas in PyTorch.
+All arithmetic between products is in float32; beside weights of 16 bits rough logits are kept in half precision. Tests hold
+this against the same formulas in PyTorch.
 """
 
 from __future__ import annotations

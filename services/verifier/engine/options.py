@@ -80,8 +80,8 @@ class EngineOptions:
     sessions is always the same CUDA graph. `compact`: weights are read in the few bits that they are made of (`compact`).
     `own_drafts`: sessions that go on by themselves draft in the engine, and do so when they are told to. `early`: a pass of
     sessions that go on by themselves is launched before the one before it has ended; only where batches are uniform.
-    `prompt_places`: so many sessions more than there may be fit into an even pass, whose rows are a prompt's; 0: prompts are
-    never computed like this."""
+    `prompt_places`: room in an even pass for so many sessions more than there may be, in which prompts are computed; 0: they
+    never are."""
 
     exit_address: str
     exit_layers: tuple[int, ...]

@@ -365,30 +365,30 @@ class SteadySteps(SessionRows):
         cached = output.scheduled_cached_reqs
         if ended := output.finished_req_ids:
             self._leave_batch(ended)
-        states = [self.requests[request] for request in cached.req_ids]
+        if output.scheduled_new_reqs:
+            self._bring_in(output)
+        order = cached.req_ids + [new.req_id for new in output.scheduled_new_reqs]
+        states = [self.requests[request] for request in order]
         said = [state.output_token_ids for state in states]
-        roster = Roster(cached.req_ids, self._batch_rows[: len(states), 0], states, said)
+        roster = Roster(order, self._batch_rows[: len(states), 0], states, said)
         assert not self._took_back(cached, roster), "tokens were taken back"
-        for state, new in zip(states, cached.new_block_ids, strict=True):
-            if new is not None:
-                _extend_blocks(state, new)
-        return self._with_new(roster, output) if output.scheduled_new_reqs else roster
+        for state, more in zip(states, cached.new_block_ids, strict=False):  # new ones come last
+            if more is not None:
+                _extend_blocks(state, more)
+        return roster
 
-    def _with_new(self, roster: Roster, output: SchedulerOutput) -> Roster:
-        """As vLLM's `_update_states`, of a pass's new requests; its batch is empty then, as before. They come last."""
+    def _bring_in(self, output: SchedulerOutput) -> None:
+        """As vLLM's `_update_states`, of a pass's new requests; its batch is empty then, as before."""
         from vllm.v1.core.sched.output import SchedulerOutput
 
         entering = SchedulerOutput.make_empty()
         entering.scheduled_new_reqs = output.scheduled_new_reqs
-        new = [each.req_id for each in output.scheduled_new_reqs]
-        entering.num_scheduled_tokens = {request: output.num_scheduled_tokens[request] for request in new}
+        entering.num_scheduled_tokens = {
+            new.req_id: output.num_scheduled_tokens[new.req_id] for new in output.scheduled_new_reqs
+        }
         entering.total_num_scheduled_tokens = sum(entering.num_scheduled_tokens.values())
         self._update_states(entering)  # type: ignore[attr-defined]
         self._leave_batch(set())
-        order = [*roster.order, *new]
-        states = [*roster.states, *(self.requests[request] for request in new)]
-        said = [state.output_token_ids for state in states]
-        return Roster(order, self._batch_rows[: len(order), 0], states, said)
 
     def _took_back(self, cached: CachedRequestData, roster: Roster) -> bool:
         """Whether vLLM has taken back what a request has said: it does so in few cases, none of ours."""

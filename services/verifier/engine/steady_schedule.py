@@ -127,11 +127,15 @@ class SteadySchedule:
         session.levels = levels
         session.heard = is_heard(levels, drafts, eager=session.eager, unheard=session.unheard)
         session.padded_levels = padded_levels(levels, own.max_block + 1)
-        (manager,) = own.kv_cache_manager.coordinator.single_type_managers
-        blocks = manager.req_to_blocks.get(request.request_id, ())
+        self._note_held(session)
+        session.need = self._need(session, own.max_block if own.uniform else drafts)
+
+    def _note_held(self, session: Session) -> None:
+        """Write down the blocks of the KV cache that it holds, and that are not written down yet."""
+        (manager,) = self._scheduler.kv_cache_manager.coordinator.single_type_managers
+        blocks = manager.req_to_blocks.get(session.request.request_id, ())
         if session.held != len(blocks):
             self._hold(session, blocks[session.held :])
-        session.need = self._need(session, own.max_block if own.uniform else drafts)
 
     def _hold(self, session: Session, blocks: Sequence[KVCacheBlock]) -> None:
         """It holds these beyond those that are written down."""
@@ -435,9 +439,9 @@ class SteadySchedule:
         """What a step of vLLM's own scheduling computes whose prompts begin and end in it, and fit into an even pass in
         parts of as many rows as a block has; None of any other. To be asked before the step is booked."""
         own, counts, width = self._scheduler, output.num_scheduled_tokens, 1 + self._scheduler.max_block
-        old, new = output.scheduled_cached_reqs.req_ids, [each.req_id for each in output.scheduled_new_reqs]
-        if not (new and own.prompt_places and own.max_block and self._possible):
+        if not (output.scheduled_new_reqs and own.prompt_places and own.max_block and self._possible):
             return None
+        old, new = output.scheduled_cached_reqs.req_ids, [each.req_id for each in output.scheduled_new_reqs]
         if output.scheduled_cached_reqs.resumed_req_ids or output.kv_cache_block_copies:
             return None
         sessions = [own._by_request.get(request) for request in (*old, *new)]
@@ -471,49 +475,37 @@ class SteadySchedule:
     def _with_prompts(
         self, blocks: list[Session], prompts: list[Session], counts: dict[str, int]
     ) -> Gathered:
-        own, width = self._scheduler, 1 + self._scheduler.max_block
-        (manager,) = own.kv_cache_manager.coordinator.single_type_managers
-        for session in (*blocks, *prompts):
-            held = manager.req_to_blocks[session.request.request_id]
-            if session.held != len(held):
-                self._hold(session, held[session.held :])
+        width, sessions = 1 + self._scheduler.max_block, [*blocks, *prompts]
         tokens: list[int] = []
-        drafts: list[int] = []
         computed: list[int] = []
         rows: list[int] = []
         real: list[int] = []
         ends: list[int] = []
-        for session in blocks:
-            count = counts[session.request.request_id]
-            tokens += [session.request._all_token_ids[-1], *session.block[: count - 1]]
-            tokens += [PADDING] * (width - count)
-            drafts.append(min(session.drafts, count - 1))
-            computed.append(session.request.num_computed_tokens)
-            rows.append(session.row)
-            real.append(count)
-        for session in prompts:
-            count = counts[session.request.request_id]
-            before, parts = session.request.num_computed_tokens, -(-count // width)
+        for session in sessions:
+            self._note_held(session)
+            request, count = session.request, counts[session.request.request_id]
+            before, padded = request.num_computed_tokens, -(-count // width) * width
+            said = request._all_token_ids[before : before + count]  # a prompt, or the token before a block
+            own = [*said, *session.block][:count]
             ends.append(len(tokens) + count - 1)
-            tokens += session.request._all_token_ids[before : before + count]
-            tokens += [PADDING] * (parts * width - count)
-            drafts += [0] * parts
-            computed += range(before, before + parts * width, width)
-            rows += [session.row] * parts
+            tokens += own + [PADDING] * (padded - count)
+            computed += range(before, before + padded, width)
+            rows += [session.row] * (padded // width)
             real += [min(width, count - done) for done in range(0, count, width)]
         untold = padded_levels((), width)
         beside = len(rows) - len(blocks)
         return Gathered(
             tokens,
-            drafts,
+            [min(session.drafts, counts[session.request.request_id] - 1) for session in blocks]
+            + [0] * beside,
             computed,
             self._table,
             rows,
-            max([session.held for session in (*blocks, *prompts)]),
+            max([session.held for session in sessions]),
             [session.heard for session in blocks] + [False] * beside,
             [session.padded_levels for session in blocks] + [untold] * beside,
             greedy=True,
-            ends=ends,
+            ends=ends[len(blocks) :],
             real=real,
         )
 
