@@ -78,10 +78,11 @@ class VerifierSettings(ModelSettings):
         "hardly anybody drafts: a GPU does not wait for the host in between. A block that comes meanwhile waits a pass "
         "longer. Unset: on CUDA.",
     )
-    prompt_places: Annotated[int, Field(ge=0)] = Field(
-        0,
+    prompt_places: Annotated[int, Field(ge=0)] | None = Field(
+        None,
         description="On CUDA, room in a pass of blocks for prompts that come meanwhile, in blocks' worth of rows: as long "
-        "as they fit, they are computed in the same whole graph. 0: passes with prompts run outside the whole graphs.",
+        "as they fit, they are computed in the same whole graph. Unset: 32. 0: passes with prompts run outside the whole "
+        "graphs.",
     )
     session_queue: Positive = Field(
         32, description="Messages that wait for one session; more are answered as faults."

@@ -76,9 +76,8 @@ def test_sessions_share_passes_and_none_waits_much_longer_than_the_others_take(
     shared = simulate(sessions, gather=True, jitter_s=jitter_s, spread=spread, foreseen=foreseen)
     assert shared.together > 1.8 * alone.together
     assert shared.busy_s < 0.6 * alone.busy_s
-    assert shared.round_s < alone.round_s + 1.1 * RETURN_S
-    if sessions == 64:
-        assert shared.together > 0.6 * sessions
+    assert shared.round_s < alone.round_s + 1.2 * RETURN_S
+    assert shared.together > 0.85 * sessions
 
 
 @pytest.mark.parametrize("sessions", [2, 3, 4])
@@ -98,6 +97,18 @@ def test_a_few_that_are_far_away_do_not_hold_up_the_others() -> None:
     companions.spoke("far", 200.0)
     waited_s = companions.wait_s(200.0, ready_since=[200.0])
     assert 0.05 < waited_s < 0.3
+
+
+def test_a_block_that_missed_the_last_pass_does_not_have_the_next_one_leave_others_behind() -> None:
+    companions = Companions()
+    for number in range(128):
+        companions.spoke("a", float(number))
+        companions.returned("a", number + 0.06)
+    companions.spoke("a", 200.0)
+    companions.returned("late", 199.995)  # while that pass was under way
+    waited_s = companions.wait_s(200.0, ready_since=[199.995])
+    assert waited_s == pytest.approx(0.06)
+    assert companions.wait_s(200.061, ready_since=[199.995]) == 0.0
 
 
 def test_a_session_alone_waits_for_nobody() -> None:

@@ -27,6 +27,8 @@ class Companions:
 
     _took: deque[float] = field(default_factory=lambda: deque(maxlen=RETURNS))
     _spoke: dict[str, float] = field(default_factory=dict)
+    _ended_s: float = 0.0
+    """When the last pass had: whoever was in it spoke then."""
     _usual_s: float = 0.0
     _longest_s: float = 0.0
     _known: bool = True
@@ -47,7 +49,7 @@ class Companions:
     def spoke(self, key: str, now_s: float) -> None:
         """A session was told what its block came to; the next one is on its way from now on."""
         self._spoke.pop(key, None)  # the longest under way come first
-        self._spoke[key] = now_s
+        self._spoke[key] = self._ended_s = now_s
 
     def returned(self, key: str, now_s: float) -> None:
         """Its next block is there."""
@@ -71,12 +73,15 @@ class Companions:
         all.
 
         It waits until the last that are on their way should have come: some were foreseen and come at once, the others
-        after a round trip and a draft. In all no block waits longer than others take to come. Waiting for some of them
-        only is worth little: sessions fall into step with each other, or they don't.
+        after a round trip and a draft. No block waits longer than others take to come, from when it could have had a pass:
+        one that has missed the last pass by a little is there before the others have even been told, and a step that it
+        hurried would leave some of these behind, to hurry the next. Waiting for some of them only is worth little: sessions
+        fall into step with each other, or they don't.
         """
         if not (ready_since and self.under_way):
             return 0.0
         longest_s = self._longest_s
         last_s = next(reversed(self._spoke.values())) + longest_s
         patience_s = min(longest_s, MOST_USUAL * self._usual_s)
-        return max(0.0, min(last_s, min(ready_since) + patience_s) - now_s)
+        first_s = max(min(ready_since), self._ended_s)
+        return max(0.0, min(last_s, first_s + patience_s) - now_s)

@@ -134,7 +134,7 @@ class VllmEngine:
             compact=self._settings.reads_compact,
             own_drafts=self._own_drafts,
             early=launch.early_passes(self._settings),
-            prompt_places=self._settings.prompt_places,
+            prompt_places=launch.prompt_places(self._settings),
         )
         with launch.engine_environment(self._settings.engine_threads):
             launch.warm_up()

@@ -45,6 +45,7 @@ REQUIRED_ENVIRONMENT: Final[Mapping[str, str]] = {
 }
 FLOOR_AHEAD_ON_CUDA: Final = 32
 FLOOR_AHEAD_WITH_DRAFTS: Final = 16
+PROMPT_PLACES_ON_CUDA: Final = 32
 REFUSED_ENVIRONMENT: Final = ("VLLM_CPU_KVCACHE_SPACE",)  # would win over kv_cache_mb
 DEFAULT_ENVIRONMENT: Final[Mapping[str, str]] = {  # what vLLM warns of here is what was chosen here
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -120,6 +121,13 @@ def floor_ahead(settings: VerifierSettings, *, drafts: bool) -> int:
 def early_passes(settings: VerifierSettings) -> bool:
     """Whether passes may be launched before those before them have ended. On a CPU host and device are one."""
     return on_cuda() if settings.early_passes is None else settings.early_passes
+
+
+def prompt_places(settings: VerifierSettings) -> int:
+    """Room for prompts in passes of blocks, in blocks' worth of rows. On a CPU there are no graphs to stay in."""
+    if settings.prompt_places is not None:
+        return settings.prompt_places
+    return PROMPT_PLACES_ON_CUDA if on_cuda() else 0
 
 
 def on_cuda() -> bool:
