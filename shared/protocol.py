@@ -324,9 +324,10 @@ class Verdict(Message):
     on with already. `verify_ms` is from the block's arrival at the verifier (or the start of its pass, if it had to
     wait) to the engine's answer, `commit_ms` the commit; `rows` are those of all sessions' passes that ran then, and
     `sessions` how many these were. `fixed_ms` and `row_ms` are what a pass of so many rows takes by the verifier's own
-    measurement, over all that it has run: `fixed_ms + row_ms * rows`. 0 where it doesn't say. `passes` are those of this
-    session that said the tokens: more than one where the target went on by itself meanwhile. `following` is what the
-    verifier drafted itself for the pass that it runs behind these tokens, if it does.
+    measurement, over all that it has run: `fixed_ms + row_ms * rows`. 0 where it doesn't say. `padded` are the rows that
+    every block takes there, however short; 0: those that it has. `passes` are those of this session that said the tokens:
+    more than one where the target went on by itself meanwhile. `following` is what the verifier drafted itself for the
+    pass that it runs behind these tokens, if it does.
     """
 
     topic: ClassVar[Topic] = Topic.VERDICTS
@@ -344,6 +345,7 @@ class Verdict(Message):
     sessions: Count = 0
     fixed_ms: float = 0.0
     row_ms: float = 0.0
+    padded: Count = 0
     passes: Count = 1
     logprobs: tuple[TokenLogprobs, ...] = ()
 
@@ -364,6 +366,7 @@ class Floor(Message):
     sessions: Count = 0
     fixed_ms: float = 0.0
     row_ms: float = 0.0
+    padded: Count = 0
     passes: Count = 1
     logprobs: tuple[TokenLogprobs, ...] = ()
 

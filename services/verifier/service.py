@@ -88,6 +88,7 @@ class VerifierService:
         async with self.store, self.bus:
             await self.bus.ensure_topics()
             self._info = await self.engine.start(self._exit_seen)
+            self.passes.padded = self._info.padded
             for note in self._info.notes:
                 log.warning("%s", note)
             log.info(

@@ -58,6 +58,8 @@ class Passes:
     sessions: int = 0
     fixed_ms: float = 0.0
     row_ms: float = 0.0
+    padded: int = 0
+    """Rows that every block takes, however short; 0: those that it has."""
     tokens: Mean = field(default_factory=Mean)
     """What a session gets by a pass."""
     floor: FloorShares = field(default_factory=FloorShares)
@@ -311,7 +313,8 @@ class SessionShell:
                     "rows": clock.rows,
                     "sessions": clock.sessions,
                     "fixed_ms": round(self._host.passes.fixed_ms, 2),
-                    "row_ms": round(self._host.passes.row_ms, 2),
+                    "row_ms": round(self._host.passes.row_ms, 4),
+                    "padded": self._host.passes.padded,
                     "passes": clock.passes,
                 }
             )

@@ -671,9 +671,9 @@ class EdgeSession:
         """Keep of a draft what is worth verifying: tokens that are likely enough to be reached and accepted.
 
         What their rows have to bring rests on the rate at which tokens came: the acceptance of those that were kept would
-        promise too much.
+        promise too much. Where blocks are padded a token that is left out saves no row.
         """
-        if not self._config.adaptive or len(lane.confidences) != len(lane.tokens or ()):
+        if not self._config.adaptive or self._pass.padded or len(lane.confidences) != len(lane.tokens or ()):
             return
         accept, share = self._config.foresight.own.accept, 1.0
         least = least_worth(self._rate(), self._pass, self._sharers(1.0))
@@ -778,6 +778,7 @@ class EdgeSession:
             round_trip_ms=self._round_trip(0.0),
             missed=self._missed(0.5),
             floor=self._config.policy is Policy.LATENCY,
+            padded=self._pass.padded,
         )
 
     def _ahead(self, length: int) -> int:
@@ -1195,8 +1196,8 @@ class EdgeSession:
         if answer.verify_ms > 0.0:
             self._pass.saw(rows, answer.verify_ms)
             self._sharers.saw(answer.sessions or max(1.0, rows / own))
-        if answer.row_ms > 0.0:
-            self._pass.told(answer.fixed_ms, answer.row_ms)
+        if answer.row_ms > 0.0 or answer.padded:
+            self._pass.told(answer.fixed_ms, answer.row_ms, answer.padded)
 
     def _judge(self, lane: _Lane) -> int:
         """How far a lane agreed with what was committed."""

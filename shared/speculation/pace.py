@@ -114,14 +114,16 @@ class PassCost:
     seen: Line = field(default_factory=Line)
     fixed_ms: float = 0.0
     row_ms: float = 0.0
+    padded: int = 0
+    """Rows that every session's block takes, however short it is; 0: those that it has."""
 
     def saw(self, rows: int, elapsed_ms: float) -> None:
         """A pass of so many rows took so long, its wait for the one before it included."""
         self.seen.saw(rows, elapsed_ms)
 
-    def told(self, fixed_ms: float, row_ms: float) -> None:
+    def told(self, fixed_ms: float, row_ms: float, padded: int = 0) -> None:
         """The verifier's own figures."""
-        self.fixed_ms, self.row_ms = fixed_ms, row_ms
+        self.fixed_ms, self.row_ms, self.padded = fixed_ms, row_ms, padded
 
     @property
     def known(self) -> bool:
@@ -230,14 +232,21 @@ class Clocks:
     """Share of rounds that no lane had foreseen: they wait for a draft and for the round trip."""
     floor: bool = False
     """Whether the target goes on by itself meanwhile."""
+    padded: int = 0
+    """Rows that each session's block takes at least."""
+
+    def shared_ms(self, length: int) -> float:
+        """A pass that all who share it verify a block of `length` in, or nothing; 0 where it is not known yet."""
+        rows = max(length + 1, self.padded) if length else 1
+        return self.pass_ms(self.sharers * rows)
 
 
 def best_length(clocks: Clocks, longest: int) -> int:
     """The block length γ of 0 … `longest` at which tokens get committed fastest.
 
     With E(γ) tokens a round, a pass of `sharers` · (γ + 1) rows (every session that shares it does alike, so that nobody
-    gains at the others' expense), and a share of rounds that were not foreseen, which wait for w = γ draft steps and the
-    round trip,
+    gains at the others' expense; `padded` rows each where blocks are shorter), and a share of rounds that were not
+    foreseen, which wait for w = γ draft steps and the round trip,
 
         rate(γ) = (E(γ) + missed · w · f) / (pass(γ) + missed · w),        rate(0) = 1 / pass(0)
 
@@ -265,11 +274,10 @@ def thrifty_length(clocks: Clocks, longest: int) -> int:
         return max(1, longest)
 
     def tokens_a_ms(length: int) -> float:
-        return expected_tokens(clocks.acceptance, length) / clocks.pass_ms(clocks.sharers * (length + 1))
+        return expected_tokens(clocks.acceptance, length) / clocks.shared_ms(length)
 
     def in_time(length: int) -> bool:
-        pass_ms = clocks.pass_ms(clocks.sharers * (length + 1))
-        return length * clocks.draft_ms <= clocks.round_trip_ms + pass_ms
+        return length * clocks.draft_ms <= clocks.round_trip_ms + clocks.shared_ms(length)
 
     return max(filter(in_time, range(1, longest + 1)), key=tokens_a_ms, default=1)
 
@@ -285,7 +293,7 @@ def least_worth(rate: float, pass_ms: Callable[[float], float], sharers: float) 
 
 def _rate(clocks: Clocks, length: int) -> float:
     """Tokens a ms that a session gets with blocks of that length."""
-    pass_ms = clocks.pass_ms(clocks.sharers * (length + 1))
+    pass_ms = clocks.shared_ms(length)
     if not length:
         return 1.0 / max(pass_ms, 1e-3)
     waited_ms = clocks.missed * (length * clocks.draft_ms + clocks.round_trip_ms)

@@ -405,6 +405,7 @@ class World:
             "sessions": 1 + self.choices.below(rows),
             "fixed_ms": float(self.choices.below(60)),
             "row_ms": float(self.choices.below(6)),
+            "padded": 6 * (rows % 2),
         }
 
     def _check_drafted(self, gateway: _Gateway, base: int, tokens: Tokens) -> None:

@@ -764,10 +764,10 @@ def test_a_first_block_that_is_refused_at_once_does_not_end_a_sessions_drafts() 
 # --- what of a draft is worth its rows ------------------------------------------------------------------------------
 
 
-def where_rows_cost(row_ms: float, **changes: Any) -> EdgeConfig:
-    """A pass takes 50 ms and so much a row."""
+def where_rows_cost(row_ms: float, padded: int = 0, **changes: Any) -> EdgeConfig:
+    """A pass takes 50 ms and so much a row; blocks are padded to so many."""
     common = Common()
-    common.pass_ms.told(50.0, row_ms)
+    common.pass_ms.told(50.0, row_ms, padded)
     return replace(AHEAD, block_length=4, adaptive=True, common=common, **changes)
 
 
@@ -815,7 +815,9 @@ def test_a_block_that_is_waited_for_keeps_its_first_token_and_a_lane_may_lose_al
 
 
 @pytest.mark.parametrize(
-    "config", [where_rows_cost(0.0), replace(where_rows_cost(10.0), adaptive=False)], ids=["free", "fixed"]
+    "config",
+    [where_rows_cost(0.0), replace(where_rows_cost(10.0), adaptive=False), where_rows_cost(10.0, padded=5)],
+    ids=["free", "fixed", "padded"],
 )
 def test_where_rows_cost_nothing_or_lengths_are_fixed_all_of_a_draft_goes_up(config: EdgeConfig) -> None:
     edge = going(config)

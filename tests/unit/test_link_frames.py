@@ -114,7 +114,7 @@ logprobs = st.lists(
 ).map(tuple)  # fmt: skip
 measured = {
     "finish_reason": finish, "taken": st.none() | counts, "verify_ms": times, "commit_ms": times, "rows": counts,
-    "logprobs": logprobs,
+    "logprobs": logprobs, "sessions": counts, "fixed_ms": times, "row_ms": times, "padded": counts,
 }  # fmt: skip
 params = st.builds(
     GenerationParams,
@@ -307,6 +307,21 @@ def test_what_can_not_be_written_is_refused() -> None:
         Writer(NAMES).varint(-1)
     with pytest.raises(ProtocolError, match="0 to 255"):
         codec.SmallNumbers().put(Writer(NAMES), (256,))
+
+
+def test_what_a_row_takes_on_a_large_gpu_is_told() -> None:
+    verdict = Verdict(
+        session=SESSION,
+        epoch=1,
+        round=1,
+        base=1,
+        accepted=0,
+        tokens=(4,),
+        fixed_ms=6.3,
+        row_ms=0.0143,
+        padded=6,
+    )
+    assert decode(encode(verdict, NAMES), NAMES) == verdict
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])

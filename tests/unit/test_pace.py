@@ -229,6 +229,16 @@ def test_the_verifiers_time_is_saved_by_long_blocks_unless_rows_are_dear_or_draf
     assert thrifty_length(replace(slow, draft_ms=9999.0), LONGEST) == 1
 
 
+def test_where_blocks_are_padded_short_ones_save_nothing() -> None:
+    dear = clocks(row_ms=5.0, acceptance=0.6, sharers=8.0)
+    padded = replace(dear, padded=LONGEST + 1)
+    assert 1 <= thrifty_length(dear, LONGEST) < LONGEST == thrifty_length(padded, LONGEST)
+    assert best_length(padded, LONGEST) == 0, "without a block a session has one row"
+    cheap = replace(padded, pass_ms=line(50.0, 0.01), missed=0.0)
+    assert best_length(cheap, LONGEST) == LONGEST
+    assert best_length(replace(cheap, padded=4), 3) == 3
+
+
 def test_a_row_has_to_bring_what_all_who_share_the_pass_lose_by_it() -> None:
     """A row takes 1 ms of each of them, who get 0.02 tokens in it."""
     cost = PassCost()

@@ -379,6 +379,15 @@ def test_what_a_pass_usually_takes_is_not_known_before_the_engine_says_it() -> N
     assert Passes(fixed_ms=20.0).usual_ms(3) is None, "the engine has seen no passes of different rows yet"
 
 
+async def test_an_answer_says_what_passes_take(dialogue: Dialogue) -> None:
+    passes = dialogue.host.passes
+    passes.fixed_ms, passes.row_ms, passes.padded = 6.3, 0.0143, 6
+    dialogue.prompt()
+    told = await dialogue.sent(1)
+    assert isinstance(told, Verdict)
+    assert (told.fixed_ms, told.row_ms, told.padded) == (6.3, 0.0143, 6)
+
+
 # --- what the floor looks up --------------------------------------------------------------------------------------
 
 

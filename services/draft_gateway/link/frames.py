@@ -234,6 +234,8 @@ class Inner:
 
 NUMBER, FLAG, TEXT, TEXTS, TOKENS, SESSION = Number(), Flag(), Text(), Texts(), TokenList(), Session()
 MILLISECONDS = SECONDS = Scaled(100)
+ROW_MILLISECONDS = Scaled(10_000)
+"""Of one row: on a large GPU some hundredths."""
 FINISH = Choice((FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED))
 LEVELS = SmallNumbers()
 POLICY = Choice((Policy.LATENCY, Policy.COST))
@@ -269,9 +271,10 @@ MEASURED: Final[Mapping[str, tuple[int, Codec]]] = {
     "logprobs": (6, LOGPROBS),
     "sessions": (7, NUMBER),
     "fixed_ms": (8, MILLISECONDS),
-    "row_ms": (9, MILLISECONDS),
+    "row_ms": (9, ROW_MILLISECONDS),
     "passes": (10, NUMBER),
     "following": (11, TOKENS),
+    "padded": (12, NUMBER),
 }
 
 LAYOUTS: Final[Mapping[int, Layout]] = {

@@ -80,8 +80,6 @@ class Companions:
         """
         if not (ready_since and self.under_way):
             return 0.0
-        longest_s = self._longest_s
-        last_s = next(reversed(self._spoke.values())) + longest_s
-        patience_s = min(longest_s, MOST_USUAL * self._usual_s)
+        last_s = next(reversed(self._spoke.values())) + self._longest_s
         first_s = max(min(ready_since), self._ended_s)
-        return max(0.0, min(last_s, first_s + patience_s) - now_s)
+        return max(0.0, min(last_s, first_s + MOST_USUAL * self._usual_s) - now_s)

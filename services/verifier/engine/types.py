@@ -25,7 +25,8 @@ class EngineInfo:
     Sizes are tokens. `exits` is `"untrained"`, `"trained: <file>"` or `"off"`; `exit_layers` counts layers from 1: an
     exit after layer 18 sees what the first 18 layers have computed. `draft_head` is a file's name, or `"off"`. `compact` is
     the share of the bytes of the weights' type that a pass of few rows reads. `own_drafts`: sessions that nobody drafts for
-    do so themselves (`Engine.submit`).
+    do so themselves (`Engine.submit`). `padded` are the rows that every block takes in a pass, however short it is; 0: those
+    that it has.
     """
 
     model_name: str
@@ -41,6 +42,7 @@ class EngineInfo:
     draft_head: str = "off"
     compact: float = 1.0
     own_drafts: bool = False
+    padded: int = 0
     notes: tuple[str, ...] = ()
 
 
