@@ -199,7 +199,8 @@ class TouchSession(Message):
 class Placed(Message):
     """The session lives on the verifier that holds `partition` of the drafts topic, from `epoch` on.
 
-    Sent when a session is opened, resumed or moved (`reason` says which). `base` is what was committed then.
+    Sent when a session is opened, resumed or moved (`reason` says which). `base` is what was committed then. `begun`: who
+    passes it on has sent the session's `Prompt` already, of round 0.
     """
 
     topic: ClassVar[Topic] = Topic.PLACEMENTS
@@ -209,6 +210,7 @@ class Placed(Message):
     base: Count = 0
     reply: ReplyRoute
     reason: Literal["opened", "resumed", "moved"] = "opened"
+    begun: bool = False
 
 
 class Evicted(Message):

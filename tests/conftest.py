@@ -17,6 +17,7 @@ import pytest
 
 from shared import models
 from shared.stack.kafka import Broker, find_kafka
+from shared.stack.ports import free_port
 from shared.stack.redis import RedisServer, find_redis
 from shared.stack.settings import StackSettings
 from shared.stack.stack import Stack, StackOptions
@@ -55,6 +56,12 @@ def _say(request: pytest.FixtureRequest, name: str, text: str) -> None:
     capture = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
         print(f"\n{name}: {text}", flush=True)
+
+
+@pytest.fixture
+def unused_tcp_port() -> int:
+    """For a process that is about to start: none of those that outgoing connections get, which may be taken by then."""
+    return free_port()
 
 
 @pytest.fixture(scope="session")

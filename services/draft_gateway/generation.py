@@ -61,6 +61,7 @@ from shared.speculation.edge import (
     FloorArrived,
     HintArrived,
     Opened,
+    Phase,
     Relocated,
     SendBlock,
     SendForward,
@@ -76,6 +77,8 @@ from shared.telemetry import TraceContext
 logger = logging.getLogger(__name__)
 
 REPLAYED: Final = "replayed"
+MOST_EARLY: Final = 64
+"""Messages of a session kept that arrive before its driver has begun; what is lost beyond is told again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +230,7 @@ class Generation:
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._outbox: deque[Delivery] = deque()  # bounded by max_tokens
+        self._early: list[SessionMessage] = []
         self._news = asyncio.Event()
         self._ended = False
         self._error: OutriderError | None = None
@@ -335,9 +339,16 @@ class Generation:
                 Delivery(read, unread, replayed, max(0, next_round - 1), logprobs=logprobs[read:])
             )
         self._handle(Opened(self._epoch, committed, next_round))
+        early, self._early = self._early, []
+        for message in early:
+            self.receive(message)
 
     def receive(self, message: SessionMessage) -> None:
         """A message for this session has arrived."""
+        if self._core.phase is Phase.OPENING and isinstance(message, Verdict | Floor | Hint | Stale | Fault):
+            if len(self._early) < MOST_EARLY:
+                self._early.append(message)
+            return
         match message:
             case Verdict():
                 self._keep(message)

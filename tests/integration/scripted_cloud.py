@@ -237,4 +237,5 @@ async def process(environment: dict[str, str]) -> AsyncIterator[asyncio.subproce
     finally:
         if process.returncode is None:
             process.kill()
-        await process.wait()
+        _, said = await process.communicate()
+        print(said.decode(), file=sys.stderr)

@@ -28,10 +28,11 @@ from websockets.typing import Subprotocol
 
 from services.draft_gateway.link.channel import FAULTY
 from services.draft_gateway.link.client import GATEWAY_HEADER, LinkUplink
-from services.draft_gateway.link.frames import SUBPROTOCOL
+from services.draft_gateway.link.frames import SUBPROTOCOL, Upward
+from services.draft_gateway.link.server import Relay
 from services.draft_gateway.settings import GatewaySettings
 from shared.errors import SessionNotFound, Unavailable
-from shared.protocol import Block, Cancel, CloseSession, OpenSession, Verdict
+from shared.protocol import Block, Cancel, CloseSession, OpenSession, Prompt, Verdict
 from shared.session import SessionStatus
 from shared.settings import KafkaFlavor
 from shared.stack.delay import Conditions, DelayProxy
@@ -251,6 +252,30 @@ async def test_a_stream_moves_between_cloud_and_edge_and_whoever_had_it_is_told(
             newer = await taking
         assert seen[-1].json["error"]["code"] == "session_taken"
         assert seen[0].text + said(newer) == truth(30)
+
+
+# --- the first token ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["", "lost"])
+async def test_a_sessions_prompt_is_sent_where_it_is_opened_and_by_the_edge_only_if_nothing_comes_of_it(
+    places: Places, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    sent: list[Prompt] = []
+    pass_up = Relay._pass_up
+
+    def seen(relay: Relay, message: Upward) -> None:
+        if isinstance(message, Prompt):
+            sent.append(message)
+        if not (lost and len(sent) == 1):
+            pass_up(relay, message)
+
+    monkeypatch.setattr(Relay, "_pass_up", seen)
+    edge = await places.edge(places.url(await places.gateway()), round_timeout_s=0.5 if lost else 60)
+    events = await disturbed(edge.client, 20, {})
+    assert said(events) == truth(20)
+    assert len(sent) == 1 + lost
+    assert {(prompt.round, prompt.base) for prompt in sent} == {(0, 0)}
 
 
 # --- when it is lost --------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from shared.protocol import (
 from shared.session import SessionStatus
 from shared.speculation.verifier import MOST_AHEAD
 from shared.stack.kafka import Broker
+from shared.stack.ports import free_port
 from shared.stack.redis import RedisServer
 from tests.integration.scripted_engine import LAYERS, truth
 from tests.integration.verifier_peer import (
@@ -688,9 +689,9 @@ async def test_a_block_answered_before_a_kill_gets_the_same_verdict_from_the_suc
 
 @pytest.mark.stack
 async def test_a_verifier_that_was_frozen_in_mid_pass_finds_its_commit_refused(
-    peer: Peer, tmp_path: Path, unused_tcp_port_factory: pytest.FixtureRequest
+    peer: Peer, tmp_path: Path
 ) -> None:
-    ports = [unused_tcp_port_factory() for _ in range(2)]  # type: ignore[operator]
+    ports = [free_port() for _ in range(2)]
     slow = environment_of(peer.settings, ports[0], timer_ms=1500)
     async with a_process(TIMER, slow, tmp_path / "first.log") as first:
         await peer.open("s")

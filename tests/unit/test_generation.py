@@ -194,6 +194,24 @@ async def test_a_prompt_goes_up_and_its_first_token_is_followed_by_a_block() -> 
     assert await desk.delivered() == [Delivery(0, (9,), ("corrected",), 0)]
 
 
+async def test_what_arrives_before_its_driver_has_begun_is_not_lost() -> None:
+    desk = Desk()
+    desk.generation.place(placed(epoch=1, partition=5))
+    await desk.verdict(0, 0, 9)
+    assert (await desk.delivered(), desk.wire.sent) == ([], [])
+    await desk.begin()
+    assert await desk.delivered() == [Delivery(0, (9,), ("corrected",), 0)]
+    assert desk.pencil.requests[0].context == (*PROMPT, 9)
+
+
+async def test_what_arrives_before_a_resumed_stream_has_begun_is_not_said_twice() -> None:
+    desk = Desk()
+    desk.generation.place(placed(epoch=1, partition=5))
+    await desk.verdict(4, 1, 10, 11)
+    await desk.begin(committed=(9, 10), read=1)
+    assert [token for delivery in await desk.delivered() for token in delivery.tokens] == [10, 11]
+
+
 async def test_after_a_hit_the_next_block_is_on_its_way_before_the_reader_wakes() -> None:
     desk = Desk()
     await desk.begin()

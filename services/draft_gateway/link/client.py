@@ -63,6 +63,7 @@ from shared.protocol import (
     Hint,
     OpenSession,
     Placed,
+    Prompt,
     ReplyRoute,
     Stale,
     TokenLogprobs,
@@ -187,12 +188,14 @@ class _Link:
 
 @dataclass(slots=True)
 class _Driven:
-    """A session that somebody here drives: on which connection it was placed, and what is known of it."""
+    """A session that somebody here drives: on which connection it was placed, and what is known of it. `begun` is the epoch
+    in which the relay has sent its prompt; that is not sent a second time beside it."""
 
     receiver: Receiver
     link: _Link | None = None
     epoch: int = 0
     base: int = 0
+    begun: int | None = None
     resuming: asyncio.Task[None] | None = None
 
 
@@ -482,6 +485,7 @@ class LinkUplink:
         driven = self._driven.get(message.session)
         if driven is not None:
             driven.link, driven.epoch = link, max(driven.epoch, placed.epoch)
+            driven.begun = placed.epoch if placed.begun else None
             if link is not self._link and self._link is not None:
                 self._take_up(message.session, driven)
         return placed
@@ -499,6 +503,9 @@ class LinkUplink:
         driven, link = self._driven.get(message.session), self._link
         if link is None or driven is None or driven.link is not link:
             raise Unavailable(self._troubles.get("link", "the session is being taken up over a new link"))
+        if isinstance(message, Prompt) and not message.round and driven.begun == message.epoch:
+            driven.begun = None  # should nothing come of it, the next one is sent
+            return
         await link.channel.put(message, link.number(message.session))
 
     async def close(self, message: CloseSession) -> None:

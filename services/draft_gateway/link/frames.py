@@ -324,7 +324,7 @@ LAYOUTS: Final[Mapping[int, Layout]] = {
     18: Layout(
         Placed,
         {**HEAD, "reply": Driver(), "verifier": TEXT, "partition": NUMBER},
-        {"base": (1, NUMBER), "reason": (2, REASON)},
+        {"base": (1, NUMBER), "reason": (2, REASON), "begun": (3, FLAG)},
     ),
     19: Layout(Evicted, {**HEAD, "reason": TEXT}),
     20: Layout(Closed, {**HEAD, "reason": TEXT}),

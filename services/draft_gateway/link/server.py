@@ -56,7 +56,7 @@ from shared.errors import (
     Unavailable,
 )
 from shared.http import error_response
-from shared.protocol import Cancel, CloseSession, OpenSession, Placed, ReplyRoute
+from shared.protocol import Cancel, CloseSession, OpenSession, Placed, Prompt, ReplyRoute
 from shared.session import SessionState
 from shared.telemetry import TraceContext
 
@@ -397,6 +397,7 @@ class Relay:
         raise ProtocolError(f"a {type(body).__name__} is no question")
 
     async def _open(self, message: OpenSession, ask: Ask) -> Placed:
+        """Open or resume a session. A new one's prompt follows at once: that saves its first token a round trip."""
         session = message.session
         route = self._routes.get(session)
         if route is None:
@@ -413,7 +414,10 @@ class Relay:
         route.trace = ask.trace
         placed = await self._uplink.open(message, timeout_s=max(ask.timeout_ms, 1) / 1000, trace=ask.trace)
         self._placed(route, placed)
-        return placed
+        if message.resume or placed.base or self._routes.get(session) is not route:
+            return placed
+        self._pass_up(Prompt(session=session, epoch=placed.epoch, reply=message.reply))
+        return placed.model_copy(update={"begun": True})
 
     async def _own(self, session: str) -> SessionState | None:
         """The session's record, None when there is none (yet). Raises `SessionNotFound` when it is another's."""
