@@ -271,10 +271,10 @@ MEASURED: Final[Mapping[str, tuple[int, Codec]]] = {
     "logprobs": (6, LOGPROBS),
     "sessions": (7, NUMBER),
     "fixed_ms": (8, MILLISECONDS),
-    "row_ms": (9, ROW_MILLISECONDS),
-    "passes": (10, NUMBER),
+    "passes": (10, NUMBER),  # 9 was `row_ms` in hundredths
     "following": (11, TOKENS),
     "padded": (12, NUMBER),
+    "row_ms": (13, ROW_MILLISECONDS),
 }
 
 LAYOUTS: Final[Mapping[int, Layout]] = {
