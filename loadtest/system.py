@@ -17,6 +17,7 @@ So many clients at a time ask one answer after another. In each turn every mode 
     per_verifier_second_to_ar  tokens_per_busy_second by that of vLLM as it comes
     steps                      the verifier's; `even_steps` verified blocks and computed nothing else, `prompt_steps` are
                                others whose prompts were rows beside the blocks
+    sessions_per_step          that had a block verified, on average, or said a token by themselves
     cpu_ms_per_token           what each kind of process computed for a token: `verifier` and its `engine`, `gateway` (in the
                                cloud), `edges`, `kv-session`, `kafka`, `redis`, `proxies`, and `clients`, who measure
 """
@@ -243,6 +244,7 @@ def runs_of(
         mode = COMPARED[name]
         gamma = options.gamma if mode.speculates else 0
         setting = Setting(name, options.rtt_ms, sessions, mode.policy, gamma, mode.adaptive, synthetic=True)
+        steps = turns.steps.get("steps", 0.0)
         told = figures(setting, turns.batches, truths, max_tokens=options.max_tokens, price=0.0)
         del told["cost_per_million_tokens"]
         if turns.passes:  # gateways count messages, of which one may hold what several passes said
@@ -253,6 +255,7 @@ def runs_of(
                 "busy_s": round(turns.busy_s, 3),
                 "wall_s": round(turns.wall_s, 3),
                 **{kind: round(turns.steps.get(kind, 0.0)) or None for kind in STEP_KINDS},
+                "sessions_per_step": round(turns.passes / steps, 2) if steps else None,
                 "tokens_per_busy_second": round(told["tokens"] / turns.busy_s, 1) if turns.busy_s else None,
                 "tokens_per_wall_second": round(told["tokens"] / turns.wall_s, 1),
                 "cpu_ms_per_token": {
@@ -378,6 +381,7 @@ COLUMNS: Final = (
     ("busy_s", "busy s"),
     ("wall_s", "wall s"),
     ("steps", "steps"),
+    ("sessions_per_step", "sess./step"),
     ("even_steps", "even"),
     ("prompt_steps", "with prompts"),
     ("equal", "equal"),

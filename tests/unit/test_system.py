@@ -199,14 +199,15 @@ def test_tokens_a_verifier_second_are_those_of_all_answers_by_the_time_that_the_
     stock = Answer((7, 8, 9, 10), [(10.0, 1), (40.0, 4)], {"passes": 3})
     usage = {"rounds": 1, "passes": 1, "drafted": 5, "accepted": 2, "drafted_in_all": 5, "verify_ms": 9.0}
     own = Answer((7, 8, 9, 10), [(10.0, 1), (40.0, 4)], usage)
-    found = runs_of(
-        {"ar": turns(stock, 2.0, 2.0), "cost": turns(own, 0.5, 4.0)}, [(7, 8, 9, 10)], options(), 64
-    )
+    cost = turns(own, 0.5, 4.0)
+    cost.steps, cost.passes = {"steps": 4.0}, 10.0
+    found = runs_of({"ar": turns(stock, 2.0, 2.0), "cost": cost}, [(7, 8, 9, 10)], options(), 64)
     assert [run["tokens"] for run in found] == [8, 8]
     assert [run["tokens_per_busy_second"] for run in found] == [4.0, 16.0]
     assert [run["tokens_per_wall_second"] for run in found] == [4.0, 2.0]
     assert [run["per_verifier_second_to_ar"] for run in found] == [1.0, 4.0]
     assert [run["per_wall_second_to_ar"] for run in found] == [1.0, 0.5]
+    assert [(run["steps"], run["sessions_per_step"]) for run in found] == [(None, None), (4, 2.5)]
     assert [run["cpu_ms_per_token"] for run in found] == [
         {"engine": 250.0, "clients": 1.0},
         {"engine": 62.5, "clients": 1.0},
