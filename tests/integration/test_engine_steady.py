@@ -294,7 +294,7 @@ async def test_sessions_that_are_computed_anew_between_even_passes_are_exact(
     tiny_target: TinyTarget, even_batches: None
 ) -> None:
     async with Bench.over(VllmEngine(cramped(tiny_target))) as bench:
-        prompts, params = [random_prompt(seed, 20 + seed) for seed in range(8)], endless(70)
+        prompts, params = [random_prompt(seed, 60 + 4 * seed) for seed in range(8)], endless(30)
         truths = [await bench.answer(prompt, params) for prompt in prompts]
         found = await asyncio.gather(
             *(

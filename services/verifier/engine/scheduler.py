@@ -302,8 +302,9 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         return self._steady.rehearsal()
 
     def _patient_s(self, now: float) -> float:
-        """For how long patient sessions' step waits for more of them (`Companions`); it holds up nobody else."""
-        if not self._patient:
+        """For how long patient sessions' step waits for more of them (`Companions`); it holds up nobody else. Where a prompt
+        finds no room it does not wait: who is parked then makes some, and if all were awaited nobody would be."""
+        if not self._patient or self._starved:
             return 0.0
         sessions = self._by_request.values()
         patient = [session for session in sessions if not session.eager]
