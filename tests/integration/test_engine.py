@@ -50,6 +50,7 @@ async def bench(tiny_target: TinyTarget) -> AsyncIterator[Bench]:
 
 async def test_engine_says_what_it_runs(bench: Bench) -> None:
     info = bench.info
+    assert info.padded == 0
     assert (info.num_layers, info.vocab_size, info.max_model_len) == (8, VOCABULARY, MAX_MODEL_LEN)
     assert (info.max_block, info.max_sessions, info.dtype) == (MAX_BLOCK, MAX_SESSIONS, "float32")
     assert (info.exit_layers, info.exits, info.notes) == (EXITS, "untrained", ())

@@ -172,6 +172,7 @@ async def test_sessions_that_take_turns_come_go_and_are_drawn_now_and_then_are_e
     after = await bench.engine.stats()
     assert after.steady_steps > before.steady_steps + 10
     assert (after.prompt_steps - before.prompt_steps > 5) == bool(bench.engine._settings.prompt_places)
+    assert bench.info.padded == 1 + bench.info.max_block
     assert len(outs) > 6
     assert all(out == truths[n][: len(out)] for n, out in outs.items())
     for n in streams:

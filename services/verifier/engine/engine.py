@@ -171,7 +171,7 @@ class VllmEngine:
             draft_head=found["draft_head"],
             compact=found["compact"],
             own_drafts=self._own_drafts,
-            padded=self._settings.max_block + 1 if launch.on_cuda() else 0,
+            padded=found["padded"],
             notes=tuple(notes),
         )
 

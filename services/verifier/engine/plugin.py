@@ -74,4 +74,5 @@ def _stats(core: EngineCore) -> dict[str, Any]:
 
 def _describe(core: EngineCore) -> dict[str, Any]:
     (exits,) = core.collective_rpc("describe_exits")
-    return {**exits, "kv_capacity_tokens": core.scheduler.kv_capacity_tokens}
+    scheduler = core.scheduler
+    return {**exits, "kv_capacity_tokens": scheduler.kv_capacity_tokens, "padded": scheduler.padded}

@@ -618,6 +618,11 @@ class SessionScheduler(Scheduler):  # type: ignore[misc]
         """Tokens that the KV cache holds; one block is vLLM's own."""
         return int((self.cache_config.num_gpu_blocks - 1) * self.block_size)
 
+    @property
+    def padded(self) -> int:
+        """Rows that every block takes in a pass, however short it is; 0: those that it has."""
+        return 1 + self.max_block if self.uniform else 0
+
     def session_stats(self) -> dict[str, int | float]:
         """The fields of `EngineStats` that the scheduler knows."""
         parked = self._parked
